@@ -2,8 +2,7 @@
 
 Near a minimum the loss has a few sharp directions, which cap the learning rate, and many flat ones, along which
 training crawls. IRE finds the flat coordinates, the fraction gamma of all parameters with the smallest diagonal
-Fisher information, and makes the step of any torch optimizer 1 + kappa times as long there. The sharp coordinates
-move as before, so that the step stays stable.
+Fisher information, and takes 1 + kappa times longer steps there. The sharp ones move as before: it stays stable.
 
     opt = AdmIRE(model.parameters(), lr=6e-4, kappa=2, gamma=0.6, warmup=500)
     for x, y in batches:
@@ -15,7 +14,7 @@ Over any other optimizer: `IRE(base, kappa=2, gamma=0.6)`. Plain, DDP, FSDP2 and
 """
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 
 import torch
@@ -41,23 +40,20 @@ class _Wrapper(Optimizer):
 
     @property
     def param_groups(self):
-        for group in self.base.param_groups:  # loading a state dict of the bare base drops our settings
-            for name in self.names:
-                group.setdefault(name, self.defaults[name])
+        for group in self.base.param_groups:  # a state dict of the bare base lacks our settings
+            group.update({name: self.defaults[name] for name in self.names if name not in group})
         return self.base.param_groups
 
     def load_state_dict(self, state_dict):
-        """The base loads its part; it must not see the masks, which it would cast to floats."""
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        masks = {i: entry["flat"] for i, entry in state_dict["state"].items() if "flat" in entry}
-        state = {i: {k: v for k, v in entry.items() if k != "flat"} for i, entry in state_dict["state"].items()}
+        state = {i: dict(entry) for i, entry in state_dict["state"].items()}
+        masks = {i: entry.pop("flat") for i, entry in state.items() if "flat" in entry}  # torch casts bool to float
         self.base.load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
-        for i, p in enumerate(self._params()):
-            if i in masks:
-                self.state[p]["flat"] = masks[i].to(p.device, torch.bool)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for p, i in zip(group["params"], saved["params"]):
+                if i in masks: self.state[p]["flat"] = masks[i].to(p.device, torch.bool)
+        for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
     def _params(self):
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
@@ -73,20 +69,16 @@ class _Wrapper(Optimizer):
 class IRE(_Wrapper):
     """Algorithm 1 of the paper around `base`, any optimizer that makes one step a call.
 
-    Args:
-        kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
-        gamma: fraction of all coordinates that is flat, in (0, 1): the floor(gamma * n) smallest, exact for the
-            decimal number that gamma prints as. Ties at the threshold are flat too, so the share can be larger
-            (all embedding rows that no batch uses have curvature 0).
-        interval: steps from one mask to the next, K in the paper.
-        warmup: steps before IRE switches on, T_w in the paper.
-        curvature: "fisher", from gradients made in `probe()`, or "second_moment", the base's own `exp_avg_sq`.
+    kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
+    gamma: fraction of all coordinates that is flat, in (0, 1): the floor(gamma * n) smallest, exact for the decimal
+        that gamma prints as, and all ties at the threshold (such as embedding rows that no batch uses, at 0).
+    interval: steps from one mask to the next, K in the paper.
+    warmup: steps before IRE switches on, T_w in the paper.
+    curvature: "fisher", from gradients made in `probe()`, or "second_moment", the base's own `exp_avg_sq`.
 
     `kappa` and `gamma` stand in each parameter group and may be changed there at any time; groups of one gamma are
     ranked together. The mask of a parameter is `opt.state[p]["flat"]`, bool, from its first step on.
-
-    Raises:
-        ValueError: an argument out of range, a base without second moment, a probe without or with sparse gradients.
+    Raises ValueError: an argument out of range, a base without second moment, a probe with none or sparse gradients.
     """
     _warned = False
 
@@ -97,9 +89,8 @@ class IRE(_Wrapper):
             _check("gamma", group["gamma"], lambda x: 0 < x < 1, "a number in (0, 1)")
         _check("interval", interval, lambda x: x >= 1 and x == int(x), "a whole number >= 1")
         _check("warmup", warmup, lambda x: x >= 0 and x == int(x), "a whole number >= 0")
-        _check("curvature", curvature, lambda x: x in ("fisher", "second_moment"), '"fisher" or "second_moment"')
-        _check("curvature", curvature, lambda x: x == "fisher" or any("beta" in name for name in base.defaults),
-               f'"fisher", as {type(base).__name__} keeps no second moment')
+        kinds = ["fisher"] + ["second_moment"] * any("beta" in name for name in base.defaults)
+        _check("curvature", curvature, kinds.__contains__, f"{' or '.join(kinds)} over {type(base).__name__}")
         self.interval, self.warmup, self.curvature = interval, warmup, curvature
 
     @property
@@ -119,23 +110,18 @@ class IRE(_Wrapper):
         """Gradients made inside become the mask (Eq. 5, 6) and are dropped; `.grad` and the random streams come
         back as they were (inside, they are seeded by the step). Backward passes add up; the loss may be scaled.
         Two optimizers over one model: open both probes around the backward."""
-        # DDP's gradients may be views of its buckets, which the next backward overwrites
-        copy = torch.clone if dist.is_available() and dist.is_initialized() else lambda grad: grad
-        before = {p: (p.grad, p.grad if p.grad is None else copy(p.grad)) for p in self._params()}
-        for p in before:
-            p.grad = None
+        before = {p: p.grad for p in self._params()}
+        ranks = dist.is_available() and dist.is_initialized()  # DDP's gradients may be views that it uses again
+        copies = {p: grad.clone() for p, grad in before.items() if grad is not None and ranks}
+        for p in before: p.grad = None
         try:
             with torch.random.fork_rng({p.device.index for p in before if p.is_cuda}):
                 torch.manual_seed((torch.initial_seed() + self._t) % 2**63)
                 yield
             self._update_masks({p: p.grad for p in before if p.grad is not None})
-            for group in self.param_groups:
-                group["ire_probed"] = self._t
+            for group in self.param_groups: group["ire_probed"] = self._t
         finally:
-            for p, (grad, values) in before.items():
-                p.grad = grad
-                if values is not grad:
-                    grad.copy_(values)
+            for p, grad in before.items(): p.grad = grad.copy_(copies[p]) if p in copies else grad
 
     def step(self, closure=None):
         """The base's step, then theta = theta_base + kappa * flat * (theta_base - theta_old). Returns what the base
@@ -143,16 +129,13 @@ class IRE(_Wrapper):
         t, counts, params = self._t, not self._makes_state(), self._params()
         if self.probe_due and counts and not self._warned:
             self._warned = True
-            warnings.warn(f"IRE: no probe before step {t}, so it is the base's step or uses the last mask; call "
-                          "`with opt.probe(): loss.backward()` whenever `opt.probe_due`", stacklevel=3)
+            warnings.warn(f"IRE: no probe before step {t}: it is the base's step, or uses the last mask", stacklevel=3)
         reread = self.curvature == "second_moment" and self._mask_due() and counts
-        masks = {p: self.state[p]["flat"] for p in params if "flat" in self.state.get(p, ())}
+        masks = {p: self.state[p].pop("flat") for p in params if "flat" in self.state.get(p, ())}
+        for p in [p for p in masks if not self.state[p]]:  # bases make a parameter's state where they find none
+            del self.state[p]
         old = {p: _local(p).clone() for group in self.param_groups for p in group["params"]
                if t >= self.warmup and group["kappa"] != 0 and (reread or p in masks)}
-        for p in masks:  # bases make a parameter's state when they find it empty
-            del self.state[p]["flat"]
-            if not self.state[p]:
-                del self.state[p]
         try:
             loss = self.base.step() if closure is None else self.base.step(closure)
         finally:
@@ -173,12 +156,10 @@ class IRE(_Wrapper):
 
     @torch.no_grad()
     def _update_masks(self, curvature):
-        """Eq. 5: flat are the floor(gamma * n) smallest over all ranks. Gradients are ranked by |g|: Eq. 6's
-        B * g * g has the same order but underflows."""
+        """Eq. 5: flat are the floor(gamma * n) smallest over all ranks, by |g|: Eq. 6's B * g * g underflows."""
         _check("curvature", self.curvature, lambda _: curvature, "one that a parameter has: found no gradient from "
                f"backward() inside probe(), or no exp_avg_sq in {type(self.base).__name__}'s state")
-        _check("gradients", [h.layout for h in curvature.values() if h.layout != torch.strided], lambda x: not x,
-               "dense ones: make sparse=False of the embedding")
+        _check("gradient", {h.layout for h in curvature.values()}, {torch.strided}.issuperset, "dense, not sparse")
         by_gamma = {}
         for group in self.param_groups:
             by_gamma.setdefault(group["gamma"], []).extend(p for p in group["params"] if p in curvature)
@@ -195,18 +176,13 @@ class IRE(_Wrapper):
 class SAM(_Wrapper):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021) around `base`.
 
-    Args:
-        rho: length of the climb, over all parameters together, >= 0. It stands in every group.
-        adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
-        average: climb along a random xi ~ N(0, I/p), p the number of parameters (Average SAM).
+    rho: length of the climb, over all parameters together, >= 0. It stands in every group.
+    adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
+    average: climb along a random xi ~ N(0, I/p), p the number of parameters (Average SAM).
 
-    GradScaler refuses closures: use bfloat16, or scale the loss and divide the gradients by a constant in the
-    closure. For batch norm in the second pass see `frozen_batch_norm`.
-
-    Raises:
-        ValueError: an argument out of range, or `step` without a closure.
+    GradScaler refuses closures: use bfloat16, or scale the loss and divide the gradients by a constant in the closure.
+    For batch norm in the second pass see `frozen_batch_norm`. Raises ValueError: an argument out of range, no closure.
     """
-
     def __init__(self, base, *, rho=0.05, adaptive=False, average=False):
         super().__init__(base, rho=rho)
         for group in self.param_groups:
@@ -218,61 +194,51 @@ class SAM(_Wrapper):
         """Gradient here, climb, gradient there, exactly back, the base's step. `closure` does zero_grad, forward and
         backward and returns the loss. Returns the loss here (Average SAM makes no pass here: the loss there).
         A gradient here that is not finite skips the step with a warning."""
-        if self._makes_state():
-            return self.base.step()
+        if self._makes_state(): return self.base.step()
         _check("closure", closure, callable, "a function that does zero_grad, forward, backward, returns the loss")
         loss = None if self.average else torch.enable_grad()(closure)()
-        params = [p for p in self._params() if (p.requires_grad if self.average else p.grad is not None)]
-        direction, length = self._random(params) if self.average else self._uphill(params)
+        direction, length = self._random() if self.average else self._uphill()
         if not math.isfinite(length):
             warnings.warn(f"SAM: skipped a step, since the gradient's norm is {length}", stacklevel=3)
             return loss
-        old = {p: _local(p).clone() for p in params}
+        old = {p: _local(p).clone() for p in direction}
         try:
             for group in self.param_groups:
                 for p in old.keys() & set(group["params"]):
                     _local(p).add_(direction[p], alpha=float(group["rho"]) / max(length, 1e-30))
             there = torch.enable_grad()(closure)()
         finally:
-            for p, values in old.items():
-                _local(p).copy_(values)
+            for p, values in old.items(): _local(p).copy_(values)
         self.base.step()
         return there if self.average else loss
 
     @torch.no_grad()
-    def _uphill(self, params):
+    def _uphill(self):
         """(g, |g|) or, with T = |theta|, (T * T * g, |T * g|): the climb is rho * first / second."""
-        def square(parts):  # norms in at least float32: squares of float16 overflow
-            return torch.stack([torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-                                for x in parts]).square().sum()
+        T = {p: p.abs() if self.adaptive else 1 for p in self._params() if p.grad is not None}
+        g = {p: _like(p.grad, p) * T[p] for p in T}
+        square = _total(lambda parts: sum(torch.linalg.vector_norm(  # in float32 at least: squares of float16 overflow
+            x, dtype=torch.promote_types(x.dtype, torch.float32)) ** 2 for x in parts), g.values())
+        return {p: _local(g[p] * T[p]) for p in T}, float(square) ** 0.5
 
-        T = {p: p.abs() if self.adaptive else 1 for p in params}
-        scaled = {p: _like(p.grad, p) * T[p] for p in params}
-        return {p: _local(x * T[p]) for p, x in scaled.items()}, float(_total(square, scaled.values())) ** 0.5
-
-    @torch.no_grad()
-    def _random(self, params):
-        """Standard normal directions, the same on every replica, and sqrt(p)."""
-        seed = torch.randint(2**62, (), device=params[0].device)
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(seed, 0)
-        direction = {}
-        for i, p in enumerate(params):  # replicas draw alike, shards of one parameter do not
+    def _random(self):
+        """Standard normal directions and sqrt(p). Replicas draw alike, shards of one parameter do not."""
+        direction = {p: torch.empty_like(_local(p)) for p in self._params() if p.requires_grad}
+        seed = torch.randint(2**62, (), device=next(iter(direction.values())).device)
+        if dist.is_available() and dist.is_initialized(): dist.broadcast(seed, 0)
+        for i, (p, x) in enumerate(direction.items()):
             key = hash((int(seed), i, *map(dist.get_rank, _shard_groups(p)))) % 2**63
-            direction[p] = torch.empty_like(_local(p)).normal_(generator=torch.Generator(p.device).manual_seed(key))
-        return direction, sum(p.numel() for p in params) ** 0.5
+            x.normal_(generator=torch.Generator(x.device).manual_seed(key))
+        return direction, sum(p.numel() for p in direction) ** 0.5
 
 
 class SGDIRE(IRE):
     """IRE over torch.optim.SGD, to which `kwargs` go: momentum, weight_decay, nesterov, ..."""
-
     def __init__(self, params, lr, *, kappa, gamma, interval=10, warmup=0, **kwargs):
         super().__init__(SGD(params, lr, **kwargs), kappa=kappa, gamma=gamma, interval=interval, warmup=warmup)
 
-
 class AdmIRE(IRE):
     """IRE over torch.optim.AdamW, fused where the device has it. `kwargs` go there: betas, eps, weight_decay, ..."""
-
     def __init__(self, params, lr, *, kappa, gamma, interval=10, warmup=0, curvature="fisher", **kwargs):
         params = list(params)
         try:
@@ -281,10 +247,8 @@ class AdmIRE(IRE):
             base = AdamW(params, lr, **kwargs)
         super().__init__(base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup, curvature=curvature)
 
-
 class SAMIRE(IRE):
     """IRE over SAM over `base_cls(params, **kwargs)`."""
-
     def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, kappa, gamma, interval=10, warmup=0,
                  curvature="fisher", **kwargs):
         super().__init__(SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average),
@@ -297,106 +261,82 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None):
     with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial would raise on NaN
         noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
         labels = (logits - noise.exponential_(generator=generator).log_()).argmax(-1)
-        if ignore is not None:
-            labels = labels.masked_fill(ignore, -100)
+        labels = labels if ignore is None else labels.masked_fill(ignore, -100)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
-
 
 def sampled_mse(prediction, *, generator=None):
     """The same for regression: mean squared error of `prediction` against targets drawn from N(prediction, 1)."""
     noise = torch.empty_like(prediction).detach().normal_(generator=generator)
     return F.mse_loss(prediction, prediction.detach() + noise)
 
-
 def kth_smallest(tensors, k, group=None):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim float32 tensor (float64
     where one of them is). NaN is largest; signs are ignored. Shards of DTensors count over their ranks, other tensors
-    over the process group, if one is passed. The bits of such numbers order as the numbers do, so that a histogram for
-    every 16 bits finds it, without a copy of the model.
-
-    Raises:
-        ValueError: k is not in 1 .. n.
-    """
-    wide = any(x.dtype == torch.float64 for x in tensors)
+    over the process group, if one is passed. Radix select: the bits of such numbers order as the numbers do, so that a
+    histogram for every 16 bits finds it, without a copy of the model. Raises ValueError: k is not in 1 .. n."""
+    wide, prefix, rank = any(x.dtype == torch.float64 for x in tensors), 0, k
     floats, ints, bits = (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
-    prefix, rank = 0, k
+
+    def histogram(parts):
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
+        for piece in _pieces(parts, 1 << (18 if counts.is_cpu else 24)):  # fits a cache, or saves launches
+            x = piece.to(floats).view(ints) & torch.iinfo(ints).max
+            x = x if shift == bits - 16 else x[x >> (shift + 16) == prefix]
+            counts += torch.bincount(x >> shift & 0xFFFF, minlength=1 << 16).to(counts.device)
+        return counts
+
     for shift in range(bits - 16, -1, -16):
-
-        def histogram(parts):
-            counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
-            for piece in _pieces(parts, 1 << (18 if counts.is_cpu else 24)):  # fits a cache, or saves launches
-                x = piece.to(floats).view(ints) & torch.iinfo(ints).max
-                if shift < bits - 16:
-                    x = x[x >> (shift + 16) == prefix]
-                counts += torch.bincount(x >> shift & 0xFFFF, minlength=1 << 16).to(counts.device)
-            return counts
-
-        below = _total(histogram, list(tensors) or [torch.empty(0)], group).cumsum(0)
-        if shift == bits - 16:
-            _check("k", k, lambda k: 1 <= k <= below[-1], f"1 to the number of elements, {int(below[-1])}")
+        counts = _total(histogram, list(tensors) or [torch.empty(0)], group)
+        below = counts.cumsum(0)
+        _check("k", k, lambda _: 1 <= rank <= below[-1], f"1 to the number of elements, {int(below[-1])}")
         digit = int(torch.searchsorted(below, rank))
-        prefix, rank = prefix << 16 | digit, rank - (int(below[digit - 1]) if digit else 0)
+        prefix, rank = prefix << 16 | digit, rank - int(below[digit] - counts[digit])
     return torch.tensor(prefix, dtype=ints, device=below.device).view(floats)
-
 
 @contextmanager
 def frozen_batch_norm(model):
     """Batch-norm layers of `model` normalise as before but leave their running statistics alone."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
               and m.track_running_stats and not torch.nn.parameter.is_lazy(m.running_mean)]
-    for layer in layers:
-        layer.track_running_stats = False
+    for layer in layers: layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer in layers: layer.track_running_stats = True
 
 
 def _check(name, value, allowed, what):
-    try:
-        good = allowed(value)
-    except (TypeError, ValueError, OverflowError):
-        good = False
-    if not good:
-        raise ValueError(f"{name}: got {value!r}, allowed is {what}")
-
+    with suppress(TypeError, ValueError, OverflowError):
+        if allowed(value): return
+    raise ValueError(f"{name}: got {value!r}, allowed is {what}")
 
 def _pieces(tensors, size):
     """1-D pieces of about `size` elements: large tensors are cut, small ones joined."""
     batch = []
-    for piece in (piece for x in tensors for piece in x.detach().reshape(-1).split(size)):
+    for piece in (piece for x in tensors for piece in x.reshape(-1).split(size)):
         batch.append(piece)
         if sum(map(torch.numel, batch)) >= size:
             yield torch.cat(batch)
             batch = []
-    if batch:
-        yield torch.cat(batch)
-
+    yield from [torch.cat(batch)] if batch else []
 
 def _local(x):
     """This rank's part of x, without its history."""
     return (x.to_local() if hasattr(x, "to_local") else x).detach()
 
-
 def _like(x, p):
     """A gradient laid out over the ranks as its parameter is."""
-    return x.redistribute(placements=p.placements) if getattr(x, "placements", None) != getattr(p, "placements", None) else x
-
+    return x.redistribute(placements=p.placements) if hasattr(p, "placements") else x
 
 def _shard_groups(x):
     """The process groups that each hold x once, in shards."""
     return [x.device_mesh.get_group(i) for i, place in enumerate(getattr(x, "placements", ())) if place.is_shard()]
 
-
 def _total(measure, tensors, group=None):
-    """The sum over all ranks of measure(local parts); replicas, which all ranks hold alike, count once."""
-    total, by_groups = 0, {}
-    for x in tensors:
-        by_groups.setdefault(tuple(_shard_groups(x)) or (group,), []).append(_local(x))
-    for groups, parts in by_groups.items():
-        value = measure(parts)
-        for each in filter(None, groups):
-            dist.all_reduce(value, group=each)
-        total = value + total
-    return total
+    """The sum over all ranks of measure(local parts); replicas, which are alike, count once."""
+    by_groups = {}
+    for x in tensors: by_groups.setdefault(tuple(_shard_groups(x)) or (group,), []).append(_local(x))
+    values = [measure(parts) for parts in by_groups.values()]
+    for value, groups in zip(values, by_groups):
+        for each in filter(None, groups): dist.all_reduce(value, group=each)
+    return sum(values)
