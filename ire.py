@@ -146,11 +146,10 @@ class IRE(_Wrapper):
             self._update_masks({p: s["exp_avg_sq"] for p in params if "exp_avg_sq" in (s := self.state.get(p, ()))})
         for group in self.param_groups:
             moved = [p for p in group["params"] if p in old and "flat" in self.state.get(p, ())]
-            far, new = [old[p] for p in moved], [_local(p) for p in moved]
-            if moved:  # at a weight above 0.5 torch's lerp is new + kappa * (new - old), rounded once
-                torch._foreach_lerp_(far, new, 1 + float(group["kappa"]))
-            for p, there, here in zip(moved, far, new):  # no product with the mask, since 0 * inf is not 0
-                torch.where(_local(self.state[p]["flat"]), there, here, out=here)
+            back, new = [old[p] for p in moved], [_local(p) for p in moved]
+            if moved: torch._foreach_sub_(back, new)
+            for p, d, x in zip(moved, back, new):  # x - kappa * flat * d where d is finite, since 0 * inf is not 0
+                x.addcmul_(d.nan_to_num_(), _local(self.state[p]["flat"]).to(x.dtype), value=-float(group["kappa"]))
             group["ire_step"] = t + counts
         return loss
 

@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -36,11 +38,20 @@ from ire import AdmIRE, sampled_cross_entropy
 
 # ------------------------------------------------------------------------------------------------ settings
 # Each optimizer's own best of equally many trials on the tiny run; see README.
-TUNED = {"adamw": dict(lr=2.8e-3, warmup=200), "admire": dict(lr=1.4e-3, warmup=200)}
+TUNED = {"adamw": dict(lr=4e-3, warmup=500), "admire": dict(lr=2e-3, warmup=500)}
+
+COUNT = (lambda x: x >= 1, "1 or more")
+POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or more")
+FRACTION = (lambda x: 0 <= x < 1, "0 or more and below 1")
 
 
-def setting(default, text, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def one_of(*names):
+    return (lambda x: x in names, " or ".join(names))
+
+
+def setting(default, text, allowed=(lambda x: True, "")):
+    return dataclasses.field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 @dataclass
@@ -48,98 +59,84 @@ class Config:
     # run
     out: str = setting("runs/gpt", "folder for config, log, checkpoint, figure and Hugging Face model")
     resume: bool = setting(False, "go on from the checkpoint in --out")
-    overwrite: bool = setting(False, "delete what is in --out first")
+    overwrite: bool = setting(False, "delete the run in --out first")
     compare: bool = setting(False, "train with adamw, then with admire, and draw both")
-    seed: int = setting(0, "of weights, batches and probes")
-    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting(None, "of the forward pass; bfloat16 on CUDA, float32 elsewhere",
-                         ("float32", "bfloat16", "float16"))
-    compile: bool = setting(None, "torch.compile the model; on with CUDA only")
+    seed: int = setting(0, "of weights, batches and probes", (lambda x: 0 <= x < 2**63, "0 to 2^63 - 1"))
+    device: str = setting("auto", "where to train: auto, cpu, cuda or mps", one_of("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting(None, "of the forward pass: float32, bfloat16 (default on CUDA) or float16",
+                         one_of("float32", "bfloat16", "float16"))
+    compile: bool = setting(None, "torch.compile the model (default on CUDA)")
     deterministic: bool = setting(False, "deterministic CUDA kernels, slower")
     # data
     data: str = setting("stdlib", "stdlib (Python's own source), shakespeare, a text file, a folder of text files, or a "
                                   "folder with train.bin, val.bin, meta.json")
     data_dir: str = setting("data", "folder for prepared data")
-    tokenizer: str = setting("bytes", "what a token is", ("bytes",))
+    tokenizer: str = setting("bytes", "what a token is: bytes", one_of("bytes"))
     # model: a standard Llama
-    layers: int = setting(4, "transformer blocks")
-    width: int = setting(128, "size of the residual stream")
-    heads: int = setting(4, "attention heads; width / heads is even")
-    ffn: int = setting(336, "hidden size of the SwiGLU feed-forward")
-    context: int = setting(128, "tokens in a sequence")
+    layers: int = setting(4, "transformer blocks", COUNT)
+    width: int = setting(128, "size of the residual stream", COUNT)
+    heads: int = setting(4, "attention heads; width / heads is even", COUNT)
+    ffn: int = setting(336, "hidden size of the SwiGLU feed-forward", COUNT)
+    context: int = setting(128, "tokens in a sequence", COUNT)
     # schedule
-    steps: int = setting(1000, "optimizer steps")
-    batch_size: int = setting(16, "sequences in a step")
-    micro_batch: int = setting(None, "sequences in a forward pass; divides batch-size, default all")
-    warmup: int = setting(None, "steps to the peak learning rate; each optimizer's own best")
-    min_lr: float = setting(0.05, "last learning rate as a fraction of the peak (cosine)")
-    clip: float = setting(1.0, "largest norm of the gradient")
+    steps: int = setting(1000, "optimizer steps", COUNT)
+    batch_size: int = setting(16, "sequences in a step", COUNT)
+    micro_batch: int = setting(None, "sequences in a forward pass; divides batch-size (default all)", COUNT)
+    warmup: int = setting(None, "steps to the peak learning rate (default: the optimizer's best)", NOT_NEGATIVE)
+    min_lr: float = setting(0.05, "last learning rate as a fraction of the peak (cosine)", (lambda x: 0 <= x <= 1, "0 to 1"))
+    clip: float = setting(1.0, "largest norm of the gradient", POSITIVE)
     # optimizer
-    optimizer: str = setting("admire", "admire is IRE over AdamW", ("adamw", "admire"))
-    lr: float = setting(None, "peak learning rate; each optimizer's own best")
-    beta1: float = setting(0.9, "AdamW's decay of the mean")
-    beta2: float = setting(0.95, "AdamW's decay of the second moment")
-    eps: float = setting(1e-8, "AdamW's epsilon")
-    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
-    kappa: float = setting(2.0, "IRE: steps along flat coordinates are 1 + kappa times as long")
-    gamma: float = setting(0.7, "IRE: flat fraction of the coordinates")
-    interval: int = setting(10, "IRE: steps from one mask to the next")
-    ire_warmup: int = setting(None, "IRE: steps before it switches on, default --warmup")
-    curvature: str = setting("fisher", "IRE: where the mask comes from", ("fisher", "second_moment"))
+    optimizer: str = setting("admire", "adamw, or admire, which is IRE over it", one_of("adamw", "admire"))
+    lr: float = setting(None, "peak learning rate (default: the optimizer's best)", POSITIVE)
+    beta1: float = setting(0.9, "AdamW's decay of the mean", FRACTION)
+    beta2: float = setting(0.95, "AdamW's decay of the second moment", FRACTION)
+    eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only", NOT_NEGATIVE)
+    kappa: float = setting(2.0, "IRE: steps along flat coordinates are 1 + kappa times as long", NOT_NEGATIVE)
+    gamma: float = setting(0.7, "IRE: flat fraction of the coordinates", (lambda x: 0 < x < 1, "above 0 and below 1"))
+    interval: int = setting(10, "IRE: steps from one mask to the next", COUNT)
+    ire_warmup: int = setting(None, "IRE: steps before it switches on (default: --warmup)", NOT_NEGATIVE)
+    curvature: str = setting("fisher", "IRE: where the mask comes from: fisher or second_moment",
+                             one_of("fisher", "second_moment"))
     kappa_decay: bool = setting(False, "IRE: kappa follows the learning rate down")
-    probe_batches: int = setting(None, "IRE: micro-batches of the step that feed the probe, default all")
+    probe_batches: int = setting(None, "IRE: micro-batches of the step that feed the probe (default all)", COUNT)
     # report
-    log_interval: int = setting(20, "steps between lines of the log")
-    eval_interval: int = setting(100, "steps between validations")
-    eval_sequences: int = setting(512, "validation sequences, evenly spaced")
-    checkpoint_interval: int = setting(100, "steps between checkpoints")
+    log_interval: int = setting(20, "steps between lines of the log", COUNT)
+    eval_interval: int = setting(100, "steps between validations", COUNT)
+    eval_sequences: int = setting(512, "validation sequences, evenly spaced", COUNT)
+    checkpoint_interval: int = setting(100, "steps between checkpoints", COUNT)
 
 
 class BadInput(ValueError):
-    """Something the user can mend; the script prints it in one line and exits with 2."""
+    """What the user can mend: the script prints it in one line and exits with 2."""
+
+
+def check(c, name, good, allowed):
+    if not good:
+        raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
 
 
 def complete(c: Config) -> Config:
     """Fills in what depends on other settings; raises BadInput on values out of range."""
-    def check(name, good, allowed):
-        if not good:
-            raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
-
     for f in dataclasses.fields(c):
-        if f.metadata["choices"] and getattr(c, f.name) is not None:
-            check(f.name, getattr(c, f.name) in f.metadata["choices"], " or ".join(f.metadata["choices"]))
+        good, allowed = f.metadata["allowed"]
+        check(c, f.name, getattr(c, f.name) is None or good(getattr(c, f.name)), allowed)
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = next(d for d in ("cuda", "mps", "cpu") if here[d]) if c.device == "auto" else c.device
+    check(c, "device", here[device], f"what this machine has: {', '.join(d for d in here if here[d])}")
     tuned = TUNED[c.optimizer]
-    device = c.device if c.device != "auto" else (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    check("device", device == "cpu" or getattr(torch.backends if device == "mps" else torch, device).is_available(),
-          "what this machine has: try cpu")
-    c = dataclasses.replace(
-        c, device=device, lr=tuned["lr"] if c.lr is None else c.lr,
-        warmup=min(tuned["warmup"], c.steps // 2) if c.warmup is None else c.warmup,
-        dtype=c.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        compile=device == "cuda" if c.compile is None else c.compile,
-        micro_batch=c.batch_size if c.micro_batch is None else c.micro_batch)
+    given = {k: v for k, v in dataclasses.asdict(c).items() if v is not None}
+    c = Config(**{**tuned, "warmup": min(tuned["warmup"], c.steps // 2), "micro_batch": c.batch_size,
+                  "dtype": "bfloat16" if device == "cuda" else "float32", "compile": device == "cuda", **given, "device": device})
+    check(c, "micro_batch", c.batch_size % c.micro_batch == 0, f"a divisor of --batch-size {c.batch_size}")
     c.ire_warmup = c.warmup if c.ire_warmup is None else c.ire_warmup
-    for name in ("layers", "width", "heads", "ffn", "context", "steps", "batch_size", "micro_batch", "interval",
-                 "log_interval", "eval_interval", "eval_sequences", "checkpoint_interval"):
-        check(name, getattr(c, name) >= 1, "1 or more")
     c.probe_batches = c.batch_size // c.micro_batch if c.probe_batches is None else c.probe_batches
-    check("micro_batch", c.batch_size % c.micro_batch == 0, f"a divisor of --batch-size {c.batch_size}")
-    check("probe_batches", 1 <= c.probe_batches <= c.batch_size // c.micro_batch,
+    check(c, "probe_batches", c.probe_batches <= c.batch_size // c.micro_batch,
           f"1 to {c.batch_size // c.micro_batch}, the micro-batches of a step")
-    check("width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
-    check("warmup", 0 <= c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
-    check("ire_warmup", c.ire_warmup >= 0, "0 or more")
-    for name in ("lr", "clip", "eps"):
-        check(name, 0 < getattr(c, name) < math.inf, "a finite number above 0")
-    for name in ("beta1", "beta2"):
-        check(name, 0 <= getattr(c, name) < 1, "0 or more and below 1")
-    check("min_lr", 0 <= c.min_lr <= 1, "0 to 1")
-    check("weight_decay", 0 <= c.weight_decay < math.inf, "0 or more")
-    check("kappa", 0 <= c.kappa < math.inf, "0 or more")
-    check("gamma", 0 < c.gamma < 1, "above 0 and below 1")
-    check("dtype", not (c.dtype == "float16" and device == "cpu"), "float32 or bfloat16 on a CPU")
-    check("resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
+    check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
+    check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
+    check(c, "dtype", not (c.dtype == "float16" and device == "cpu"), "float32 or bfloat16 on a CPU")
+    check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     return c
 
 
@@ -235,8 +232,8 @@ def text_files(c: Config) -> list[Path]:
             try:
                 with urllib.request.urlopen(SHAKESPEARE[0], timeout=30) as reply:
                     text = reply.read()
-            except OSError as e:
-                raise BadInput(f"--data: shakespeare can't be fetched ({e}); put the text at {path}") from None
+            except (OSError, http.client.HTTPException) as e:
+                raise BadInput(f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}") from None
             if hashlib.sha256(text).hexdigest() != SHAKESPEARE[1]:
                 raise BadInput(f"--data: {SHAKESPEARE[0]} is not the text it was; put the right one at {path}")
             write_atomically(path, lambda f: f.write(text))
@@ -262,18 +259,18 @@ def prepare(c: Config) -> Path:
         return folder
     random.Random(0).shuffle(files)
     texts = [p.read_bytes() for p in files]
-    if len(texts) >= 20:  # whole files held out, every twentieth
+    if len(texts) >= 20:  # every twentieth file is held out
         split = {"val": texts[::20], "train": [t for i, t in enumerate(texts) if i % 20]}
-    else:  # the end of the text held out
+    else:  # the last tenth of the text is
         text = b"\n".join(texts)
-        cut = len(text) - max(len(text) // 20, min(len(text) // 2, c.context + 1))
-        split = {"train": [text[:cut]], "val": [text[cut:]]}
+        split = {"train": [text[:len(text) * 9 // 10]], "val": [text[len(text) * 9 // 10:]]}
     tokens = {part: np.frombuffer(b"\n".join(texts), np.uint8).astype("<u2") for part, texts in split.items()}
     for part in tokens:
         if len(tokens[part]) <= c.context:
             raise BadInput(f"--data: {c.data} leaves {len(tokens[part])} tokens for {part}, fewer than one --context "
                            f"of {c.context} and the next token")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for part, values in tokens.items():
         write_atomically(temporary / f"{part}.bin", values.tofile)
@@ -294,21 +291,21 @@ class Data:
         self.c, folder = c, prepare(c)
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            vocab, self.name = self.meta["vocab_size"], self.meta["tokenizer"]
-        except (OSError, ValueError, KeyError) as e:
-            raise BadInput(f"--data: {folder / 'meta.json'} is not readable ({e!r}); it needs tokenizer, vocab_size") from None
+            self.vocab, self.tokenizer = int(self.meta["vocab_size"]), str(self.meta["tokenizer"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}") from None
         for part in ("train", "val"):
             path = folder / f"{part}.bin"
             size = path.stat().st_size if path.exists() else 0
-            expected = 2 * self.meta.get(f"{part}_tokens", size // 2)
-            if size != expected or size % 2 or size // 2 <= c.context:
-                raise BadInput(f"--data: {path} has {size} bytes, allowed is {expected if size != expected else 'an even number'}"
-                               f", with more than one --context of {c.context} tokens (2 bytes each)")
+            whole = 2 * self.meta.get(f"{part}_tokens", size // 2)
+            if size != whole or size // 2 <= c.context:
+                raise BadInput(f"--data: {path} has {size} bytes, allowed is 2 for each token of meta.json ({whole} bytes) and "
+                               f"more than one --context of {c.context} tokens")
             tokens = np.memmap(path, "<u2", "r")
-            if (largest := int(tokens.max())) >= vocab:
-                raise BadInput(f"--data: {path} holds token {largest}, allowed is 0 to {vocab - 1} (vocab_size in meta.json)")
+            if (largest := int(tokens.max())) >= self.vocab:
+                raise BadInput(f"--data: {path} holds token {largest}, allowed is 0 to vocab_size - 1, {self.vocab - 1}")
             setattr(self, part, tokens)
-        self.vocab = vocab
+        self.sha256 = self.meta.get("sha256") or hashlib.sha256(self.train).hexdigest()
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64))
@@ -333,7 +330,7 @@ class Data:
 def write_atomically(path: Path, write):
     """Whole or not at all, also when the power goes: a temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -349,9 +346,12 @@ def load_checkpoint(folder):
     if not path.exists():
         raise BadInput(f"{path} does not exist; is {folder} the --out of a run?")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise BadInput(f"{path} can't be read as a checkpoint: {str(e).splitlines()[0]}") from None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"config", "data", "step", "model", "optimizer"} <= saved.keys():
+            raise ValueError("it is none of train_gpt.py")
+        return saved
+    except Exception as e:  # torch.load raises many kinds
+        raise BadInput(f"{path} can't be read as a checkpoint: {f'{e} '.splitlines()[0] or type(e).__name__}") from None
 
 
 def export(model, c: Config, vocab):
@@ -374,7 +374,8 @@ def export(model, c: Config, vocab):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half a line
 
 
 def draw(path, runs):
@@ -441,12 +442,50 @@ def learning_rate(c: Config, step):
     return c.lr * (c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def train_step(forward, optimizer, batch, c: Config, scaler, autocast):
+    """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
+    probing = c.optimizer == "admire" and optimizer.probe_due
+    share = c.probe_batches == 1 and not c.compile  # one forward serves both; compiled graphs can't be run back twice
+    if probing and not share:
+        with optimizer.probe():
+            for x, _ in batch[:c.probe_batches]:
+                with autocast:
+                    logits = forward(x).float()
+                scaler.scale(sampled_cross_entropy(logits)).backward()
+    total = 0.0
+    for i, (x, y) in enumerate(batch):
+        with autocast:
+            logits = forward(x).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / len(batch)
+        if probing and share and i == 0:
+            with optimizer.probe():
+                scaler.scale(sampled_cross_entropy(logits)).backward(retain_graph=True)
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], c.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return torch.stack((total, norm))
+
+
+def environment():
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"torch": torch.__version__, "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else
+            f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "commit": commit}
+
+
 def describe(c: Config, data, model):
     ire = (f", kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
            if c.optimizer == "admire" else "")
     tokens = c.steps * c.batch_size * c.context
     print(f"model      Llama, {sum(p.numel() for p in model.parameters()):,} parameters: {c.layers} layers of width {c.width}\n"
-          f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.name})\n"
+          f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens ({data.tokenizer})\n"
           f"device     {c.device}, {c.dtype}" + (f", {torch.get_num_threads()} threads" if c.device == "cpu" else "")
           + (", compiled" if c.compile else "") + "\n"
           f"optimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire}\n"
@@ -459,45 +498,48 @@ FREE = {"out", "resume", "overwrite", "compare", "data", "data_dir", "log_interv
         "checkpoint_interval"}
 
 
-def restore(c: Config, sha256, model, optimizer, scaler):
+def refuse_changes(settings, saved, out):
+    for name, value in settings.items():
+        if name not in FREE and value != saved[name]:
+            why = "; the cosine is cut to the steps, so a longer run starts anew" if name == "steps" else ""
+            raise BadInput(f"--{name.replace('_', '-')}: got {value}, allowed on --resume is what {out} began with, "
+                           f"{saved[name]}{why}")
+
+
+def restore(c: Config, data, model, optimizer, scaler):
     """Loads the checkpoint in c.out; returns its step and training seconds."""
     saved = load_checkpoint(c.out)
-    for name, value in saved["config"].items():
-        if name not in FREE and getattr(c, name) != value:
-            why = "; the cosine is cut to the steps, so a longer run starts anew" if name == "steps" else ""
-            raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed on --resume is what {c.out} began "
-                           f"with, {value}{why}")
-    if saved["data"] != sha256:
-        raise BadInput(f"--data: the text is not the one that {c.out} began with (sha256 {saved['data'][:12]}, now {sha256[:12]})")
+    refuse_changes(dataclasses.asdict(c), saved["config"], c.out)
+    if saved["data"] != data.sha256:
+        raise BadInput(f"--data: the text is not the one that {c.out} began with (sha256 {saved['data'][:12]}, now "
+                       f"{data.sha256[:12]})")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["rng"])
     if c.device == "cuda":
         torch.cuda.set_rng_state(saved["cuda_rng"])
-    log = [line for line in read_log(c.out) if line["step"] <= saved["step"]]
-    write_atomically(Path(c.out) / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in log).encode()))
+    log = "".join(json.dumps(line) + "\n" for line in read_log(c.out) if line["step"] <= saved["step"])
+    write_atomically(Path(c.out) / "log.jsonl", lambda f: f.write(log.encode()))
     return saved["step"], saved["seconds"]
 
 
-OUTPUTS = ("checkpoint.pt", "config.json", "log.jsonl", "loss.png", "hf")
-
-
-def open_folder(c: Config):
-    """Refuses a folder that holds a run, or empties it with --overwrite."""
-    out = Path(c.out)
-    if (out / "checkpoint.pt").exists() and not (c.resume or c.overwrite):
-        raise BadInput(f"--out: {out} holds a run; add --resume to go on with it or --overwrite to lose it")
-    if c.overwrite:
-        for name in OUTPUTS:
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+def check_folder(c: Config):
+    """Refuses an --out that holds a run, unless --resume or --overwrite says what to do with it."""
+    for name in ("out", "data_dir"):
+        check(c, name, Path(getattr(c, name)).is_dir() or not Path(getattr(c, name)).exists(), "a folder, not a file")
+    if (Path(c.out) / "checkpoint.pt").exists() and not (c.resume or c.overwrite):
+        raise BadInput(f"--out: {c.out} holds a run; add --resume to go on with it or --overwrite to lose it")
 
 
 def train(c: Config):
-    """Trains one model; returns its summary, a dict with val_loss, steps and seconds."""
+    """Trains one model; returns its summary, a dict with val_loss, steps, seconds, tokens_per_second and settings."""
     c = complete(c)
-    open_folder(c)
+    check_folder(c)
     out, data = Path(c.out), Data(c)
+    if c.overwrite:
+        for name in ("checkpoint.pt", "config.json", "log.jsonl", "loss.png", "hf"):
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
     if c.deterministic:
@@ -508,113 +550,103 @@ def train(c: Config):
     optimizer = make_optimizer(model, c)
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
-    sha256 = data.meta.get("sha256", "")
-    step, seconds = restore(c, sha256, model, optimizer, scaler) if c.resume else (0, 0.0)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    except OSError:
-        commit = ""
-    write_atomically(out / "config.json", lambda f: f.write(json.dumps(
-        dataclasses.asdict(c) | {"torch": torch.__version__, "commit": commit.strip()}, indent=1).encode()))
+    step, seconds = restore(c, data, model, optimizer, scaler) if c.resume else (0, 0.0)
+    saved_at = f"the last checkpoint is of step {step}" if c.resume else "no checkpoint was written"
+    write_atomically(out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(c) | environment(), indent=1).encode()))
     describe(c, data, model)
-    log = open(out / "log.jsonl", "a" if c.resume else "w")
-    bar = tqdm(total=c.steps, initial=step, unit="step", disable=not sys.stderr.isatty())
-    saved_at = step if c.resume else None
 
     def record(line, **values):
         log.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
         log.flush()
         bar.write(f"step {step:5}/{c.steps}  {line}")
 
-    def loss_of(x, y):
-        with autocast:
-            return F.cross_entropy(forward(x).float().flatten(0, 1), y.flatten())
+    def diverged(what, at):
+        return Diverged(f"step {at}: {what}; {saved_at}; try a lower --lr, a lower --kappa or a longer --warmup")
 
     @torch.no_grad()
     def validate():
-        losses = [(loss_of(x, y).double() * len(x), len(x)) for x, y in data.validation()]
-        loss = float(sum(total for total, _ in losses)) / sum(n for _, n in losses)
+        total = count = 0
+        for x, y in data.validation():
+            with autocast:
+                total += F.cross_entropy(forward(x).float().flatten(0, 1), y.flatten(), reduction="sum").double()
+            count += y.numel()
+        loss = float(total) / count
+        if not math.isfinite(loss):
+            raise diverged(f"the validation loss is {loss}", step)
         record(f"validation loss {loss:.4f}", val_loss=loss)
-        return loss
 
     def save():
-        state = {"config": dataclasses.asdict(c), "data": sha256, "step": step, "seconds": seconds,
+        state = {"config": dataclasses.asdict(c), "data": data.sha256, "step": step, "seconds": seconds,
                  "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if c.device == "cuda" else None}
         write_atomically(out / "checkpoint.pt", lambda f: torch.save(state, f))
-        return step
 
-    with signals() as caught, contextlib.closing(log), contextlib.closing(bar):
-        val_loss = validate() if step in (0, c.steps) else None
-        losses, clock = [], time.perf_counter()
+    with (signals() as caught, open(out / "log.jsonl", "a" if c.resume else "w") as log,
+          tqdm(total=c.steps, initial=step, unit="step", disable=not sys.stderr.isatty()) as bar):
+        if step == 0:
+            validate()
+        pending, clock = [], time.perf_counter()
         while step < c.steps:
             lr = learning_rate(c, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
                 if c.kappa_decay:
                     group["kappa"] = c.kappa * lr / c.lr
-            batch = data.batch(step)
-            if c.optimizer == "admire" and optimizer.probe_due:
-                with optimizer.probe():
-                    for x, _ in batch[:c.probe_batches]:
-                        with autocast:
-                            loss = sampled_cross_entropy(forward(x).float())
-                        scaler.scale(loss).backward()
-            total = 0.0
-            for x, y in batch:
-                loss = loss_of(x, y) / len(batch)
-                scaler.scale(loss).backward()
-                total = total + loss.detach()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            losses.append(total)
+            pending.append(train_step(forward, optimizer, data.batch(step), c, scaler, autocast))
             step += 1
             bar.update()
             log_due, eval_due, save_due = (step % every == 0 or step == c.steps for every in (
                 c.log_interval, c.eval_interval, c.checkpoint_interval))
             if not (log_due or eval_due or save_due or caught):
                 continue
-            losses = torch.stack(losses).tolist()  # the one place that waits for the device
-            for i, loss in enumerate(losses, step - len(losses) + 1):
-                if not math.isfinite(loss):
-                    raise Diverged(f"the loss of step {i} is {loss}; the last checkpoint is of step {saved_at}; try a lower "
-                                   "--lr, a lower --kappa or a longer --warmup")
-            elapsed = time.perf_counter() - clock
+            losses, norms = torch.stack(pending).T.tolist()  # the one place that waits for the device
+            for i, (loss, norm) in enumerate(zip(losses, norms), step - len(losses) + 1):
+                if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    raise diverged(f"the loss is {loss}, the gradient's norm {norm}", i)
+            loss, norm, elapsed = sum(losses) / len(losses), sum(norms) / len(norms), time.perf_counter() - clock
             seconds += elapsed
             rate = len(losses) * c.batch_size * c.context / elapsed
-            record(f"loss {sum(losses) / len(losses):.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  "
-                   f"{seconds / step * (c.steps - step):.0f} s left", train_loss=sum(losses) / len(losses), lr=lr,
-                   tokens_per_second=round(rate))
+            record(f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {seconds / step * (c.steps - step):.0f} s left",
+                   train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate))
             if eval_due:
-                val_loss = validate()
+                validate()
             if save_due or caught:
-                saved_at = save()
+                save()
+                saved_at = f"the last checkpoint is of step {step}"
             if caught and step < c.steps:
                 raise Stopped(caught[0])
-            losses, clock = [], time.perf_counter()
+            pending, clock = [], time.perf_counter()
     export(model, c, data.vocab)
     draw(out / "loss.png", {c.optimizer: out})
-    return {"optimizer": c.optimizer, "lr": c.lr, "warmup": c.warmup, "val_loss": val_loss, "steps": step,
-            "seconds": seconds, "tokens_per_second": step * c.batch_size * c.context / seconds}
+    ire = dict(kappa=c.kappa, gamma=c.gamma, interval=c.interval, curvature=c.curvature) if c.optimizer == "admire" else {}
+    return {"optimizer": c.optimizer, "lr": c.lr, "warmup": c.warmup, **ire, "seed": c.seed, "steps": step,
+            "val_loss": [r["val_loss"] for r in read_log(out) if "val_loss" in r][-1], "seconds": seconds,
+            "tokens_per_second": step * c.batch_size * c.context / seconds}
 
 
 def compare(typed):
     """AdamW, then AdmIRE: the same seed and batches, each with its own settings (or those typed)."""
-    out = Path(typed.get("out", Config.out))
-    runs = {}
+    out, runs = Path(typed.get("out", Config.out)), {}
+    if "optimizer" in typed:
+        raise BadInput(f"--optimizer: got {typed['optimizer']}, allowed with --compare is to leave it out")
+    if typed.get("resume") and (out / "compare.json").exists():
+        typed = json.loads((out / "compare.json").read_text())["typed"] | typed
     for optimizer in ("adamw", "admire"):
         own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
         own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
         runs[optimizer] = configure(own)
-        open_folder(dataclasses.replace(runs[optimizer], overwrite=False, resume=own["resume"] or runs[optimizer].overwrite))
+        check_folder(runs[optimizer])
+    Data(runs["adamw"])
+    summary = {"command": " ".join(["python", "train_gpt.py", *sys.argv[1:]]), **environment(),
+               "typed": {k: v for k, v in typed.items() if k not in ("resume", "overwrite", "compare")}}
+    write = lambda: write_atomically(out / "compare.json", lambda f: f.write(json.dumps(summary, indent=1).encode()))
+    write()
     adamw, admire = (train(c) for c in runs.values())
     draw(out / "loss.png", {f"{c.optimizer}, lr {c.lr:g}": c.out for c in runs.values()})
-    reached = next((r["step"] for r in read_log(runs["admire"].out) if r.get("val_loss", math.inf) <= adamw["val_loss"]), None)
-    summary = {"adamw": adamw, "admire": admire, "reached_at_step": reached}
-    write_atomically(out / "compare.json", lambda f: f.write(json.dumps(summary, indent=1).encode()))
+    reached = next((r["step"] for r in read_log(runs["admire"].out)
+                    if r["step"] and r.get("val_loss", math.inf) <= adamw["val_loss"]), None)
+    summary |= {"adamw": adamw, "admire": admire, "reached_at_step": reached}
+    write()
     print(f"\nAdamW {adamw['val_loss']:.4f}, AdmIRE {admire['val_loss']:.4f} after {adamw['steps']} steps; AdmIRE "
           + (f"was at AdamW's final loss by step {reached}, {adamw['steps'] / reached:.2f}x sooner" if reached else
              "did not reach AdamW's final loss")
@@ -624,32 +656,38 @@ def compare(typed):
 
 # ------------------------------------------------------------------------------------------------ sampling
 @torch.no_grad()
-def generate(model, c, prompt: bytes, tokens, temperature, top_k, seed=0):
+def generate(model, c, tokens, count, temperature, top_k, seed=0):
+    """`count` more tokens after the list `tokens`."""
     generator = torch.Generator().manual_seed(seed)
-    text = torch.tensor([list(prompt or b"\n")])
-    for _ in range(tokens):
-        logits = model(text[:, -c.context:].to(c.device))[0, -1].float().cpu()
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-c.context:]], device=c.device))[0, -1].float().cpu()
         if temperature == 0:
-            token = logits.argmax()
+            tokens = tokens + [int(logits.argmax())]
         else:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        text = torch.cat((text, token.view(1, 1)), dim=1)
-    return bytes(text[0].tolist()).decode(errors="replace")
+            tokens = tokens + [int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))]
+    return tokens
 
 
 def sample(folder, prompt, tokens, temperature, top_k, device="auto"):
+    """Text from the run in `folder`; token numbers where its tokens are not bytes."""
     saved = load_checkpoint(folder)
     c = complete(Config(**{**saved["config"], "device": device, "dtype": "float32", "compile": False, "resume": False}))
-    model = Llama(c, len(saved["model"]["lm_head.weight"])).to(c.device)
+    vocab = len(saved["model"]["lm_head.weight"])
+    model = Llama(c, vocab).to(c.device)
     model.load_state_dict(saved["model"])
-    return generate(model, c, prompt.encode(), tokens, temperature, top_k)
+    if vocab == 256:
+        text = generate(model, c, list(os.fsencode(prompt) or b"\n"), tokens, temperature, top_k)
+        return bytes(text).decode(errors="replace")
+    if prompt:
+        raise BadInput(f"--prompt: got {prompt!r}, allowed for tokens that are not bytes is none")
+    return " ".join(map(str, generate(model, c, [0], tokens, temperature, top_k)))
 
 
 # ------------------------------------------------------------------------------------------------ command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
 
 
 def parse(arguments):
@@ -657,13 +695,12 @@ def parse(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), {"str": str, "int": int, "float": float, "bool": bool}[f.type.__name__]
-        text = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})").replace("%", "%%")
+        flag, kind = "--" + f.name.replace("_", "-"), f.type
+        text = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text, metavar=kind.__name__.upper()
-                                if not f.metadata["choices"] else None)
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     group = parser.add_argument_group("text from a run")
     group.add_argument("--sample", metavar="DIR", help="print text from the run in DIR instead of training")
     group.add_argument("--prompt", default="", help="how it begins")
@@ -676,15 +713,19 @@ def parse(arguments):
 def configure(typed):
     """The typed settings over the defaults, on --resume over those of the run."""
     saved = load_checkpoint(typed.get("out", Config.out))["config"] if typed.get("resume") else {}
+    if saved:
+        refuse_changes(typed, saved, typed.get("out", Config.out))
     return complete(Config(**{**saved, **typed, "overwrite": typed.get("overwrite", False)}))
 
 
 def main(arguments=None):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal has no letter for
     typed = parse(arguments)
     folder, text = typed.pop("sample", None), {k: typed.pop(k) for k in ("prompt", "tokens", "temperature", "top_k")}
     try:
         for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
-            if not text[name] >= least:
+            if not least <= text[name] < math.inf:
                 raise BadInput(f"--{name.replace('_', '-')}: got {text[name]}, allowed is {least} or more")
         if folder is not None:
             print(sample(folder, **text, device=typed.get("device", "auto")))
@@ -698,7 +739,7 @@ def main(arguments=None):
     except BadInput as e:
         print(f"train_gpt.py: {e}", file=sys.stderr)
         return 2
-    except Diverged as e:
+    except (Diverged, OSError) as e:
         print(f"train_gpt.py: {e}", file=sys.stderr)
         return 1
     except Stopped as e:

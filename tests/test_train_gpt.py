@@ -1,0 +1,729 @@
+"""train_gpt.py as a user runs it: tiny models in an empty folder, in this process where a new one proves no more."""
+import contextlib
+import dataclasses
+import functools
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import train_gpt
+from ire import IRE, sampled_cross_entropy
+
+SCRIPT = Path(train_gpt.__file__).resolve()
+TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
+TINY = ("--data text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 --steps 12 --warmup 2 "
+        "--interval 3 --log-interval 4 --eval-interval 5 --eval-sequences 8 --checkpoint-interval 6 --tokens 5 ")
+RUN = Path("runs/gpt")
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(TEXT)
+    return tmp_path
+
+
+def gpt(flags="", tiny=TINY):
+    """Runs the command line here: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = train_gpt.main(shlex.split(tiny + flags))
+        except SystemExit as e:
+            code = e.code
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+def trained(flags="", tiny=TINY):
+    """The same for a run that must end well: stdout."""
+    code, out, err = gpt(flags, tiny)
+    assert (code, err) == (0, "")
+    return out
+
+
+def start(flags, *command, tiny=TINY):
+    """The same in a process of its own."""
+    return subprocess.Popen([sys.executable, *(command or [SCRIPT]), *shlex.split(tiny + flags)], text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(ready, process):
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def tree(root="."):
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
+
+
+def refused(flags, *says, tiny=TINY, root="."):
+    """Exit code 2, one line that says all of this, and no file was touched."""
+    before = tree(root)
+    code, out, err = gpt(flags, tiny)
+    assert code == 2 and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
+    for part in says:
+        assert re.search(part, err), (part, err)
+    assert tree(root) == before
+    return err
+
+
+def checkpoint(folder=RUN):
+    """What must not depend on where a run was stopped."""
+    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    return {k: v for k, v in saved.items() if k not in ("config", "seconds")}
+
+
+def same(a, b):
+    """Equal to the bit, tensors with their dtypes."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def log(folder=RUN, *keys):
+    """The lines that have one of these keys, without what a clock decides."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    lines = [json.loads(line, parse_constant=refuse) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines
+            if not keys or set(keys) & set(r)]
+
+
+def settings(folder=RUN):
+    config = json.loads((folder / "config.json").read_text())
+    return train_gpt.Config(**{f.name: config[f.name] for f in dataclasses.fields(train_gpt.Config)})
+
+
+@functools.cache
+def uninterrupted(flags=""):
+    trained(flags + " --out whole")
+    return checkpoint("whole"), log("whole")
+
+
+@contextlib.contextmanager
+def in_step(number, act):
+    """Calls act(optimizer) inside that optimizer step, counted from 1 in this process."""
+    count = itertools.count(1)
+    handle = register_optimizer_step_post_hook(
+        lambda opt, *_: act(opt) if isinstance(opt, torch.optim.AdamW) and next(count) == number else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stopped(flags, step, number=signal.SIGINT):
+    with in_step(step, lambda _: signal.raise_signal(number)):
+        code, _, err = gpt(flags)
+    assert (code, err.count("\n")) == (128 + number, 1) and "--resume" in err
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        Path("text.txt").write_bytes(TEXT)
+        return folder, trained()
+
+
+@pytest.fixture
+def finished(_finished, here):
+    """A copy of a finished run in runs/gpt; its stdout."""
+    shutil.copytree(_finished[0], here, dirs_exist_ok=True)
+    return _finished[1]
+
+
+def prepared(folder="ready", train=TEXT, val=TEXT[:200], **meta):
+    """A prepared folder as a user would make it."""
+    Path(folder).mkdir()
+    for name, values in (("train", train), ("val", val)):
+        np.array(list(values), "<u2").tofile(Path(folder) / f"{name}.bin")
+    (Path(folder) / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256} | meta))
+    return Path(folder)
+
+
+# ------------------------------------------------------------------------------------------------ model
+def test_hugging_face(caplog):
+    """Our Llama is LlamaForCausalLM: the exported folder opens there, with the same logits and gradients."""
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    trained("--layers 2 --heads 4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(RUN / "hf", output_loading_info=True)
+        assert not any(info.values()), info
+        assert theirs.dtype == torch.float32 and same(dict(theirs.state_dict()), dict(checkpoint()["model"]))
+        transformers.GenerationConfig.from_pretrained(RUN / "hf")
+        tokens = theirs.generate(torch.tensor([list(b"12 ")]), max_new_tokens=20, do_sample=False)
+    text = trained(f"--sample {RUN} --prompt '12 ' --tokens 20 --temperature 0", tiny="")
+    assert text == bytes(tokens[0].tolist()).decode(errors="replace") + "\n"
+    assert not caplog.records, caplog.text
+
+    c = settings()
+    ours = train_gpt.Llama(c, 256)
+    with torch.no_grad():  # far from the start: every weight counts, also the norms'
+        for p in ours.parameters():
+            p.normal_(p.dim() == 1, 0.2)
+    theirs.load_state_dict(ours.state_dict())
+    x, y = torch.randint(256, (2, 3, c.context))
+    for model, logits in ((ours, a := ours(x)), (theirs, b := theirs(x).logits)):
+        F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+    assert a.std() > 0.5 and (a - b).abs().max() < 1e-4
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert p.grad.abs().max() > 1e-3 and (p.grad - gradients.pop(name)).abs().max() < 1e-4, name
+    assert not gradients
+
+
+def test_kappa_0_is_adamw_and_compare_gives_both_the_same_batches():
+    out = trained("--compare --kappa 0 --lr 2e-3")
+    weights = [checkpoint(RUN / name)["model"] for name in ("adamw", "admire")]
+    assert same(*weights) and log(RUN / "adamw") == log(RUN / "admire")
+    assert json.loads((RUN / "compare.json").read_text())["reached_at_step"] == 12 and "1.00x" in out
+
+
+def test_micro_batches_add_up_to_the_batch():
+    trained("--optimizer adamw --out whole")
+    trained("--optimizer adamw --out parts --micro-batch 2")
+    assert len(log("whole")) == len(log("parts")) == 10
+    for a, b in zip(log("whole"), log("parts")):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", (
+    "--optimizer adamw --clip 0.5", "--curvature second_moment --beta2 0.9 --weight-decay 1",
+    "--micro-batch 1 --probe-batches 2 --kappa-decay --seed 5 --gamma 0.4"))
+def test_training_is_this_loop(flags):
+    trained(flags + " --lr 1e-2")
+    c = settings()
+    torch.manual_seed(c.seed)
+    model, data = train_gpt.Llama(c, 256), train_gpt.Data(c)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() == 1) == norms], "weight_decay": decay}
+              for norms, decay in ((False, c.weight_decay), (True, 0))]  # no decay of the norms' gains
+    opt = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    if c.optimizer == "admire":
+        opt = IRE(opt, kappa=c.kappa, gamma=c.gamma, interval=c.interval, warmup=c.ire_warmup, curvature=c.curvature)
+    for step in range(c.steps):
+        for group in opt.param_groups:
+            group["lr"] = train_gpt.learning_rate(c, step)
+            if c.kappa_decay:
+                group["kappa"] = c.kappa * group["lr"] / c.lr
+        batch = data.batch(step)
+        assert [tuple(x.shape) for pair in batch for x in pair] == [(c.micro_batch, 32)] * 2 * (4 // c.micro_batch)
+        if flags.startswith("--micro") and step in (2, 5, 8, 11):
+            with opt.probe():
+                for x, _ in batch[:2]:
+                    sampled_cross_entropy(model(x)).backward()
+        for x, y in batch:
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            (F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / len(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        opt.step()
+        opt.zero_grad()
+    for name, w in checkpoint()["model"].items():  # the order in which clipping adds up is free
+        torch.testing.assert_close(w, model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_it_learns():
+    trained("--steps 60 --lr 1e-2")
+    first, *_, last = log(RUN, "val_loss")
+    assert abs(first["val_loss"] - math.log(256)) < 0.1 and last["val_loss"] < 3
+
+
+# ------------------------------------------------------------------------------------------------ resume
+@pytest.mark.parametrize("flags, step", [
+    *itertools.product(("--optimizer adamw", "--optimizer admire", "--curvature second_moment"), (1, 6, 7)),
+    ("--kappa-decay", 7), ("--micro-batch 2 --probe-batches 1 --dtype bfloat16 --seed 3", 7)])
+def test_resume_ends_with_the_same_bits(flags, step):
+    whole, lines = uninterrupted(flags)
+    stopped(flags, step)
+    assert checkpoint()["step"] == step
+    trained(flags + " --resume")
+    assert same(checkpoint(), whole)
+    masks = [s["flat"] for s in whole["optimizer"]["state"].values() if "flat" in s]
+    assert ("adamw" in flags) == (not masks) and all(mask.dtype == torch.bool for mask in masks)
+    assert "adamw" in flags or 0.69 < sum(map(torch.sum, masks)) / sum(map(torch.numel, masks)) < 0.8
+    assert log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+
+
+def test_resume_needs_no_setting_and_may_change_the_report():
+    whole, _ = uninterrupted()
+    stopped("", 7)
+    code, out, _ = gpt("--resume --log-interval 1 --eval-interval 2 --checkpoint-interval 5", tiny="")
+    assert code == 0 and same(checkpoint(), whole)
+    assert [r["step"] for r in log(RUN, "train_loss")] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished):
+    before, lines = checkpoint(), log()
+    trained("--resume")
+    assert same(checkpoint(), before) and log() == lines
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signals_to_a_real_process(number):
+    flags = "--steps 400 --log-interval 10 --eval-interval 100 --checkpoint-interval 1000 "
+    process = start(flags)
+    wait_for(lambda: (RUN / "log.jsonl").exists() and b'"step": 20' in (RUN / "log.jsonl").read_bytes(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (128 + number, 1) and "--resume" in err
+    assert 20 <= checkpoint()["step"] < 400
+    trained(flags + "--resume")
+    whole, lines = uninterrupted(flags)
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+
+
+KILLED = """
+import io, os, sys, time, torch
+import train_gpt
+
+original, calls = {where}, 0
+
+def pause(*arguments, **keywords):
+    global calls
+    if {where!r} == "os.replace" and "checkpoint" not in str(arguments[1]):
+        return original(*arguments)
+    calls += 1
+    if calls < 2:
+        return original(*arguments, **keywords)
+    if {where!r} == "torch.save":  # half a checkpoint
+        content = io.BytesIO()
+        original(arguments[0], content)
+        f = arguments[1] if hasattr(arguments[1], "write") else open(arguments[1], "wb")
+        f.write(content.getvalue()[:len(content.getvalue()) // 2])
+        f.flush()
+    open("paused", "w").close()
+    time.sleep(60)
+
+{where} = pause
+sys.exit(train_gpt.main())
+"""
+
+
+@pytest.mark.parametrize("where", ("torch.save", "os.replace"))
+def test_killed_while_it_writes_a_checkpoint(where):
+    flags = "--checkpoint-interval 4 "
+    process = start(flags, "-c", KILLED.format(where=where))
+    wait_for(Path("paused").exists, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert any(p.stat().st_size > 50_000 for p in RUN.iterdir() if p.name != "checkpoint.pt")  # it was in the middle
+    assert checkpoint()["step"] == 4 and log()[-1]["step"] == 8
+    trained(flags + "--resume")
+    whole, lines = uninterrupted(flags)
+    assert same(checkpoint(), whole) and log() == lines
+
+
+def test_resume_after_a_torn_line_of_the_log():
+    whole, _ = uninterrupted()
+    stopped("", 7)
+    with open(RUN / "log.jsonl", "a") as f:
+        f.write('{"step": 8, "train_lo')
+    trained("--resume")
+    assert same(checkpoint(), whole) and log()[-1]["step"] == 12
+
+
+# ------------------------------------------------------------------------------------------------ errors: settings
+@pytest.mark.parametrize("flags, says", [
+    ("--no-such-flag 1", "--no-such-flag.*--help"), ("--step 5", "--step"), ("5", "5"),
+    ("--steps many", "--steps.*int.*many"), ("--steps 1e3", "--steps.*int.*1e3"), ("--lr high", "--lr.*float.*high"),
+    ("--steps", "--steps"), ("--compile=yes", "--compile"),
+    ("--optimizer sgd", "--optimizer.*sgd.*adamw.*admire"), ("--device tpu", "--device.*tpu.*cpu"),
+    ("--curvature hessian", "--curvature.*hessian.*fisher.*second_moment"), ("--dtype int8", "--dtype.*int8.*bfloat16"),
+    ("--tokenizer words", "--tokenizer.*words.*bytes"),
+    *[(f"--{name} {value}", f"--{name}.*{value}.*1 or more") for value in (0, -3) for name in (
+        "layers", "width", "heads", "ffn", "context", "steps", "batch-size", "micro-batch", "interval", "log-interval",
+        "eval-interval", "eval-sequences", "checkpoint-interval", "tokens", "top-k")],
+    ("--width 33", "--width.*33.*--heads"), ("--heads 3", "--width.*32.*--heads.*6"), ("--heads 32", "--width.*32.*64"),
+    ("--micro-batch 3", "--micro-batch.*3.*--batch-size 4"), ("--micro-batch 8", "--micro-batch.*8.*--batch-size 4"),
+    ("--probe-batches 0", "--probe-batches.*0.*1"), ("--probe-batches 2", "--probe-batches.*2.*1"),
+    ("--probe-batches 5 --micro-batch 1", "--probe-batches.*5.*1 to 4"),
+    ("--warmup -1", "--warmup.*-1.*0"), ("--warmup 12", "--warmup.*12.*11"), ("--ire-warmup -1", "--ire-warmup.*-1.*0"),
+    *[(f"--{name} {value}", f"--{name}.*{value}.*above 0") for name in ("lr", "clip", "eps")
+      for value in ("0", "-1", "nan", "inf")],
+    *[(f"--{name} {value}", f"--{name}.*{value}.*below 1") for name in ("beta1", "beta2")
+      for value in ("-0.1", "1", "nan")],
+    *[(f"--gamma {value}", f"--gamma.*{value}.*above 0 and below 1") for value in ("0", "1", "-0.5", "nan")],
+    *[(f"--min-lr {value}", f"--min-lr.*{value}.*0 .*1") for value in ("-0.1", "1.5", "nan")],
+    *[(f"--{name} {value}", f"--{name}.*{value}.*0 or more") for name in ("weight-decay", "kappa")
+      for value in ("-1", "nan", "inf")],
+    *[(f"--temperature {value}", f"--temperature.*{value}.*0 or more") for value in ("-1", "nan", "inf")],
+    ("--seed -1", "--seed.*-1"), (f"--seed {2**64}", f"--seed.*{2**64}"),
+    ("--dtype float16 --device cpu", "--dtype.*float16.*float32"),
+    *[pytest.param(f"--device {name}", f"--device.*{name}.*cpu", marks=pytest.mark.skipif(there(), reason="it has one"))
+      for name, there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available))],
+    ("--resume", "checkpoint.pt.*--out"), ("--sample nowhere", "nowhere.*--out"),
+    ("--out text.txt", "--out.*text.txt"), ("--data-dir text.txt", "--data-dir.*text.txt"),
+    ("--compare --kappa -1", "--kappa.*-1"), ("--compare --data nowhere", "--data.*nowhere"),
+])
+def test_wrong_flags_and_values(flags, says):
+    refused(flags, says)
+
+
+def test_wrong_value_in_a_real_process():
+    before = tree()
+    process = start("--gamma 1.5")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "") and tree() == before
+    assert re.fullmatch("train_gpt.py: .*--gamma.*1.5.*above 0 and below 1\n", err)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("", "--out.*runs/gpt.*--resume.*--overwrite"),
+    ("--compare --out runs", None),  # runs/gpt is no part of a comparison
+    ("--overwrite --data nowhere", "--data.*nowhere"), ("--overwrite --lr 0", "--lr"),
+    ("--resume --overwrite", "--resume.*--overwrite"),
+])
+def test_a_finished_run_is_safe(finished, flags, says):
+    if says is None:
+        before = tree(RUN)
+        trained(flags)
+        assert tree(RUN) == before
+    else:
+        refused(flags, says)
+
+
+def test_compare_refuses_a_folder_that_holds_one_of_its_runs(finished):
+    Path("runs/gpt").rename("runs/admire")
+    refused("--compare --out runs", "--out.*runs/admire.*--resume.*--overwrite")
+
+
+def test_overwrite(finished):
+    (RUN / "notes.txt").write_text("mine")
+    trained("--overwrite --steps 6")
+    assert checkpoint()["step"] == 6 and log()[-1]["step"] == 6 and (RUN / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    ("--steps 24", "24.*12.*cosine"), ("--steps 6", "6.*12.*cosine"), ("--steps 2", "2.*12.*cosine"),
+    ("--layers 2", "2.*1"), ("--width 64", "64.*32"), ("--heads 4", "4.*2"), ("--heads 3", "3.*2"),
+    ("--ffn 32", "32.*64"), ("--context 16", "16.*32"), ("--batch-size 8", "8.*4"), ("--batch-size 6", "6.*4"),
+    ("--micro-batch 2", "2.*4"),
+    ("--warmup 3", "3.*2"), ("--min-lr 0", "0.*0.05"), ("--lr 0.1", "0.1.*0.0"), ("--clip 2", "2.*1.0"),
+    ("--beta1 0.8", "0.8.*0.9"), ("--weight-decay 0", "0.*0.1"), ("--optimizer adamw", "adamw.*admire"),
+    ("--kappa 1", "1.*2"), ("--gamma 0.5", "0.5.*0.7"), ("--interval 4", "4.*3"), ("--ire-warmup 5", "5.*2"),
+    ("--curvature second_moment", "second_moment.*fisher"), ("--kappa-decay", "True.*False"), ("--seed 1", "1.*0"),
+    ("--dtype bfloat16", "bfloat16.*float32"),
+])
+def test_resume_refuses_a_changed_setting(finished, change, says):
+    err = refused("--resume " + change, says, tiny="")
+    assert re.search("--[a-z0-9-]+", err).group() == change.split()[0]
+
+
+@pytest.mark.parametrize("broken", ("half", "empty", "text", "other", "code"))
+@pytest.mark.parametrize("flags", ("--resume", f"--sample {RUN}"))
+def test_corrupt_checkpoint(finished, flags, broken):
+    path = RUN / "checkpoint.pt"
+    if broken in ("other", "code"):  # code: a pickle that would run something
+        torch.save({"other": {"weights": torch.zeros(3)},
+                    "code": torch.load(path, weights_only=True) | {"seconds": functools.partial(print)}}[broken], path)
+    else:
+        path.write_bytes({"half": path.read_bytes()[:path.stat().st_size // 2], "empty": b"", "text": TEXT}[broken])
+    refused(flags, "runs/gpt/checkpoint.pt")
+
+
+# ------------------------------------------------------------------------------------------------ errors: data
+@pytest.mark.parametrize("content, flags, says", [
+    (b"", "", "text.txt.*0 tokens"), (b"1", "", "text.txt"), (TEXT[:32], "", "text.txt.*--context"),
+    (TEXT[:33], "", "text.txt.*--context"), (TEXT, "--context 30000", "text.txt.*--context.*30000"),
+    (None, "", "--data.*text.txt"), ({}, "", "--data.*text.txt"), ({"a/b.txt": b""}, "", "text.txt.*0 tokens"),
+    ({f"{i}.txt": b"short" for i in range(25)}, "", "text.txt.*--context"),
+])
+def test_text_that_cannot_be_trained_on(content, flags, says):
+    Path("text.txt").unlink()
+    if isinstance(content, bytes):
+        Path("text.txt").write_bytes(content)
+    elif content is not None:
+        for name, text in ({"": None} | content).items():
+            path = Path("text.txt") / name
+            (path if text is None else path.parent).mkdir(exist_ok=True)
+            text is None or path.write_bytes(text)
+    refused(flags, "--data", says)
+
+
+@pytest.mark.parametrize("values, meta, says", [
+    ({"train": [1] * 99 + [256]}, {}, "train.bin.*256.*255"), ({"val": [1] * 99 + [65535]}, {}, "val.bin.*65535.*255"),
+    ({"train": [5] * 100}, {"vocab_size": 5}, "train.bin.*5.*4"),
+    ({"train": [1] * 32}, {}, "train.bin.*--context.*32"), ({"val": []}, {}, "val.bin"),
+    ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin.*198.*200"),
+    ({}, {"train_tokens": "many"}, "meta.json|train.bin"), ({}, {"vocab_size": "many"}, "meta.json.*vocab_size"),
+    ({}, {"vocab_size": None}, "meta.json.*vocab_size"),
+])
+def test_prepared_folder_with_wrong_numbers(values, meta, says):
+    prepared(**values, **meta)
+    refused("--data ready", "--data", says)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("train.bin", TEXT[:101], "train.bin.*101"), ("val.bin", TEXT[:101], "val.bin.*101"), ("val.bin", None, "val.bin"),
+    ("train.bin", b"", "train.bin.*0"), ("meta.json", None, "meta.json"), ("meta.json", b"", "meta.json"),
+    ("meta.json", b'{"vocab_size": 2', "meta.json"), ("meta.json", b"\xff\xfe", "meta.json"),
+    ("meta.json", b'{"tokenizer": "bytes"}', "meta.json.*vocab_size"),
+    ("meta.json", b'{"vocab_size": 256}', "meta.json.*tokenizer"), ("meta.json", b"[]", "meta.json"),
+])
+def test_prepared_folder_with_broken_files(name, content, says):
+    path = prepared() / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    refused("--data ready", "--data", says)
+
+
+def test_python_without_library_source(monkeypatch, here):
+    Path("lib").mkdir()
+    Path("lib/site.py").write_text("pass")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_, **__: {"stdlib": str(here / "lib")})
+    refused("--data stdlib", "--data FILE", str(here / "lib"))
+
+
+@pytest.mark.parametrize("answer", (urllib.error.URLError("no network"), TimeoutError("timed out"),
+                                    http.client.IncompleteRead(b"To be"), b"not Shakespeare"), ids=repr)
+def test_shakespeare_without_network(monkeypatch, answer):
+    def urlopen(*_, **__):
+        if isinstance(answer, bytes):
+            return contextlib.closing(io.BytesIO(answer))
+        raise answer
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    refused("--data shakespeare", "--data", "data/shakespeare.txt")
+    Path("data").mkdir()
+    Path("data/shakespeare.txt").write_bytes(TEXT)  # as the line says
+    assert "shakespeare" in trained("--data shakespeare")
+
+
+@pytest.mark.parametrize("data", ("text.txt", "ready"))
+def test_data_that_changed_before_a_resume(data):
+    prepared()
+    stopped(f"--data {data}", 7)
+    path = Path("text.txt" if data == "text.txt" else "ready/train.bin")
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    refused(f"--data {data} --resume", f"--data.*{RUN}", root=RUN)
+
+
+# ------------------------------------------------------------------------------------------------ errors: numbers
+def poison(opt):
+    with torch.no_grad():
+        opt.param_groups[0]["params"][0].fill_(math.nan)
+
+
+@pytest.mark.parametrize("step, saved", ((1, None), (8, 6)))
+def test_a_loss_that_is_not_finite_stops_the_run(step, saved):
+    with in_step(step, poison):
+        code, _, err = gpt()
+    assert code == 1 and err.count("\n") == 1
+    assert re.search(rf"step {step + 1}\b.*nan.*checkpoint.*--lr.*--kappa", err), err
+    assert all(math.isfinite(r.get("train_loss", 0)) for r in log())
+    if saved:
+        assert f"step {saved}" in err and checkpoint()["step"] == saved
+        trained("--resume")  # the number was bad luck here
+        assert same(checkpoint(), uninterrupted()[0])
+    else:
+        assert "None" not in err and not (RUN / "checkpoint.pt").exists()
+
+
+def test_a_learning_rate_far_too_high():
+    code, _, err = gpt("--lr 1e6 --steps 40")
+    assert code == 1 and re.search(r"step \d+\b.*(nan|inf).*checkpoint.*--lr", err), err
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run():
+    with in_step(12, poison):
+        code, _, err = gpt()
+    assert code == 1 and re.search(r"step 12\b.*nan.*step 6\b.*--lr", err), err
+    assert log() and checkpoint()["step"] == 6
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(monkeypatch):
+    """The gradient overflows in the very step that writes a checkpoint; its loss was finite."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def overflow(parameters, *arguments, **keywords):
+        parameters = list(parameters)
+        if next(calls) == 6:
+            parameters[0].grad.fill_(math.inf)
+        return clip(parameters, *arguments, **keywords)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    code, _, err = gpt("--checkpoint-interval 3")
+    assert code == 1 and re.search(r"step 3\b", err), err
+    assert checkpoint()["step"] == 3 and all(w.isfinite().all() for w in checkpoint()["model"].values())
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+def test_outputs(finished):
+    config = json.loads((RUN / "config.json").read_text())
+    assert set(config) >= {f.name for f in dataclasses.fields(train_gpt.Config)}
+    assert config["torch"] == torch.__version__ and config["device"] in ("cpu", "cuda", "mps")
+    assert re.fullmatch("([0-9a-f]{40})?", config["commit"])  # empty where there is none
+    assert None not in config.values() and config["steps"] == 12 and config["kappa"] == 2.0
+    lines = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
+    assert all({"step", "seconds"} <= set(r) and ("train_loss" in r) != ("val_loss" in r) for r in lines)
+    assert all({"lr", "tokens_per_second"} <= set(r) for r in lines if "train_loss" in r)
+    assert {r["step"] for r in lines if "train_loss" in r} >= {4, 8, 12}
+    assert [r["step"] for r in lines if "val_loss" in r] == [0, 5, 10, 12]
+    assert [r["seconds"] for r in lines] == sorted(r["seconds"] for r in lines)
+    assert (RUN / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert {p.name for p in (RUN / "hf").iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
+    assert {p.name for p in RUN.iterdir()} == {"checkpoint.pt", "config.json", "hf", "log.jsonl", "loss.png"}
+    assert torch.load(RUN / "checkpoint.pt", weights_only=True)["step"] == 12
+    loss = f"{lines[-1]['val_loss']:.4f}"
+    for part in ("26,720 parameters", "text.txt", config["device"], "admire", loss, "loss.png"):
+        assert part in finished, part
+
+
+def test_learning_rate_is_a_warm_up_and_a_cosine():
+    trained("--steps 11 --warmup 2 --lr 1e-3 --min-lr 0.2 --log-interval 1")
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
+    assert [r["lr"] for r in log(RUN, "train_loss")] == pytest.approx([1e-3 * x for x in (0.5, 1, *cosine)])
+
+
+def test_help_shows_every_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    code, text, err = gpt("--help", tiny="")
+    assert (code, err) == (0, "")
+    for f in dataclasses.fields(train_gpt.Config):
+        line = re.search(rf"^  --{f.name.replace('_', '-')}\b.*(\n    .*)*", text, re.M).group()
+        assert f"(default {f.default})" in line or f.default is None, line
+
+
+def test_compare():
+    out = trained("--compare --steps 24 --lr 5e-3")
+    summary = json.loads((RUN / "compare.json").read_text())
+    for name in ("adamw", "admire"):
+        assert json.loads((RUN / name / "config.json").read_text())["optimizer"] == name
+        assert checkpoint(RUN / name)["step"] == 24 and (RUN / name / "hf/model.safetensors").exists()
+        assert summary[name]["val_loss"] == log(RUN / name)[-1]["val_loss"]
+        assert f"{summary[name]['val_loss']:.4f}" in out.split("\n\n")[-1]
+    assert summary["adamw"]["val_loss"] != summary["admire"]["val_loss"]
+    reached = [r["step"] for r in log(RUN / "admire", "val_loss") if r["val_loss"] <= summary["adamw"]["val_loss"]]
+    assert summary["reached_at_step"] == (reached[0] if reached else None)
+    assert (f"{24 / reached[0]:.2f}x" if reached else "did not reach") in out
+    assert (RUN / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("step", (7, 12 + 7))
+def test_compare_goes_on_without_its_settings(step):
+    """Ctrl-C in either run, then only `--compare --resume`: as if never stopped."""
+    trained("--compare --out whole")
+    stopped("--compare", step)
+    with in_step(2 * 12 + 1 - step, lambda _: signal.raise_signal(signal.SIGINT)):  # only a wrong run comes that far
+        code, _, err = gpt("--compare --resume", tiny="")
+    assert (code, err) == (0, "")
+    for name in ("adamw", "admire"):
+        assert same(checkpoint(RUN / name), checkpoint(f"whole/{name}"))
+
+
+def test_sample(finished):
+    def text(flags):
+        return trained(f"--sample {RUN} --prompt '49 é ' {flags}", tiny="")
+    assert text("") == text("") and text("").startswith("49 é ") and text("") != text("--temperature 0.1")
+    assert len(text("--tokens 9")) <= len("49 é \n") + 9 < len(text(""))
+    assert text("--temperature 0") == text("--top-k 1") != text("--top-k 256") == text("--top-k 1000000")
+
+
+def test_sample_in_a_real_process(finished):
+    process = start(f"--sample {RUN} --prompt 'def '", tiny="")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and out.startswith("def ") and len(out) > 150
+
+
+@pytest.mark.parametrize("flags", ("--deterministic", "--dtype bfloat16", "--curvature second_moment --ire-warmup 0",
+                                   "--device cpu --no-compile"))
+def test_other_settings_run(flags):
+    trained(flags)
+    assert log()[-1]["val_loss"] < log()[0]["val_loss"]
+
+
+@pytest.mark.parametrize("module", ("matplotlib", "safetensors.torch"))
+def test_a_missing_package_is_named(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = gpt()
+    assert code and err.count("\n") == 1 and f"pip install {module.split('.')[0]}" in err
+
+
+# ------------------------------------------------------------------------------------------------ data
+@pytest.mark.parametrize("vocab", (8, 256, 300))
+def test_prepared_folder(vocab):
+    """Any tokenizer's; what its tokens mean is not known here, yet the run ends well."""
+    values = [i**2 % vocab for i in range(2000)] + [vocab - 1]
+    prepared(train=values, val=values[:200], vocab_size=vocab, tokenizer="bytes" if vocab == 256 else "mine")
+    out = trained("--data ready --tokens 40")
+    assert "2,001 training and 200 validation tokens" in out
+    assert checkpoint()["model"]["lm_head.weight"].shape == (vocab, 32)
+    assert not Path("data").exists()
+
+
+def test_folder_of_text_files():
+    """Every twentieth of 20 and more files is held out, whole."""
+    texts = {b"%d\n" % i * 30 for i in range(100, 125)}
+    for i, text in enumerate(sorted(texts)):
+        path = Path("texts") / ("deeper" if i % 2 else "") / f"{i}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+    trained("--data texts")
+    folder, = Path("data").iterdir()
+    val, train = (bytes(np.fromfile(folder / f"{part}.bin", "<u2").tolist()) for part in ("val", "train"))
+    held = {text for text in texts if text in val}
+    assert len(held) == 2 and len(val) == sum(map(len, held)) + 1 and not any(text in train for text in held)
+    assert len(train) == sum(map(len, texts - held)) + 22 and all(text in train for text in texts - held)
+
+
+def test_the_end_of_one_text_is_held_out():
+    trained()
+    folder, = Path("data").iterdir()
+    train, val = (bytes(np.fromfile(folder / f"{part}.bin", "<u2").tolist()) for part in ("train", "val"))
+    assert train + val == TEXT and len(val) == -(-len(TEXT) // 10)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 256)
+
+
+def test_prepared_data_is_reused_and_never_half_made():
+    trained()
+    folder, = Path("data").iterdir()
+    times, before = [p.stat().st_mtime_ns for p in (folder.parent, *folder.iterdir())], checkpoint()
+    trained("--overwrite")
+    assert [p.stat().st_mtime_ns for p in (folder.parent, *folder.iterdir())] == times and same(checkpoint(), before)
+    for pid in (1, os.getpid()):  # killed half-way, also with the number that this process has (in containers)
+        half = folder.with_name(f".{folder.name}.{pid}")
+        half.mkdir()
+        (half / "train.bin").write_bytes(b"12")
+    shutil.rmtree(folder)
+    trained("--overwrite")
+    assert same(checkpoint(), before) and (folder / "meta.json").exists()
+
+
+def test_data_does_not_depend_on_an_earlier_run():
+    Path("text.txt").write_bytes(TEXT[:2500])
+    trained("--context 200 --out fresh --data-dir empty")
+    trained("--context 32")
+    trained("--context 200 --out again")
+    assert same(checkpoint("again"), checkpoint("fresh"))
