@@ -148,8 +148,9 @@ class IRE(_Wrapper):
             moved = [p for p in group["params"] if p in old and "flat" in self.state.get(p, ())]
             back, new = [old[p] for p in moved], [_local(p) for p in moved]
             if moved: torch._foreach_sub_(back, new)
-            for p, d, x in zip(moved, back, new):  # x - kappa * flat * d where d is finite, since 0 * inf is not 0
-                x.addcmul_(d.nan_to_num_(), _local(self.state[p]["flat"]).to(x.dtype), value=-float(group["kappa"]))
+            for p, d, x in zip(moved, back, new):  # a step to infinity counts as none, since 0 * inf is not 0
+                flat = _local(self.state[p]["flat"]).to(x.dtype)
+                x.sub_(d.nan_to_num_(0, 0, 0).mul_(flat), alpha=float(group["kappa"]))
             group["ire_step"] = t + counts
         return loss
 

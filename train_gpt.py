@@ -38,7 +38,7 @@ from ire import AdmIRE, sampled_cross_entropy
 
 # ------------------------------------------------------------------------------------------------ settings
 # Each optimizer's own best of equally many trials on the tiny run; see README.
-TUNED = {"adamw": dict(lr=4e-3, warmup=500), "admire": dict(lr=2e-3, warmup=500)}
+TUNED = {"adamw": dict(lr=2e-3, warmup=500), "admire": dict(lr=2e-3, warmup=500)}
 
 COUNT = (lambda x: x >= 1, "1 or more")
 POSITIVE = (lambda x: 0 < x < math.inf, "a finite number above 0")
@@ -92,7 +92,7 @@ class Config:
     beta2: float = setting(0.95, "AdamW's decay of the second moment", FRACTION)
     eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
     weight_decay: float = setting(0.1, "AdamW's, on matrices only", NOT_NEGATIVE)
-    kappa: float = setting(2.0, "IRE: steps along flat coordinates are 1 + kappa times as long", NOT_NEGATIVE)
+    kappa: float = setting(1.0, "IRE: steps along flat coordinates are 1 + kappa times as long", NOT_NEGATIVE)
     gamma: float = setting(0.7, "IRE: flat fraction of the coordinates", (lambda x: 0 < x < 1, "above 0 and below 1"))
     interval: int = setting(10, "IRE: steps from one mask to the next", COUNT)
     ire_warmup: int = setting(None, "IRE: steps before it switches on (default: --warmup)", NOT_NEGATIVE)
