@@ -52,7 +52,7 @@ class _Wrapper(Optimizer):
         self.base.load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for p, i in zip(group["params"], saved["params"]):
-                if i in masks: self.state[p]["flat"] = masks[i].to(p.device, torch.bool)
+                if i in masks: self.state[p]["flat"] = torch.empty_like(p, dtype=torch.bool).copy_(masks[i])
         for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
     def _params(self):
@@ -72,8 +72,7 @@ class IRE(_Wrapper):
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: fraction of all coordinates that is flat, in (0, 1): the floor(gamma * n) smallest, exact for the decimal
         that gamma prints as, and all ties at the threshold (such as embedding rows that no batch uses, at 0).
-    interval: steps from one mask to the next, K in the paper.
-    warmup: steps before IRE switches on, T_w in the paper.
+    interval, warmup: steps from one mask to the next (K in the paper), steps before IRE switches on (T_w).
     curvature: "fisher", from gradients made in `probe()`, or "second_moment", the base's own `exp_avg_sq`.
 
     `kappa` and `gamma` stand in each parameter group and may be changed there at any time; groups of one gamma are
@@ -132,8 +131,7 @@ class IRE(_Wrapper):
             warnings.warn(f"IRE: no probe before step {t}: it is the base's step, or uses the last mask", stacklevel=3)
         reread = self.curvature == "second_moment" and self._mask_due() and counts
         masks = {p: self.state[p].pop("flat") for p in params if "flat" in self.state.get(p, ())}
-        for p in [p for p in masks if not self.state[p]]:  # bases make a parameter's state where they find none
-            del self.state[p]
+        for p in [p for p in masks if not self.state[p]]: del self.state[p]  # bases make state where they find none
         old = {p: _local(p).clone() for group in self.param_groups for p in group["params"]
                if t >= self.warmup and group["kappa"] != 0 and (reread or p in masks)}
         try:
@@ -146,11 +144,12 @@ class IRE(_Wrapper):
             self._update_masks({p: s["exp_avg_sq"] for p in params if "exp_avg_sq" in (s := self.state.get(p, ()))})
         for group in self.param_groups:
             moved = [p for p in group["params"] if p in old and "flat" in self.state.get(p, ())]
-            back, new = [old[p] for p in moved], [_local(p) for p in moved]
-            if moved: torch._foreach_sub_(back, new)
-            for p, d, x in zip(moved, back, new):  # a step to infinity counts as none, since 0 * inf is not 0
-                flat = _local(self.state[p]["flat"]).to(x.dtype)
-                x.sub_(d.nan_to_num_(0, 0, 0).mul_(flat), alpha=float(group["kappa"]))
+            lists = zip(*((_local(p), old[p], _local(self.state[p]["flat"])) for p in moved))
+            for new, back, flat in zip(*map(_batches, lists)):
+                torch._foreach_sub_(back, new)
+                for x in back: x.nan_to_num_(0, 0, 0)  # a step to infinity counts as none, since 0 * inf is not 0
+                torch._foreach_mul_(back, [x.view(torch.uint8) for x in flat])  # faster than by bool
+                torch._foreach_add_(new, back, alpha=-float(group["kappa"]))
             group["ire_step"] = t + counts
         return loss
 
@@ -241,10 +240,8 @@ class AdmIRE(IRE):
     """IRE over torch.optim.AdamW, fused where the device has it. `kwargs` go there: betas, eps, weight_decay, ..."""
     def __init__(self, params, lr, *, kappa, gamma, interval=10, warmup=0, curvature="fisher", **kwargs):
         params = list(params)
-        try:
-            base = AdamW(params, lr, **{"fused": True, **kwargs})
-        except RuntimeError:
-            base = AdamW(params, lr, **kwargs)
+        try: base = AdamW(params, lr, **{"fused": True, **kwargs})
+        except RuntimeError: base = AdamW(params, lr, **kwargs)
         super().__init__(base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup, curvature=curvature)
 
 class SAMIRE(IRE):
@@ -279,8 +276,8 @@ def kth_smallest(tensors, k, group=None):
 
     def histogram(parts):
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
-        for piece in _pieces(parts, 1 << (18 if counts.is_cpu else 24)):  # fits a cache, or saves launches
-            x = piece.to(floats).view(ints) & torch.iinfo(ints).max
+        for batch in _batches(parts):
+            x = torch.cat([x.reshape(-1) for x in batch]).to(floats).view(ints) & torch.iinfo(ints).max
             x = x if shift == bits - 16 else x[x >> (shift + 16) == prefix]
             counts += torch.bincount(x >> shift & 0xFFFF, minlength=1 << 16).to(counts.device)
         return counts
@@ -299,8 +296,7 @@ def frozen_batch_norm(model):
     layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
               and m.track_running_stats and not torch.nn.parameter.is_lazy(m.running_mean)]
     for layer in layers: layer.track_running_stats = False
-    try:
-        yield
+    try: yield
     finally:
         for layer in layers: layer.track_running_stats = True
 
@@ -310,15 +306,17 @@ def _check(name, value, allowed, what):
         if allowed(value): return
     raise ValueError(f"{name}: got {value!r}, allowed is {what}")
 
-def _pieces(tensors, size):
-    """1-D pieces of about `size` elements: large tensors are cut, small ones joined."""
-    batch = []
-    for piece in (piece for x in tensors for piece in x.reshape(-1).split(size)):
-        batch.append(piece)
-        if sum(map(torch.numel, batch)) >= size:
-            yield torch.cat(batch)
-            batch = []
-    yield from [torch.cat(batch)] if batch else []
+def _batches(tensors):
+    """Lists of tensors that fit a CPU's cache or save a GPU launches: large ones are cut, small ones go together."""
+    batch, count = [], 0
+    for x in tensors:
+        size = 1 << (18 if x.is_cpu else 24)
+        for piece in x.view(-1).split(size) if x.numel() > size and x.is_contiguous() else [x]:
+            batch, count = batch + [piece], count + piece.numel()
+            if count >= size:
+                yield batch
+                batch, count = [], 0
+    if batch: yield batch
 
 def _local(x):
     """This rank's part of x, without its history."""

@@ -1,0 +1,75 @@
+"""The README's code runs as it stands, and its numbers are those of results/."""
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_runs():
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(block, scope)
+    opt = scope["opt"]
+    assert opt.param_groups[0]["ire_step"] == 30 and all(s["flat"].dtype == torch.bool for s in opt.state.values())
+    assert sum(s["flat"].sum() for s in opt.state.values()) >= 0.6 * sum(p.numel() for p in scope["model"].parameters()) - 1
+
+
+def results():
+    """The results section, written from the JSON files: what the README must say."""
+    runs = [json.loads((ROOT / f"results/compare-tiny-{seed}.json").read_text()) for seed in range(3)]
+    step, train = (json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("step", "train"))
+
+    def loss(name):
+        values = [run[name]["val_loss"] for run in runs]
+        return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / 3**0.5:.4f}"
+
+    gaps = [run["adamw"]["val_loss"] - run["admire"]["val_loss"] for run in runs]
+    reached = [str(run["reached_at_step"] or "never") for run in runs]
+    big, rows = step["sizes"]["60M"]["rows"], train["rows"]
+    refresh, textbook = big["IRE, refresh"], big["textbook, refresh"]
+    settings = ["{optimizer}: lr {lr:g}, warm-up {warmup}".format(**runs[0][o]) for o in ("adamw", "admire")]
+    return f"""\
+| measured | result | command |
+|---|---|---|
+| validation loss, tiny run, {runs[0]['adamw']['steps']} steps, 3 seeds (mean ± standard error) | AdamW {loss('adamw')}, AdmIRE {loss('admire')} | \
+`for s in 0 1 2; do python train_gpt.py --compare --seed $s --out runs/compare-$s; done` |
+| AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{gap:+.4f}' for gap in gaps)} | the same |
+| step at which AdmIRE was at AdamW's final loss, by seed | {', '.join(reached)} of {runs[0]['adamw']['steps']} | the same |
+| tokens a second, AdmIRE of AdamW: full probe, quarter probe, second moment | {rows['AdmIRE, full probe']['of_adamw']:.2f}, \
+{rows['AdmIRE, 4 micro-batches, probe on one']['of_adamw']:.2f}, {rows['AdmIRE, second_moment']['of_adamw']:.2f} | `python benchmarks/train.py` |
+| mask refresh at 60M parameters against the textbook way: time, extra memory | {refresh['ms'] / textbook['ms']:.2f}, \
+{refresh['extra_bytes_per_parameter'] / textbook['extra_bytes_per_parameter']:.2f} | `python benchmarks/step.py` |
+| AdmIRE's step at 60M parameters: times AdamW's foreach step, its fused step | {big['AdmIRE (fused), step']['over_foreach_adamw']:.2f}, \
+{big['AdmIRE (fused), step']['over_fused_adamw']:.2f} | the same |
+
+Settings of the tiny run, from each optimizer's own sweep over learning rate and warm-up (11 trials each): {settings[0]}; {settings[1]},
+kappa {runs[0]['admire']['kappa']:g}, gamma {runs[0]['admire']['gamma']:g}. Hardware: {step['environment']['device']}, \
+{step['environment']['threads']} threads; torch {runs[0]['torch']}.
+"""
+
+
+def section():
+    return re.search(r"<!-- results:start -->\n(.*?)<!-- results:end -->", README, re.S)
+
+
+def test_the_numbers_are_those_of_the_results():
+    assert section().group(1) == results(), "renew it: python tests/test_readme.py"
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"python ((?:\w+/)?\w+\.py)", README):
+        assert (ROOT / name).exists(), name
+    help_text = subprocess.run([sys.executable, ROOT / "train_gpt.py", "--help"], capture_output=True, text=True).stdout
+    assert all(flag in help_text for flag in re.findall(r"train_gpt\.py.* (--[a-z-]+)", README))
+
+
+if __name__ == "__main__":
+    start, end = section().span(1)
+    (ROOT / "README.md").write_text(README[:start] + results() + README[end:])
