@@ -71,8 +71,10 @@ def test_torchs_own_optimizers(cls, kwargs):
                    for k, v in base.state[p].items() if v is not None)
         late = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
         for o, p in zip((base, opt), late):
-            p.grad = torch.ones_like(p)
             o.add_param_group({"params": [p], "lr": 0.1})
+            if cls is torch.optim.Adagrad and torch.__version__ < "2.7":
+                continue  # its own step does not know a group added later
+            p.grad = torch.ones_like(p)
             o.step()
         assert equal(late[:1], late[1:])
 

@@ -489,6 +489,7 @@ def test_schedulers(make, on_base):
     plain, opt = SGD(one.parameters(), 0.1, momentum=0.9), SGDIRE(two.parameters(), 0.1, momentum=0.9, **SETTINGS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR of torch 2.6, on any optimizer
         schedules = make(plain), make(opt.base if on_base else opt)
         for step in range(8):
             train(one, plain, 1, start=step), train(two, opt, 1, start=step)

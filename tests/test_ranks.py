@@ -258,6 +258,8 @@ def load(folder):
 
 # ------------------------------------------------------------------------------------------ the tests
 def start(case, n, folder):
+    if torch.__version__ < "2.7" and case not in ("ddp", "accumulation", "kth"):
+        pytest.skip("torch 2.6: FSDP2 does not run on a CPU, and DTensor's caches mix up the masks' dtype")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__, case,
                            str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
