@@ -648,7 +648,7 @@ def compare(typed):
     summary |= {"adamw": adamw, "admire": admire, "reached_at_step": reached}
     write()
     print(f"\nAdamW {adamw['val_loss']:.4f}, AdmIRE {admire['val_loss']:.4f} after {adamw['steps']} steps; AdmIRE "
-          + (f"was at AdamW's final loss by step {reached}, {adamw['steps'] / reached:.2f}x sooner" if reached else
+          + (f"was at AdamW's final loss by step {reached}, in {reached / adamw['steps']:.2f} of its steps" if reached else
              "did not reach AdamW's final loss")
           + f"; {admire['tokens_per_second'] / adamw['tokens_per_second']:.2f} of its tokens a second\n"
           f"figure     {out / 'loss.png'}")
