@@ -389,7 +389,11 @@ def draw(path, runs):
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (label, folder), color in zip(runs.items(), ("#0072B2", "#D55E00")):
-        log = read_log(folder)
+        log, settings = read_log(folder), json.loads((Path(folder) / "config.json").read_text())
+        losses = [r["val_loss"] for r in log if "val_loss" in r]
+        axes.set_ylim(0.95 * min(losses), 1.02 * losses[min(2, len(losses) - 1)])  # the first fall would hide the rest
+        if settings["optimizer"] == "admire":
+            axes.axvline(settings["ire_warmup"], color=color, linestyle=":", label="IRE switches on")
         if len(runs) == 1:
             axes.plot(*zip(*[(r["step"], r["train_loss"]) for r in log if "train_loss" in r]), color=color, alpha=0.35,
                       label="training")
