@@ -45,8 +45,7 @@ class _Wrapper(Optimizer):
         return self.base.param_groups
 
     def load_state_dict(self, state_dict):
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values(): state_dict = hook(self, state_dict) or state_dict
         state = {i: dict(entry) for i, entry in state_dict["state"].items()}
         masks = {i: entry.pop("flat") for i, entry in state.items() if "flat" in entry}  # torch casts bool to float
         self.base.load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
@@ -312,7 +311,8 @@ def _batches(tensors):
     for x in tensors:
         size = 1 << (18 if x.is_cpu else 24)
         for piece in x.view(-1).split(size) if x.numel() > size and x.is_contiguous() else [x]:
-            batch, count = batch + [piece], count + piece.numel()
+            batch.append(piece)
+            count += piece.numel()
             if count >= size:
                 yield batch
                 batch, count = [], 0

@@ -250,15 +250,14 @@ def prepare(c: Config) -> Path:
     """The folder with train.bin, val.bin (uint16 tokens) and meta.json behind --data; made once, and whole or not."""
     if (Path(c.data) / "train.bin").exists():
         return Path(c.data)
-    files, digest = text_files(c), hashlib.sha256()
-    for p in files:
-        digest.update(p.read_bytes())
+    texts, digest = [p.read_bytes() for p in text_files(c)], hashlib.sha256()
+    for text in texts:
+        digest.update(text)
     name = c.data if c.data in ("stdlib", "shakespeare") else Path(c.data).stem
     folder = Path(c.data_dir) / f"{name}-{c.tokenizer}-{digest.hexdigest()[:12]}"
     if folder.exists():
         return folder
-    random.Random(0).shuffle(files)
-    texts = [p.read_bytes() for p in files]
+    random.Random(0).shuffle(texts)
     if len(texts) >= 20:  # every twentieth file is held out
         split = {"val": texts[::20], "train": [t for i, t in enumerate(texts) if i % 20]}
     else:  # the last tenth of the text is
@@ -274,9 +273,9 @@ def prepare(c: Config) -> Path:
     temporary.mkdir(parents=True)
     for part, values in tokens.items():
         write_atomically(temporary / f"{part}.bin", values.tofile)
-    meta = {"tokenizer": c.tokenizer, "vocab_size": 256, "source": c.data, "sha256": digest.hexdigest(),
-            **{f"{part}_tokens": len(values) for part, values in tokens.items()}}
-    write_atomically(temporary / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    write_json(temporary / "meta.json", {
+        "tokenizer": c.tokenizer, "vocab_size": 256, "source": c.data, "sha256": digest.hexdigest(),
+        **{f"{part}_tokens": len(values) for part, values in tokens.items()}})
     try:
         temporary.rename(folder)
     except OSError:  # another run was first
@@ -341,6 +340,10 @@ def write_atomically(path: Path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value):
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
 def load_checkpoint(folder):
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
@@ -367,10 +370,9 @@ def export(model, c: Config, vocab):
               "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": None,
               "eos_token_id": None}
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    for name, content in (("model.safetensors", save(state, {"format": "pt"})), ("config.json", config),
-                          ("generation_config.json", {"bos_token_id": None, "eos_token_id": None})):
-        content = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
-        write_atomically(Path(c.out) / "hf" / name, lambda f: f.write(content))
+    write_atomically(Path(c.out) / "hf/model.safetensors", lambda f: f.write(save(state, {"format": "pt"})))
+    write_json(Path(c.out) / "hf/config.json", config)
+    write_json(Path(c.out) / "hf/generation_config.json", {"bos_token_id": None, "eos_token_id": None})
 
 
 def read_log(folder):
@@ -556,7 +558,7 @@ def train(c: Config):
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
     step, seconds = restore(c, data, model, optimizer, scaler) if c.resume else (0, 0.0)
     saved_at = f"the last checkpoint is of step {step}" if c.resume else "no checkpoint was written"
-    write_atomically(out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(c) | environment(), indent=1).encode()))
+    write_json(out / "config.json", dataclasses.asdict(c) | environment())
     describe(c, data, model)
 
     def record(line, **values):
@@ -643,14 +645,12 @@ def compare(typed):
     Data(runs["adamw"])
     summary = {"command": " ".join(["python", "train_gpt.py", *sys.argv[1:]]), **environment(),
                "typed": {k: v for k, v in typed.items() if k not in ("resume", "overwrite", "compare")}}
-    write = lambda: write_atomically(out / "compare.json", lambda f: f.write(json.dumps(summary, indent=1).encode()))
-    write()
+    write_json(out / "compare.json", summary)
     adamw, admire = (train(c) for c in runs.values())
     draw(out / "loss.png", {f"{c.optimizer}, lr {c.lr:g}": c.out for c in runs.values()})
     reached = next((r["step"] for r in read_log(runs["admire"].out)
                     if r["step"] and r.get("val_loss", math.inf) <= adamw["val_loss"]), None)
-    summary |= {"adamw": adamw, "admire": admire, "reached_at_step": reached}
-    write()
+    write_json(out / "compare.json", summary | {"adamw": adamw, "admire": admire, "reached_at_step": reached})
     print(f"\nAdamW {adamw['val_loss']:.4f}, AdmIRE {admire['val_loss']:.4f} after {adamw['steps']} steps; AdmIRE "
           + (f"was at AdamW's final loss by step {reached}, in {reached / adamw['steps']:.2f} of its steps" if reached else
              "did not reach AdamW's final loss")

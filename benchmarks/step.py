@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import train_gpt
 from ire import IRE, AdmIRE
 
 SETTINGS = dict(kappa=2, gamma=0.6, interval=10)
@@ -151,11 +151,16 @@ def measure(millions, device, repetitions):
 
 
 def environment(device):
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if os.path.exists("/proc/cpuinfo") else platform.processor()
     return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip()}
+            "python": platform.python_version(), **train_gpt.environment()}
+
+
+def write_report(report, path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1))
+    print(f"\nwritten to {path}")
 
 
 def main():
@@ -177,10 +182,7 @@ def main():
                   f"{row['extra_bytes_per_parameter']:15.1f}")
         print("kept between steps, bytes a parameter: " + ", ".join(f"{k} {v:.1f}" for k, v in
                                                                    result["kept_bytes_per_parameter"].items()))
-    out = args.out or ROOT / "results" / f"step-{args.device}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(report, indent=1))
-    print(f"\nwritten to {out}")
+    write_report(report, args.out or ROOT / "results" / f"step-{args.device}.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Each round gives every variant one interval of K = 10 steps in turn (one probe a
 ratio to AdamW is taken round by round, its median and quartiles are printed. Other settings go to train_gpt.py.
 """
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -19,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import train_gpt
-from step import environment, synchronize
+from step import environment, synchronize, write_report
 
 # With four micro-batches a quarter of the batch feeds the probe; AdamW has the same four.
 VARIANTS = {"AdamW": dict(optimizer="adamw"),
@@ -80,10 +79,7 @@ def main():
         low, middle, high = statistics.quantiles(ratios, n=4)
         report["rows"][name] = {"tokens_per_second": statistics.median(values), "of_adamw": middle, "quartiles": [low, high]}
         print(f"{name:40}{statistics.median(values):10,.0f}{middle:10.3f}{low:9.3f}-{high:.3f}")
-    out = args.file or ROOT / "results" / f"train-{c.device}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(report, indent=1))
-    print(f"written to {out}")
+    write_report(report, args.file or ROOT / "results" / f"train-{c.device}.json")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ def batch(step, dtype=torch.float32):
     return torch.randn(16, 4, generator=g).to(dtype), torch.randint(3, (16,), generator=g)
 
 
+def wants_closure(opt):
+    return isinstance(opt, SAM) or isinstance(getattr(opt, "base", None), SAM)
+
+
 def train(model, opt, steps, start=0, dtype=torch.float32, loss=lambda out, y: F.cross_entropy(out.float(), y)):
     for step in range(start, start + steps):
         x, y = batch(step, dtype)
@@ -39,7 +43,7 @@ def train(model, opt, steps, start=0, dtype=torch.float32, loss=lambda out, y: F
         if getattr(opt, "probe_due", False):
             with opt.probe():
                 sampled_cross_entropy(model(x)).backward()
-        if "SAM" in f"{type(opt).__name__}{type(getattr(opt, 'base', None)).__name__}":
+        if wants_closure(opt):
             opt.step(closure)
         else:
             closure()
@@ -112,7 +116,7 @@ def test_kappa_0_is_the_base_to_the_bit(make):
                 return loss
 
             closure()
-            opt.step(closure) if isinstance(opt, SAM) or isinstance(getattr(opt, "base", None), SAM) else opt.step()
+            opt.step(closure) if wants_closure(opt) else opt.step()
         return [t.clone() for t in net.state_dict().values()]
 
     assert equal(run(lambda base: base), run(lambda base: IRE(base, **{**SETTINGS, "kappa": 0})))
@@ -253,9 +257,6 @@ def test_probe_due_at_warmup_and_each_interval():
     due = []
     for step in range(10):
         due.append(opt.probe_due)
-        if opt.probe_due:
-            train(model, opt, 1, start=step)
-            continue
         train(model, opt, 1, start=step)
     assert [t for t, d in enumerate(due) if d] == [2, 5, 8]
 
@@ -626,7 +627,7 @@ def test_a_gradient_in_the_probe_before_any_in_training():
                 return loss
 
             closure()
-            opt.step(closure) if isinstance(opt.base, SAM) else opt.step()
+            opt.step(closure) if wants_closure(opt) else opt.step()
             opt.load_state_dict(reload(opt.state_dict()))
             assert (late.detach() != 1).any() == (step > 3)
 
