@@ -450,7 +450,7 @@ def learning_rate(c: Config, step):
 
 def train_step(forward, optimizer, batch, c: Config, scaler, autocast):
     """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
-    probing = c.optimizer == "admire" and optimizer.probe_due
+    probing = getattr(optimizer, "probe_due", False)
     share = c.probe_batches == 1 and not c.compile  # one forward serves both; compiled graphs can't be run back twice
     if probing and not share:
         with optimizer.probe():
@@ -538,8 +538,9 @@ def check_folder(c: Config):
         raise BadInput(f"--out: {c.out} holds a run; add --resume to go on with it or --overwrite to lose it")
 
 
-def train(c: Config):
-    """Trains one model; returns its summary, a dict with val_loss, steps, seconds, tokens_per_second and settings."""
+def train(c: Config, build=None):
+    """Trains one model; returns its summary, a dict with val_loss, steps, seconds, tokens_per_second and settings.
+    `build(model, c)` makes the optimizer, where it is not to be the one of the settings (benchmarks/speedup.py)."""
     c = complete(c)
     check_folder(c)
     out, data = Path(c.out), Data(c)
@@ -553,7 +554,7 @@ def train(c: Config):
     torch.use_deterministic_algorithms(c.deterministic)
     model = Llama(c, data.vocab).to(c.device)
     forward = torch.compile(model) if c.compile else model
-    optimizer = make_optimizer(model, c)
+    optimizer = (build or make_optimizer)(model, c)
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
     step, seconds = restore(c, data, model, optimizer, scaler) if c.resume else (0, 0.0)
