@@ -1,12 +1,14 @@
-"""Tokens a second of train_gpt.py with AdamW and with AdmIRE, whole training steps, interleaved in one process.
+"""Tokens a second of train_gpt.py with AdamW and AdmIRE, and of a plain loop over transformers' LlamaForCausalLM of the same
+size with torch's AdamW: whole training steps, interleaved in one process.
 
     python benchmarks/train.py                                  # the tiny run; writes results/train-cpu.json
-    python benchmarks/train.py --device cuda --width 768 --layers 12 --heads 12 --ffn 2048 --context 512 --batch-size 64
+    python benchmarks/train.py --device cuda --preset 229m --data FOLDER --file results/train-229m.json
 
 Each round gives every variant one interval of K = 10 steps in turn (one probe among them), in an order drawn anew; the
 ratio to AdamW is taken round by round, its median and quartiles are printed. Other settings go to train_gpt.py.
 """
 import argparse
+import contextlib
 import random
 import statistics
 import sys
@@ -24,34 +26,57 @@ from step import environment, synchronize, write_report
 VARIANTS = {"AdamW": dict(optimizer="adamw"),
             "AdmIRE, full probe": dict(optimizer="admire"),
             "AdmIRE, second_moment": dict(optimizer="admire", curvature="second_moment"),
-            "AdamW, 4 micro-batches": dict(optimizer="adamw", micro=4),
-            "AdmIRE, 4 micro-batches, probe on one": dict(optimizer="admire", micro=4, probe_batches=1)}
+            "AdamW, 4 micro-batches": dict(optimizer="adamw", parts=4),
+            "AdmIRE, 4 micro-batches, probe on one": dict(optimizer="admire", parts=4, probe_batches=1)}
 
 
-class Run:
-    def __init__(self, settings, micro=1, **own):
-        self.c = c = train_gpt.complete(train_gpt.Config(**{**settings, **own, "steps": 10**6, "warmup": 100, "ire_warmup": 0}))
-        if micro > 1:
-            self.c = c = train_gpt.complete(train_gpt.Config(**{**vars(c), "micro_batch": c.batch_size // micro,
-                                                                "probe_batches": own.get("probe_batches")}))
-        torch.manual_seed(0)
-        self.data = train_gpt.Data(c)
-        self.model = train_gpt.Llama(c, self.data.vocab).to(c.device)
-        self.forward = torch.compile(self.model) if c.compile else self.model
-        self.optimizer = train_gpt.make_optimizer(self.model, c)
-        self.scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-        self.autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
-        self.step = 0
+def settings(typed, parts=1, **own):
+    """Settings of one variant that never ends, has its warm-up behind it and cuts a micro-batch into `parts`."""
+    endless = {**typed, **own, "steps": 10**6, "warmup": 100, "ire_warmup": 0}
+    c = train_gpt.complete(train_gpt.Config(**{**endless, "probe_batches": None}))
+    return train_gpt.complete(train_gpt.Config(**{**endless, "micro_batch": c.micro_batch // parts}))
 
-    def interval(self):
-        """Tokens a second over K steps."""
-        synchronize(self.c.device)
-        start = time.perf_counter()
-        for self.step in range(self.step, self.step + self.c.interval):
-            train_gpt.train_step(self.forward, self.optimizer, self.data.batch(self.step), self.c, self.scaler, self.autocast)
-        synchronize(self.c.device)
+
+class Plain:
+    """What one would write with transformers: the same shapes, batches, precision, clip and schedule."""
+
+    def __init__(self, c):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        self.c, self.data, self.step = c, train_gpt.Data(c), 0
+        torch.manual_seed(c.seed)
+        self.model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=self.data.vocab, use_cache=False, **{theirs: getattr(c, own) for own, theirs in train_gpt.HF_NAMES.items()}))
+        self.model.to(c.device)
+        if c.compile:
+            self.model.compile()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps,
+                                           weight_decay=c.weight_decay, fused=True)
+        self.autocast = (torch.autocast(c.device, getattr(torch, c.dtype)) if c.dtype != "float32" else contextlib.nullcontext())
+
+    def train_step(self):
+        batch = self.data.batch(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = train_gpt.learning_rate(self.c, self.step)
+        for x, y, _ in batch:
+            with self.autocast:
+                logits = self.model(input_ids=x).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten()) / len(batch)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
-        return self.c.interval * self.c.batch_size * self.c.context / (time.perf_counter() - start)
+
+
+def interval(run):
+    """Tokens a second over K steps."""
+    c = run.c
+    synchronize(c.device)
+    start = time.perf_counter()
+    for _ in range(c.interval):
+        run.train_step()
+    synchronize(c.device)
+    return c.interval * c.batch_size * c.context / (time.perf_counter() - start)
 
 
 def main():
@@ -59,26 +84,29 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--file", type=Path, help="default results/train-DEVICE.json")
     args, rest = parser.parse_known_args()
-    settings = {k: v for k, v in train_gpt.parse(rest).items() if k in train_gpt.Config.__dataclass_fields__}
-    runs = {name: Run(settings, **own) for name, own in VARIANTS.items()}
+    typed = train_gpt.parse(rest)
+    runs = {"plain transformers loop, AdamW": Plain(settings(typed, optimizer="adamw")),
+            **{name: train_gpt.Trainer(settings(typed, **own)) for name, own in VARIANTS.items()}}
     for run in runs.values():
-        run.interval()  # warm-up, compilation
+        interval(run)  # warm-up, compilation
     speeds, order = {name: [] for name in runs}, list(runs)
     for _ in range(args.rounds):
         random.Random(len(speeds["AdamW"])).shuffle(order)
         for name in order:
-            speeds[name].append(runs[name].interval())
-    c = runs["AdamW"].c
+            speeds[name].append(interval(runs[name]))
+    trainer = runs["AdamW"]
+    c = trainer.c
     report = {"command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), "environment": environment(c.device),
-              "rounds": args.rounds, "parameters": sum(p.numel() for p in runs["AdamW"].model.parameters()), "rows": {}}
+              "rounds": args.rounds, "parameters": trainer.parameters, "rows": {}}
     print(f"{report['parameters']:,} parameters, {c.batch_size} x {c.context} tokens a step, K = {c.interval}\n"
-          f"{'':40}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}")
+          f"{'':40}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}{'MFU':>8}")
     for name, values in speeds.items():
         base = speeds["AdamW, 4 micro-batches" if "micro" in name else "AdamW"]
-        ratios = [a / b for a, b in zip(values, base)]
+        ratios, rate = [a / b for a, b in zip(values, base)], statistics.median(values)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        report["rows"][name] = {"tokens_per_second": statistics.median(values), "of_adamw": middle, "quartiles": [low, high]}
-        print(f"{name:40}{statistics.median(values):10,.0f}{middle:10.3f}{low:9.3f}-{high:.3f}")
+        mfu = trainer.utilisation(rate)
+        report["rows"][name] = {"tokens_per_second": rate, "of_adamw": middle, "quartiles": [low, high], "mfu": mfu}
+        print(f"{name:40}{rate:10,.0f}{middle:10.3f}{low:9.3f}-{high:.3f}" + (f"{mfu:8.1%}" if mfu else ""))
     write_report(report, args.file or ROOT / "results" / f"train-{c.device}.json")
 
 
