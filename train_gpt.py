@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ire import AdmIRE, sampled_cross_entropy
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 # ------------------------------------------------------------------------------------------------ settings
 # The paper's rows as standard Llamas, which stand for its models and do not equal them (60M has width 410 there, 10 heads).
@@ -281,6 +282,9 @@ def from_files(files):
             for part, end in (("train", cut), ("val", size)):
                 begins = True
                 while text := f.read(min(1 << 20, end - f.tell())):
+                    if f.tell() < end and (line := text.rfind(b"\n") + 1):  # gpt2 takes no half words
+                        f.seek(line - len(text), os.SEEK_CUR)
+                        text = text[:line]
                     yield part, text, begins
                     begins = False
 
@@ -324,6 +328,7 @@ def prepare(c: Config) -> Path:
         size, pieces = sum(size for _, size, _ in stats), from_files(Path(p) for p, _, _ in stats)
     folder, temporary = Path(c.data_dir) / name, Path(c.data_dir) / f".{name}.{os.getpid()}"
     if (folder / "meta.json").exists(): return folder
+    shutil.rmtree(folder, ignore_errors=True)  # half of one
     encode, _, vocab, between = codec(c.tokenizer)
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -349,6 +354,7 @@ def prepare(c: Config) -> Path:
         with contextlib.suppress(OSError): temporary.rename(folder)  # another run was first
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError): temporary.parent.rmdir()  # where nothing is in it
     return folder
 
 class Data:
@@ -359,6 +365,7 @@ class Data:
         try:
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": (vocab := int(meta["vocab_size"]))}
+            self.sha256 = meta["sha256"]["train"] if "sha256" in meta else None
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}") from None
         self.vocab = -(-vocab // 64) * 64  # padded, 50257 to 50304, which GPUs multiply faster
@@ -369,9 +376,9 @@ class Data:
                 raise BadInput(f"--data: {path} has {size} bytes, allowed is 2 for each token of meta.json ({whole} bytes) and "
                                f"more than one --context of {c.context} tokens")
             setattr(self, part, tokens := np.memmap(path, "<u2", "r"))
-            if "sha256" not in meta and (largest := int(tokens.max())) >= vocab:  # not made by prepare()
+            if not self.sha256 and (largest := int(tokens.max())) >= vocab:  # not made by prepare()
                 raise BadInput(f"--data: {path} holds token {largest}, allowed is 0 to vocab_size - 1, {vocab - 1}")
-        self.sha256 = str(meta.get("sha256") or hashlib.sha256(self.train).hexdigest())
+        self.sha256 = self.sha256 or hashlib.sha256(self.train).hexdigest()
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64))
@@ -442,11 +449,12 @@ def load_model(folder, typed):
         try:
             theirs, weights = json.loads((Path(folder) / "config.json").read_text()), load_file(Path(folder) / "model.safetensors")
             own, tokens = {ours: theirs[name] for ours, name in HF_NAMES.items()}, theirs["tokens"]
+            own |= {"tokenizer": tokens["tokenizer"]} if tokens["tokenizer"] in ("bytes", "gpt2") else {}
         except Exception as e:  # safetensors has errors of its own
             raise BadInput(f"{folder} can't be read as a folder that train_gpt.py wrote: {e!r}") from None
     else:
         saved = load_checkpoint(folder)
-        own, weights, tokens = saved["config"] | {"micro_batch": None, "dtype": None}, saved["model"], saved["tokens"]
+        own, weights, tokens = saved["config"] | dict.fromkeys(("micro_batch", "probe_batches", "dtype")), saved["model"], saved["tokens"]
     c = complete(Config(**{**own, "device": "auto", "compile": False, "fsdp": False, "resume": False, **typed}))
     model = Llama(c, len(weights["lm_head.weight"]))
     model.load_state_dict(weights)
@@ -516,9 +524,9 @@ class Trainer:
     def __init__(self, c: Config, build=None):
         self.c, self.step, self.seconds = c, 0, 0.0
         if "RANK" in os.environ and not dist.is_initialized():  # gloo carries what is on the CPU
-            if c.device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if c.device == "cuda": torch.cuda.set_device(LOCAL_RANK)
             dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo", timeout=timedelta(days=1))
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0: prepare(c)
+        if LOCAL_RANK == 0: prepare(c)
         over_ranks([0])  # the others find the data made
         self.data = Data(c)
         torch.manual_seed(c.seed)
@@ -606,8 +614,8 @@ class Trainer:
         saved = load_checkpoint(self.c.out)
         refuse_changes(dataclasses.asdict(self.c), saved)
         if saved["data"] != self.data.sha256:
-            raise BadInput(f"--data: the text is not the one that {self.c.out} began with (sha256 {saved['data']}, now "
-                           f"{self.data.sha256})")
+            raise BadInput(f"--data: the text is not the one that {self.c.out} began with (sha256 {saved['data'][:12]}, now "
+                           f"{self.data.sha256[:12]})")
         if self.c.fsdp:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
             set_state_dict(self.model, self.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
@@ -662,18 +670,17 @@ def train(c: Config, build=None):
     run, out = Trainer(c, build), Path(c.out)
     if c.resume: run.restore()
     saved_at = f"the last checkpoint is of step {run.step}" if c.resume else "no checkpoint was written"
+    past = [r for r in (read_log(out) if c.resume else ()) if r["step"] <= run.step]
+    val_loss = next((r["val_loss"] for r in reversed(past) if r["step"] and "val_loss" in r), math.inf)
     if RANK == 0:
-        kept = [json.dumps(r) + "\n" for r in (read_log(out) if c.resume else ()) if r["step"] <= run.step]
         if not c.resume: (out / "checkpoint.pt").unlink(missing_ok=True)
-        write_atomically(out / "log.jsonl", lambda f: f.write("".join(kept).encode()))
+        write_atomically(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in past).encode()))
         write_json(out / "config.json", dataclasses.asdict(c) | environment())
         run.describe()
     if use_wandb := c.wandb and RANK == 0:
         import wandb
-        wandb.init(project="ire", name=out.name, dir=c.out, config=dataclasses.asdict(c))
     if use_tensorboard := c.tensorboard and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(c.out)
 
     def record(line, **values):
         if RANK: return
@@ -682,7 +689,7 @@ def train(c: Config, build=None):
         log.flush()
         bar.write(f"step {run.step:5}/{c.steps}  {line}")
         if use_wandb: wandb.log(values, step=run.step)
-        if use_tensorboard: [board.add_scalar(name, x, run.step) for name, x in values.items()]
+        for name, x in values.items() if use_tensorboard else (): board.add_scalar(name, x, run.step)
 
     def need_finite(what, value, at):
         if not math.isfinite(value):
@@ -694,11 +701,16 @@ def train(c: Config, build=None):
         if run.step and RANK == 0: draw(out / "loss.png", {c.optimizer: out})
         return loss
 
+    def done():
+        return run.step == c.steps or val_loss <= (c.stop_at or -math.inf)
+
     with (signals() as caught, open(out / "log.jsonl" if RANK == 0 else os.devnull, "a") as log,
-          tqdm(total=c.steps, initial=run.step, unit="step", disable=RANK > 0 or not sys.stderr.isatty()) as bar):
-        val_loss = validate() if run.step == 0 else math.inf
+          tqdm(total=c.steps, initial=run.step, unit="step", disable=RANK > 0 or not sys.stderr.isatty()) as bar,
+          wandb.init(project="ire", name=out.name, dir=c.out, config=dataclasses.asdict(c)) if use_wandb else contextlib.nullcontext(),
+          SummaryWriter(c.out) if use_tensorboard else contextlib.nullcontext() as board):
+        if run.step == 0: validate()
         pending, clock = [], time.perf_counter()
-        while run.step < c.steps:
+        while not done():
             pending.append(run.train_step())
             bar.update()
             stop = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
@@ -717,12 +729,10 @@ def train(c: Config, build=None):
                    + f"{run.seconds / run.step * (c.steps - run.step):.0f} s left", train_loss=loss, lr=lr, grad_norm=norm,
                    flat=run.flat() if c.optimizer == "admire" else None, tokens_per_second=round(rate), mfu=mfu)
             if eval_due: val_loss = validate()
-            reached = val_loss <= (c.stop_at or -math.inf)
-            if save_due or stop or reached:
+            if save_due or stop or done():
                 run.save()
                 saved_at = f"the last checkpoint is of step {run.step}"
-            if reached: break
-            if stop and run.step < c.steps:
+            if stop and not done():
                 (halt := Halt("stopped; the checkpoint is written, go on with --resume")).code = 128 + stop
                 raise halt
             pending, clock = [], time.perf_counter()
@@ -740,6 +750,7 @@ def compare(typed):
     for optimizer in ("adamw", "admire"):
         own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
         own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
+        if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw")["config"] | own  # it had not begun
         check_folder(c := configure(own))
         runs.append(c)
     Data(runs[0])
@@ -781,15 +792,16 @@ def sample(folder, **typed):
 
 def evaluate(folder, typed):
     """Validation loss of the run, or the Hugging Face folder, in `folder`."""
-    model, c, _ = load_model(folder, typed)
+    model, c, kind = load_model(folder, typed)
     run = Trainer(c)
+    if run.data.tokens != kind: raise BadInput(f"--data: its tokens are {run.data.tokens}, allowed are the model's, {kind}")
     run.model.load_state_dict(model.state_dict())
     return run.validate()
 
 # ------------------------------------------------------------------------------------------------ command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
+        self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n" if LOCAL_RANK == 0 else None)
 
 def parse(arguments):
     """What was typed, as {name: value}; the other settings have their defaults."""
@@ -827,7 +839,7 @@ def main(arguments=None):
                       f"{summary['seconds']:.0f} s\nfigure     {Path(c.out) / 'loss.png'}\nmodel      {Path(c.out) / 'hf'}")
         return 0
     except (Halt, OSError) as e:
-        print(f"train_gpt.py: {e}", file=sys.stderr)
+        if LOCAL_RANK == 0 or not isinstance(e, Halt): print(f"train_gpt.py: {e}", file=sys.stderr)
         return getattr(e, "code", 1)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e): raise

@@ -383,17 +383,20 @@ def speedup(results, horizon=1):
     return result | {"wall": wall, "wall_stderr": wall_error, "step_time": cost[0], "note": note}
 
 def compared(results):
-    """{label: steps, seeds, mean loss, mean difference to AdamW at the same horizon} of all that is held on fresh seeds."""
+    """{label: steps, seeds, mean loss, mean differences to AdamW and AdmIRE at the same horizon} of all on fresh seeds."""
     rows = {}
     for _, label, horizon, optimizer, changes, _ in PLAN:
         with contextlib.suppress(NotHeld):
             run = settings(results, horizon, optimizer, changes)
             losses, adamw = results.over(run), results.over(best(results, "adamw", horizon))
-            gaps = [losses[seed] - adamw[seed] for seed in losses if seed in adamw]
-            if label and gaps:
-                rows[label] = {"horizon": horizon, "steps": run["steps"], "seeds": list(losses)}
-                for name, values in (("loss", losses.values()), ("minus_adamw", gaps)):
-                    rows[label][name], rows[label][f"{name}_stderr"] = mean(values)
+            if not label or not losses.keys() & adamw.keys():
+                continue
+            rows[label] = {"horizon": horizon, "steps": run["steps"], "seeds": list(losses)}
+            rows[label]["loss"], rows[label]["loss_stderr"] = mean(losses.values())
+            for name in ("adamw", "admire"):  # on the seeds that both have, so the two columns may speak of different seeds
+                other = results.over(best(results, name, horizon))
+                gaps = [losses[seed] - other[seed] for seed in losses if seed in other]
+                rows[label][f"minus_{name}"], rows[label][f"minus_{name}_stderr"] = mean(gaps) if gaps else (None, None)
     return rows
 
 def summarise(results):
@@ -414,10 +417,11 @@ def summarise(results):
 def table(report):
     """Markdown."""
     number = lambda value, error, sign="": f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
-    lines = ["| | steps | seeds | validation loss | minus AdamW's, seed by seed |", "|---|---|---|---|---|"]
+    lines = ["| | steps | seeds | validation loss | minus AdamW's, seed by seed | minus AdmIRE's |", "|" + "---|" * 6]
     for label, r in report["compared"].items():
-        gap = number(r["minus_adamw"], r["minus_adamw_stderr"], "+") if r["minus_adamw"] else ""
-        lines.append(f"| {label} | {r['steps']} | {len(r['seeds'])} | {number(r['loss'], r['loss_stderr'])} | {gap} |")
+        gaps = [number(r[f"minus_{o}"], r[f"minus_{o}_stderr"], "+") if r[f"minus_{o}"] else "" for o in ("adamw", "admire")]
+        cells = [label, str(r["steps"]), str(len(r["seeds"])), number(r["loss"], r["loss_stderr"]), *gaps]
+        lines.append(f"| {' | '.join(cells)} |")
     for name, found in report["best"].items():
         lines.append(f"\n{name}, {report['trials'][name]} trials: " + ", ".join(f"{k} {v}" for k, v in found.items()))
     for steps, s in report["horizons"].items():

@@ -114,27 +114,61 @@ def train(folder):
     return f"{table(rows)}\n{source(report)}"
 
 
-def speedup(folder):
-    report = load("speedup-tiny", folder)
+def figure(name, folder, what):
+    return f"![{what}](../results/{name}.png)\n\n" if ((folder or ROOT / "results") / f"{name}.png").exists() else ""
+
+
+def speedup(folder, row="tiny"):
+    report = load(f"speedup-{row}", folder)
     if not report:
         return MISSING
     from speedup import table as summary
-    every = folded(f"All {len(report['runs'])} runs", table(report["runs"]))
-    return f"{summary(report)}\n\n{source(report)}\n{every}"
+    names = ("optimizer", "ablation", "lr", "warmup_fraction", "beta2", "weight_decay", "ratio", "kappa", "gamma", "interval",
+             "curvature", "seed", "steps")
+    runs = [{**{n: run[n] for n in names}, "val_loss": f"{run['val_loss']:.4f}"} for run in report["runs"]]
+    return (figure(f"speedup-{row}", folder, "Loss against the length of the schedule, and the ablations")
+            + f"{summary(report)}\n\n{source(report)}\n{folded(f'All {len(runs)} runs', table(runs))}")
+
+
+def speedup_nano(folder):
+    return speedup(folder, "nano")
 
 
 def cifar(folder):
     report = load("cifar-jpeg", folder)
     if not report:
         return MISSING
-    rows = report.get("rows") or report.get("runs") or []
-    rows = [{"": name, **row} for name, row in rows.items()] if isinstance(rows, dict) else rows
-    return f"{table(rows)}\n{source(report)}"
+    def row(name, settings, values, sign=""):
+        digits = {"test_acc": 2, "train_loss": 4, "trace": 1}
+        return {"": name, "settings": ", ".join(f"{k} {v:g}" for k, v in settings.items())} | {
+            what: f"{values[key][0]:{sign}.{digits[key]}f} ± {values[key][1]:.{digits[key]}f}" for key, what in
+            {"test_acc": "test accuracy, %", "train_loss": "training loss", "trace": "Tr(H)"}.items()}
+    rows = [row(name, r["settings"], r) for name, r in report["table"].items()]
+    rows += [row(f"{name} less {name.removesuffix('-ire')}, seed by seed", {}, r["less_base"], "+")
+             for name, r in report["table"].items() if "less_base" in r]
+    names = ("optimizer", "settings", "seed", "val_acc", "test_acc", "train_loss", "trace")
+    runs = [{n: run.get(n) for n in names} | {"settings": ", ".join(f"{k} {v:g}" for k, v in run["settings"].items())}
+            for run in report["runs"]]
+    what = ", ".join(f"{k} {v}" for k, v in report["settings"].items())
+    return (figure("cifar-jpeg", folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
+            + f"{table(rows)}\n{report['pictures']}; {what}; mean ± standard error.\n\n{source(report)}\n"
+            + folded(f"All {len(runs)} runs", table(runs)))
+
+
+def cifar_speed(folder):
+    report = load("cifar-speed-cpu", folder)
+    if not report:
+        return MISSING
+    rows = [{"": name, "images a second": row["images_per_second"], "share of the loader": row["loader_share"]}
+            for name, row in report["rows"].items()]
+    low, high = report["quartiles"]
+    return f"{table(rows)}\nRatio {report['ours_of_plain']:.3f}, quartiles {low:.3f} to {high:.3f}.\n\n{source(report)}"
 
 
 def results(text, folder=None):
     """The page with each `{{ name }}` replaced by what the function `name` says."""
-    return re.sub(r"{{ (\w+) }}", lambda found: globals()[found[1]](folder), text)
+    text = re.sub(r"{{ (\w+) }}", lambda found: globals()[found[1]](folder), text)
+    return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def setup(app):

@@ -1,27 +1,24 @@
 """train_gpt.py as a user runs it: tiny models in an empty folder, in this process where a new one proves no more."""
 import contextlib
 import dataclasses
+import errno
 import functools
-import http.client
 import io
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,15 +158,6 @@ def finished(_finished, here):
     return _finished[1]
 
 
-def prepared(folder="ready", train=TEXT, val=TEXT[:200], **meta):
-    """A prepared folder as a user would make it."""
-    Path(folder).mkdir()
-    for name, values in (("train", train), ("val", val)):
-        np.array(list(values), "<u2").tofile(Path(folder) / f"{name}.bin")
-    (Path(folder) / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 256} | meta))
-    return Path(folder)
-
-
 # ------------------------------------------------------------------------------------------------ model
 def test_hugging_face(caplog):
     """Our Llama is LlamaForCausalLM: the exported folder opens there, with the same logits and gradients."""
@@ -207,7 +195,8 @@ def test_hugging_face(caplog):
 def test_kappa_0_is_adamw_and_compare_gives_both_the_same_batches():
     out = trained("--compare --kappa 0 --lr 2e-3")
     weights = [checkpoint(RUN / name)["model"] for name in ("adamw", "admire")]
-    assert same(*weights) and log(RUN / "adamw") == log(RUN / "admire")
+    logs = [[{k: v for k, v in r.items() if k != "flat"} for r in log(RUN / name)] for name in ("adamw", "admire")]
+    assert same(*weights) and logs[0] == logs[1]
     assert json.loads((RUN / "compare.json").read_text())["reached_at_step"] == 12 and "in 1.00 of its steps" in out
 
 
@@ -237,13 +226,15 @@ def test_training_is_this_loop(flags):
             group["lr"] = train_gpt.learning_rate(c, step)
             if c.kappa_decay:
                 group["kappa"] = c.kappa * group["lr"] / c.lr
-        batch = data.batch(step)
-        assert [tuple(x.shape) for pair in batch for x in pair] == [(c.micro_batch, 32)] * 2 * (4 // c.micro_batch)
+        batch, n = data.batch(step), c.micro_batch
+        assert [tuple(x.shape) for micro in batch for x in micro] == [(n, 32), (n, 32), (n,)] * (4 // n)
         if flags.startswith("--micro") and step in (2, 5, 8, 11):
             with opt.probe():
-                for x, _ in batch[:2]:
-                    sampled_cross_entropy(model(x)).backward()
-        for x, y in batch:
+                for x, _, keys in batch[:2]:  # a sequence's labels are drawn by its key
+                    losses = [sampled_cross_entropy(logits, generator=torch.Generator().manual_seed(int(key)))
+                              for logits, key in zip(model(x), keys)]
+                    torch.stack(losses).mean().backward()
+        for x, y, _ in batch:
             assert torch.equal(x[:, 1:], y[:, :-1])
             (F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
@@ -257,6 +248,86 @@ def test_it_learns():
     trained("--steps 60 --lr 1e-2")
     first, *_, last = log(RUN, "val_loss")
     assert abs(first["val_loss"] - math.log(256)) < 0.1 and last["val_loss"] < 3
+
+
+# ------------------------------------------------------------------------------------------------ presets
+# By hand from the paper's table: layers, width, heads, feed-forward; data, context, sequences a step; warm-up, steps, kappa,
+# gamma; millions of parameters, cut to one digit. 60m stands for the paper's width 410 with 10 heads.
+PAPER = {
+    "60m": (16, 384, 6, 1024, "wikitext-103", 150, 240, 500, 50_000, 2, 0.7, 66.9),
+    "119m": (6, 768, 12, 2048, "minipile", 512, 300, 300, 30_000, 4, 0.6, 119.7),
+    "229m": (16, 768, 12, 3072, "openwebtext", 1024, 480, 1000, 50_000, 4, 0.6, 228.2),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_presets_are_the_rows_of_the_paper(preset):
+    c = train_gpt.complete(train_gpt.Config(preset=preset))
+    with torch.device("meta"):
+        model = train_gpt.Llama(c, 50304)
+    assert (c.layers, c.width, c.heads, c.ffn, c.data, c.context, c.batch_size, c.warmup, c.steps, c.kappa, c.gamma,
+            sum(p.numel() for p in model.parameters()) // 100_000 / 10) == PAPER[preset]
+    assert (c.lr, c.eps, c.beta1, c.beta2, c.weight_decay, c.clip, c.min_lr, c.interval, c.ire_warmup, c.tokenizer) == (
+        6e-4, 1e-16, 0.9, 0.95, 0.1, 1, 1 / 20, 10, c.warmup, "gpt2")
+    group, = {(g["lr"], g["eps"], g["betas"]) for g in train_gpt.make_optimizer(model, c).param_groups}
+    assert group == (6e-4, 1e-16, (0.9, 0.95))
+    fits = [n for n in range(1, c.batch_size + 1) if c.batch_size % n == 0 and n * c.context <= 32_768]
+    assert c.micro_batch == max(fits)
+
+
+def test_what_is_typed_comes_before_the_preset():
+    c = train_gpt.configure(train_gpt.parse(shlex.split("--preset 60m --steps 700 --micro-batch 5 --kappa 3 --gamma 0.6")))
+    assert (c.steps, c.micro_batch, c.kappa, c.gamma, c.warmup, c.layers) == (700, 5, 3, 0.6, 350, 16)
+    assert train_gpt.complete(train_gpt.Config(preset="60m", steps=700, warmup=500)).warmup == 500
+
+
+# ------------------------------------------------------------------------------------------------ the loss in pieces
+@pytest.fixture
+def model_and_batch():
+    c = train_gpt.complete(train_gpt.Config(layers=1, width=32, heads=2, ffn=64, context=16, batch_size=6, device="cpu"))
+    return train_gpt.Llama(c, 320), torch.randint(320, (2, 6, 16)), torch.arange(6) + 7
+
+
+def losses_of(model, batch, keys):
+    """Both losses and their gradients; the largest logits of the last layer, what the graph keeps of the vocabulary's size."""
+    linear, made, kept = F.linear, [], []
+
+    def watch(x, weight, *bias):
+        y = linear(x, weight, *bias)
+        made.append(y.numel() if weight is model.lm_head.weight else 0)
+        return y
+    with pytest.MonkeyPatch.context() as m, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel() if t.shape[-1:] == (320,) else 0) or t, lambda t: t):
+        m.setattr(F, "linear", watch)
+        losses, results = model(*batch, keys), []
+        for loss in losses:
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            results += [loss.detach(), *(p.grad for p in model.parameters())]
+    return results, max(made), max(kept)
+
+
+@pytest.mark.parametrize("sequences", (1, 2, 4))
+def test_loss_in_pieces_is_the_loss(model_and_batch, monkeypatch, sequences):
+    model, batch, keys = model_and_batch
+    whole, made, kept = losses_of(model, batch, keys)
+    assert made == kept == 6 * 16 * 320
+    logits = model(batch[0])
+    torch.testing.assert_close(whole[0], F.cross_entropy(logits.flatten(0, 1), batch[1].flatten()))
+    monkeypatch.setattr(train_gpt.Llama, "LOGITS", sequences * 16 * 320)
+    parts, made, kept = losses_of(model, batch, keys)
+    assert made == sequences * 16 * 320 and kept == 0  # the backward makes them again
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_probe_does_not_depend_on_the_micro_batch():
+    flats = []
+    for n in (4, 2, 1):
+        trained(f"--steps 3 --micro-batch {n} --out {n}")
+        flats.append(torch.cat([s["flat"].flatten() for s in checkpoint(str(n))["optimizer"]["state"].values()]))
+    for flat in flats[1:]:  # sums in another order may swap neighbours at the threshold
+        assert flat.sum() == pytest.approx(0.7 * 26720, abs=2) and (flat != flats[0]).sum() <= 4
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -289,21 +360,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished):
     assert same(checkpoint(), before) and log() == lines
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_signals_to_a_real_process(number):
-    flags = "--steps 400 --log-interval 10 --eval-interval 100 --checkpoint-interval 1000 "
-    process = start(flags)
-    wait_for(lambda: (RUN / "log.jsonl").exists() and b'"step": 20' in (RUN / "log.jsonl").read_bytes(), process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.count("\n")) == (128 + number, 1) and "--resume" in err
-    assert 20 <= checkpoint()["step"] < 400
-    trained(flags + "--resume")
-    whole, lines = uninterrupted(flags)
-    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
-
-
-KILLED = """
+PAUSED = """
 import io, os, sys, time, torch
 import train_gpt
 
@@ -311,30 +368,47 @@ original, calls = {where}, 0
 
 def pause(*arguments, **keywords):
     global calls
-    if {where!r} == "os.replace" and "checkpoint" not in str(arguments[1]):
-        return original(*arguments)
-    calls += 1
-    if calls < 2:
-        return original(*arguments, **keywords)
-    if {where!r} == "torch.save":  # half a checkpoint
-        content = io.BytesIO()
-        original(arguments[0], content)
-        f = arguments[1] if hasattr(arguments[1], "write") else open(arguments[1], "wb")
-        f.write(content.getvalue()[:len(content.getvalue()) // 2])
-        f.flush()
-    open("paused", "w").close()
-    time.sleep(60)
+    calls += {where!r} != "os.replace" or "checkpoint" in str(arguments[1])
+    if calls == {call}:
+        if {where!r} == "torch.save":  # half a checkpoint
+            content = io.BytesIO()
+            original(arguments[0], content)
+            arguments[1].write(content.getvalue()[:len(content.getvalue()) // 2])
+            arguments[1].flush()
+        open("paused", "w").close()
+        while not os.path.exists("go"):
+            time.sleep(0.01)
+    return original(*arguments, **keywords)
 
 {where} = pause
 sys.exit(train_gpt.main())
 """
 
 
+def paused(flags, where, call):
+    """A process that stands still in this call of a function."""
+    process = start(flags, "-c", PAUSED.format(where=where, call=call))
+    wait_for(Path("paused").exists, process)
+    return process
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signals_to_a_real_process(number):
+    process = paused("", "train_gpt.Data.batch", 8)
+    process.send_signal(number)
+    Path("go").touch()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (128 + number, 1) and "--resume" in err
+    assert checkpoint()["step"] == 8
+    trained("--resume")
+    whole, lines = uninterrupted()
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+
+
 @pytest.mark.parametrize("where", ("torch.save", "os.replace"))
 def test_killed_while_it_writes_a_checkpoint(where):
     flags = "--checkpoint-interval 4 "
-    process = start(flags, "-c", KILLED.format(where=where))
-    wait_for(Path("paused").exists, process)
+    process = paused(flags, where, 2)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -343,6 +417,74 @@ def test_killed_while_it_writes_a_checkpoint(where):
     trained(flags + "--resume")
     whole, lines = uninterrupted(flags)
     assert same(checkpoint(), whole) and log() == lines
+
+
+FORKS = """
+import os, shlex, sys, matplotlib.pyplot, torch._inductor, train_gpt
+for line in sys.stdin:
+    if not (pid := os.fork()):
+        os.dup2(2, 1)
+        os._exit(train_gpt.main(shlex.split(line)))
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def test_killed_at_ten_random_moments():
+    flags = "--steps 200 --log-interval 1 --eval-interval 90 --checkpoint-interval 5 "
+    whole, lines = uninterrupted(flags)
+    moments, lost, saved = random.Random(0), [], 0
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}) as forks:
+        for _ in range(10):
+            target = f'"step": {saved + moments.randint(1, 16)},'
+            print(TINY + flags + "--resume" * (RUN / "checkpoint.pt").exists(), file=forks.stdin, flush=True)
+            pid = int(forks.stdout.readline())
+            wait_for(lambda: (RUN / "log.jsonl").exists() and target in (RUN / "log.jsonl").read_text(), forks)
+            time.sleep(moments.uniform(0, 0.01))
+            os.kill(pid, signal.SIGKILL)
+            assert int(forks.stdout.readline()) == signal.SIGKILL
+            before, saved = saved, checkpoint()["step"] if (RUN / "checkpoint.pt").exists() else 0
+            lost.append(train_gpt.read_log(RUN)[-1]["step"] - saved)
+            assert before <= saved and lost[-1] <= 5  # no checkpoint goes back, and at most one interval is lost
+    assert 0 < saved < 200 and len(set(lost)) > 1
+    trained(flags + "--resume")
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+
+
+@pytest.fixture
+def small_disk():
+    """A file system of 600 KB in runs, for one checkpoint of 350 KB, not for two."""
+    Path("runs").mkdir()
+    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", "runs"], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield
+    subprocess.run(["umount", "-l", "runs"], check=True)
+
+
+def is_whole_after_a_full_disk(code, err):
+    assert code == 1 and err.count("\n") == 1 and "No space left" in err, err
+    assert checkpoint()["step"] == 6 and not list(RUN.glob(".*"))
+
+
+def test_full_disk_while_it_writes_a_checkpoint(small_disk):
+    code, _, err = gpt()
+    is_whole_after_a_full_disk(code, err)
+    subprocess.run(["mount", "-o", "remount,size=9m", "runs"], check=True)
+    trained("--resume")
+    assert same(checkpoint(), uninterrupted()[0])
+
+
+def test_full_disk_that_only_fsync_sees(monkeypatch):
+    fsync = os.fsync
+
+    def full(f):
+        if (RUN / "checkpoint.pt").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(f)
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = gpt("--steps 24 --eval-interval 100")  # no figure at step 12
+    is_whole_after_a_full_disk(code, err)
 
 
 def test_resume_after_a_torn_line_of_the_log():
@@ -366,7 +508,7 @@ def test_resume_after_a_torn_line_of_the_log():
         "layers", "width", "heads", "ffn", "context", "steps", "batch-size", "micro-batch", "interval", "log-interval",
         "eval-interval", "eval-sequences", "checkpoint-interval", "tokens", "top-k")],
     ("--width 33", "--width.*33.*--heads"), ("--heads 3", "--width.*32.*--heads.*6"), ("--heads 32", "--width.*32.*64"),
-    ("--micro-batch 3", "--micro-batch.*3.*--batch-size 4"), ("--micro-batch 8", "--micro-batch.*8.*--batch-size 4"),
+    ("--micro-batch 3", "--micro-batch.*3.*--batch-size.*4"), ("--micro-batch 8", "--micro-batch.*8.*--batch-size.*4"),
     ("--probe-batches 0", "--probe-batches.*0.*1"), ("--probe-batches 2", "--probe-batches.*2.*1"),
     ("--probe-batches 5 --micro-batch 1", "--probe-batches.*5.*1 to 4"),
     ("--warmup -1", "--warmup.*-1.*0"), ("--warmup 12", "--warmup.*12.*11"), ("--ire-warmup -1", "--ire-warmup.*-1.*0"),
@@ -453,83 +595,6 @@ def test_corrupt_checkpoint(finished, flags, broken):
     refused(flags, "runs/gpt/checkpoint.pt")
 
 
-# ------------------------------------------------------------------------------------------------ errors: data
-@pytest.mark.parametrize("content, flags, says", [
-    (b"", "", "text.txt.*0 tokens"), (b"1", "", "text.txt"), (TEXT[:32], "", "text.txt.*--context"),
-    (TEXT[:33], "", "text.txt.*--context"), (TEXT, "--context 30000", "text.txt.*--context.*30000"),
-    (None, "", "--data.*text.txt"), ({}, "", "--data.*text.txt"), ({"a/b.txt": b""}, "", "text.txt.*0 tokens"),
-    ({f"{i}.txt": b"short" for i in range(25)}, "", "text.txt.*--context"),
-])
-def test_text_that_cannot_be_trained_on(content, flags, says):
-    Path("text.txt").unlink()
-    if isinstance(content, bytes):
-        Path("text.txt").write_bytes(content)
-    elif content is not None:
-        for name, text in ({"": None} | content).items():
-            path = Path("text.txt") / name
-            (path if text is None else path.parent).mkdir(exist_ok=True)
-            text is None or path.write_bytes(text)
-    refused(flags, "--data", says)
-
-
-@pytest.mark.parametrize("values, meta, says", [
-    ({"train": [1] * 99 + [256]}, {}, "train.bin.*256.*255"), ({"val": [1] * 99 + [65535]}, {}, "val.bin.*65535.*255"),
-    ({"train": [5] * 100}, {"vocab_size": 5}, "train.bin.*5.*4"),
-    ({"train": [1] * 32}, {}, "train.bin.*--context.*32"), ({"val": []}, {}, "val.bin"),
-    ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin.*198.*200"),
-    ({}, {"train_tokens": "many"}, "meta.json|train.bin"), ({}, {"vocab_size": "many"}, "meta.json.*vocab_size"),
-    ({}, {"vocab_size": None}, "meta.json.*vocab_size"),
-])
-def test_prepared_folder_with_wrong_numbers(values, meta, says):
-    prepared(**values, **meta)
-    refused("--data ready", "--data", says)
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("train.bin", TEXT[:101], "train.bin.*101"), ("val.bin", TEXT[:101], "val.bin.*101"), ("val.bin", None, "val.bin"),
-    ("train.bin", b"", "train.bin.*0"), ("meta.json", None, "meta.json"), ("meta.json", b"", "meta.json"),
-    ("meta.json", b'{"vocab_size": 2', "meta.json"), ("meta.json", b"\xff\xfe", "meta.json"),
-    ("meta.json", b'{"tokenizer": "bytes"}', "meta.json.*vocab_size"),
-    ("meta.json", b'{"vocab_size": 256}', "meta.json.*tokenizer"), ("meta.json", b"[]", "meta.json"),
-])
-def test_prepared_folder_with_broken_files(name, content, says):
-    path = prepared() / name
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    refused("--data ready", "--data", says)
-
-
-def test_python_without_library_source(monkeypatch, here):
-    Path("lib").mkdir()
-    Path("lib/site.py").write_text("pass")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda *_, **__: {"stdlib": str(here / "lib")})
-    refused("--data stdlib", "--data FILE", str(here / "lib"))
-
-
-@pytest.mark.parametrize("answer", (urllib.error.URLError("no network"), TimeoutError("timed out"),
-                                    http.client.IncompleteRead(b"To be"), b"not Shakespeare"), ids=repr)
-def test_shakespeare_without_network(monkeypatch, answer):
-    def urlopen(*_, **__):
-        if isinstance(answer, bytes):
-            return contextlib.closing(io.BytesIO(answer))
-        raise answer
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    refused("--data shakespeare", "--data", "data/shakespeare.txt")
-    Path("data").mkdir()
-    Path("data/shakespeare.txt").write_bytes(TEXT)  # as the line says
-    assert "shakespeare" in trained("--data shakespeare")
-
-
-@pytest.mark.parametrize("data", ("text.txt", "ready"))
-def test_data_that_changed_before_a_resume(data):
-    prepared()
-    stopped(f"--data {data}", 7)
-    path = Path("text.txt" if data == "text.txt" else "ready/train.bin")
-    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
-    refused(f"--data {data} --resume", f"--data.*{RUN}", root=RUN)
-
-
 # ------------------------------------------------------------------------------------------------ errors: numbers
 def poison(opt):
     with torch.no_grad():
@@ -584,7 +649,8 @@ def test_outputs(finished):
     assert set(config) >= {f.name for f in dataclasses.fields(train_gpt.Config)}
     assert config["torch"] == torch.__version__ and config["device"] in ("cpu", "cuda", "mps")
     assert re.fullmatch("([0-9a-f]{40})?", config["commit"])  # empty where there is none
-    assert None not in config.values() and config["steps"] == 12 and config["kappa"] == 1.0
+    assert {k for k, v in config.items() if v is None} == {"stop_at", "probe_batches", "sample"}  # none, all, no
+    assert config["steps"] == 12 and config["kappa"] == 1.0
     lines = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
     assert all({"step", "seconds"} <= set(r) and ("train_loss" in r) != ("val_loss" in r) for r in lines)
     assert all({"lr", "tokens_per_second"} <= set(r) for r in lines if "train_loss" in r)
@@ -612,7 +678,8 @@ def test_help_shows_every_default(monkeypatch):
     assert (code, err) == (0, "")
     for f in dataclasses.fields(train_gpt.Config):
         line = re.search(rf"^  --{f.name.replace('_', '-')}\b.*(\n    .*)*", text, re.M).group()
-        assert f"(default {f.default})" in line or f.default is None, line
+        defaults = train_gpt.PRESETS.get(f.name, (f.default,))
+        assert f"(default {', '.join(map(str, defaults))})" in " ".join(line.split()) or defaults[0] in (None, ""), line
 
 
 def test_compare():
@@ -643,17 +710,164 @@ def test_compare_goes_on_without_its_settings(step):
 
 
 def test_sample(finished):
-    def text(flags):
-        return trained(f"--sample {RUN} --prompt '49 é ' {flags}", tiny="")
+    def text(flags):  # the run itself was for 5 tokens
+        return trained(f"--sample {RUN} --prompt '49 é ' --tokens 300 {flags}", tiny="")
     assert text("") == text("") and text("").startswith("49 é ") and text("") != text("--temperature 0.1")
     assert len(text("--tokens 9")) <= len("49 é \n") + 9 < len(text(""))
     assert text("--temperature 0") == text("--top-k 1") != text("--top-k 256") == text("--top-k 1000000")
 
 
 def test_sample_in_a_real_process(finished):
-    process = start(f"--sample {RUN} --prompt 'def '", tiny="")
+    process = start(f"--sample {RUN} --prompt 'def ' --tokens 300", tiny="")
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "") and out.startswith("def ") and len(out) > 150
+
+
+@pytest.mark.parametrize("prompt", (3, 8, 20))
+def test_cached_text_is_the_argmax_of_each_step(prompt):
+    """A context that is full goes on with its second half."""
+    c = train_gpt.complete(train_gpt.Config(layers=2, width=32, heads=2, ffn=64, context=8, tokens=30, temperature=0.0, device="cpu"))
+    model = train_gpt.Llama(c, 320)
+    torch.nn.init.normal_(model.lm_head.weight)
+    tokens = torch.randint(300, (prompt,)).tolist()
+    expected, window = list(tokens), tokens[-8:]
+    for _ in range(30):
+        expected.append(int(model(torch.tensor([window]))[0, -1, :300].argmax()))
+        window = expected[-4:] if len(window) == 8 else [*window, expected[-1]]
+    assert train_gpt.generate(model, c, tokens, 300) == expected and len(set(expected[prompt:])) > 5
+
+
+def test_hugging_face_folder_samples_and_evaluates_like_the_run(finished):
+    before = tree(RUN)
+    for flags in ("", "--temperature 0", "--seed 3"):
+        run, folder = (trained(f"--sample {path} --prompt 12 --tokens 60 {flags}", tiny="") for path in (RUN, RUN / "hf"))
+        assert run == folder and len(run) > 40
+    last = f"validation loss {log()[-1]['val_loss']:.4f}\n"
+    assert trained("--eval-only", tiny="") == last
+    assert trained(f"--eval-only --out {RUN / 'hf'} --data text.txt --eval-sequences 8", tiny="") == last
+    assert tree(RUN) == before
+
+
+def test_evaluation_refuses_what_it_cannot_read(finished):
+    refused("--eval-only --out nowhere", "nowhere", tiny="")
+    refused("--eval-only --data nowhere", "--data.*nowhere", tiny="")
+    (RUN / "hf/config.json").write_text("{}")
+    refused(f"--eval-only --out {RUN / 'hf'} --data text.txt", "runs/gpt/hf", tiny="")
+    (RUN / "hf/model.safetensors").write_bytes(TEXT)
+    refused(f"--sample {RUN / 'hf'}", "runs/gpt/hf", tiny="")
+
+
+def test_stop_at(finished):
+    losses = {r["step"]: r["val_loss"] for r in log(RUN, "val_loss")}
+    assert losses[5] > losses[10] > losses[12]
+    out = trained(f"--stop-at {losses[10]} --out early")  # the first evaluation at or under it
+    assert checkpoint("early")["step"] == log("early")[-1]["step"] == 10 and log("early")[-1]["val_loss"] == losses[10]
+    assert "after 10 steps" in out and (Path("early") / "loss.png").exists() and (Path("early") / "hf/model.safetensors").exists()
+    before = checkpoint("early")
+    trained("--resume --out early", tiny="")  # it has ended
+    assert same(checkpoint("early"), before)
+
+
+def test_gradient_norm_and_flat_fraction_are_in_the_log():
+    trained("--steps 6 --log-interval 1 --optimizer admire --gamma 0.6 --clip 0.5")
+    lines = log(RUN, "train_loss")
+    assert [r["flat"] for r in lines] == [0, 0] + [pytest.approx(0.6, abs=1e-4)] * 4
+    c = settings()
+    run = train_gpt.Trainer(c)
+    for line in lines:
+        model = run.model.state_dict()
+        (x, y, _), = run.data.batch(run.step)
+        again = train_gpt.Llama(c, 256)
+        again.load_state_dict(model)
+        again(x, y).backward()
+        norm = sum(p.grad.square().sum() for p in again.parameters()).sqrt()
+        assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)  # before it is clipped
+        run.train_step()
+
+
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")), ids=repr)
+def test_out_of_memory_names_what_to_lower(monkeypatch, error):
+    def forward(*_):
+        raise error
+    monkeypatch.setattr(train_gpt.Block, "forward", forward)
+    code, _, err = gpt()
+    assert code == 1 and err.count("\n") == 1 and re.search("out of memory.*--micro-batch.*--context.*--width", err)
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def forward(*_):
+        raise RuntimeError("a fault of the program")
+    monkeypatch.setattr(train_gpt.Block, "forward", forward)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        gpt()
+
+
+STUB = """
+import json
+runs, active = [], False
+
+class Run:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        finish()
+
+def init(project, name, dir, config):
+    global active
+    assert not active, "the run before was not finished"  # wandb would go on with it
+    active = True
+    runs.append({"name": name, "lr": config["lr"], "log": []})
+    return Run()
+
+def log(values, step):
+    runs[-1]["log"].append({"step": step, **values})
+
+def finish():
+    global active
+    active = False
+    json.dump(runs, open("wandb.json", "w"))
+"""
+
+
+def test_wandb(monkeypatch, here):
+    Path("stub").mkdir()
+    Path("stub/wandb.py").write_text(STUB)
+    monkeypatch.syspath_prepend(here / "stub")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    trained("--compare --wandb --lr 0.003")
+    runs = json.loads(Path("wandb.json").read_text())
+    assert [(run["name"], run["lr"]) for run in runs] == [("adamw", 0.003), ("admire", 0.003)]
+    for run in runs:
+        lines = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in run["log"]]
+        assert lines == log(RUN / run["name"])
+    sys.modules.pop("wandb")
+
+
+def test_tensorboard():
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained("--tensorboard")
+    events = EventAccumulator(str(RUN)).Reload()
+    for name in ("train_loss", "val_loss", "lr", "grad_norm", "flat", "tokens_per_second"):
+        assert [e.step for e in events.Scalars(name)] == [r["step"] for r in map(json.loads, open(RUN / "log.jsonl")) if name in r]
+    assert [e.value for e in events.Scalars("val_loss")] == pytest.approx([r["val_loss"] for r in log(RUN, "val_loss")])
+
+
+def test_heavy_packages_are_imported_where_they_are_used():
+    code = """
+import sys
+import train_gpt
+try:
+    train_gpt.main(["--help"])
+finally:
+    print(*{"matplotlib", "datasets", "tiktoken", "safetensors", "wandb", "tensorboard"} & set(sys.modules), file=sys.stderr)
+"""
+    process = start("", "-c", code, tiny="")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "\n") and "--micro-batch" in out
 
 
 @pytest.mark.parametrize("flags", ("--deterministic", "--dtype bfloat16", "--curvature second_moment --ire-warmup 0",
@@ -663,67 +877,8 @@ def test_other_settings_run(flags):
     assert log()[-1]["val_loss"] < log()[0]["val_loss"]
 
 
-@pytest.mark.parametrize("module", ("matplotlib", "safetensors.torch"))
-def test_a_missing_package_is_named(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    code, _, err = gpt()
-    assert code and err.count("\n") == 1 and f"pip install {module.split('.')[0]}" in err
-
-
-# ------------------------------------------------------------------------------------------------ data
-@pytest.mark.parametrize("vocab", (8, 256, 300))
-def test_prepared_folder(vocab):
-    """Any tokenizer's; what its tokens mean is not known here, yet the run ends well."""
-    values = [i**2 % vocab for i in range(2000)] + [vocab - 1]
-    prepared(train=values, val=values[:200], vocab_size=vocab, tokenizer="bytes" if vocab == 256 else "mine")
-    out = trained("--data ready --tokens 40")
-    assert "2,001 training and 200 validation tokens" in out
-    assert checkpoint()["model"]["lm_head.weight"].shape == (vocab, 32)
-    assert not Path("data").exists()
-
-
-def test_folder_of_text_files():
-    """Every twentieth of 20 and more files is held out, whole."""
-    texts = {b"%d\n" % i * 30 for i in range(100, 125)}
-    for i, text in enumerate(sorted(texts)):
-        path = Path("texts") / ("deeper" if i % 2 else "") / f"{i}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
-    trained("--data texts")
-    folder, = Path("data").iterdir()
-    val, train = (bytes(np.fromfile(folder / f"{part}.bin", "<u2").tolist()) for part in ("val", "train"))
-    held = {text for text in texts if text in val}
-    assert len(held) == 2 and len(val) == sum(map(len, held)) + 1 and not any(text in train for text in held)
-    assert len(train) == sum(map(len, texts - held)) + 22 and all(text in train for text in texts - held)
-
-
-def test_the_end_of_one_text_is_held_out():
-    trained()
-    folder, = Path("data").iterdir()
-    train, val = (bytes(np.fromfile(folder / f"{part}.bin", "<u2").tolist()) for part in ("train", "val"))
-    assert train + val == TEXT and len(val) == -(-len(TEXT) // 10)
-    meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 256)
-
-
-def test_prepared_data_is_reused_and_never_half_made():
-    trained()
-    folder, = Path("data").iterdir()
-    times, before = [p.stat().st_mtime_ns for p in (folder.parent, *folder.iterdir())], checkpoint()
-    trained("--overwrite")
-    assert [p.stat().st_mtime_ns for p in (folder.parent, *folder.iterdir())] == times and same(checkpoint(), before)
-    for pid in (1, os.getpid()):  # killed half-way, also with the number that this process has (in containers)
-        half = folder.with_name(f".{folder.name}.{pid}")
-        half.mkdir()
-        (half / "train.bin").write_bytes(b"12")
-    shutil.rmtree(folder)
-    trained("--overwrite")
-    assert same(checkpoint(), before) and (folder / "meta.json").exists()
-
-
-def test_data_does_not_depend_on_an_earlier_run():
-    Path("text.txt").write_bytes(TEXT[:2500])
-    trained("--context 200 --out fresh --data-dir empty")
-    trained("--context 32")
-    trained("--context 200 --out again")
-    assert same(checkpoint("again"), checkpoint("fresh"))
+@pytest.mark.parametrize("package, flags", [("matplotlib", ""), ("safetensors", ""), ("tiktoken", "--tokenizer gpt2"),
+                                            ("datasets", "--data wikitext-2"), ("wandb", "--wandb"), ("tensorboard", "--tensorboard")])
+def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, package, flags):
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(flags, f"pip install {package}\n")
