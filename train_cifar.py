@@ -549,7 +549,8 @@ def train(c: Config):
     torch.set_float32_matmul_precision("high")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(c.deterministic)
-    torch.backends.cudnn.benchmark = not c.deterministic
+    if c.device == "cuda":
+        torch.backends.cudnn.benchmark = not c.deterministic
     model = MODELS[c.model](data.classes).to(c.device, memory_format=torch.channels_last)
     optimizer, scaler = make_optimizer(model, c), torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
