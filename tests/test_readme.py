@@ -60,8 +60,10 @@ SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± 
 `for s in 0 1 2; do python train_gpt.py --compare --seed $s --out runs/compare-$s; done` |
 | AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{gap:+.4f}' for gap in gaps)} | the same |
 | step at which AdmIRE was at AdamW's final loss, by seed | {', '.join(reached)} of {runs[0]['adamw']['steps']} | the same |
+| tokens a second, tiny run, train_gpt.py's AdamW of a plain loop over transformers' Llama | \
+{1 / rows['plain transformers loop, AdamW']['of_adamw']:.2f} | `python benchmarks/train.py` |
 | tokens a second, AdmIRE of AdamW: full probe, quarter probe, second moment | {rows['AdmIRE, full probe']['of_adamw']:.3f}, \
-{rows['AdmIRE, 4 micro-batches, probe on one']['of_adamw']:.3f}, {rows['AdmIRE, second_moment']['of_adamw']:.3f} | `python benchmarks/train.py` |
+{rows['AdmIRE, 4 micro-batches, probe on one']['of_adamw']:.3f}, {rows['AdmIRE, second_moment']['of_adamw']:.3f} | the same |
 | mask refresh at 60M parameters against the textbook way: time, extra memory | {refresh['ms'] / textbook['ms']:.2f}, \
 {refresh['extra_bytes_per_parameter'] / textbook['extra_bytes_per_parameter']:.2f} | `python benchmarks/step.py` |
 | AdmIRE's step at 60M parameters: times AdamW's foreach step, its fused step | {big['AdmIRE (fused), step']['over_foreach_adamw']:.2f}, \
