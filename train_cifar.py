@@ -344,12 +344,13 @@ def environment():
 
 def draw(c):
     """DIR/loss.png: loss, test accuracy, learning rate and, with IRE, the flat fraction over steps."""
-    needs("matplotlib", "matplotlib", "the figure").use("Agg")
-    import matplotlib.pyplot as plt
+    needs("matplotlib", "matplotlib", "the figure")
+    from matplotlib.figure import Figure  # without pyplot, whose backend may be a notebook's
     log = read_log(c.out)
     panels = {"loss": ["train_loss", "test_loss"], "test accuracy (%)": ["test_acc"], "learning rate": ["lr"]}
     panels |= {"flat fraction": ["flat"]} if any("flat" in r for r in log) else {}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for ax, (title, keys) in zip(axes, panels.items()):
         for key, color in zip(keys, ("#0072B2", "#D55E00")):
             ax.plot(*zip(*[(r["step"], r[key]) for r in log if key in r]), "o-", color=color, label=key, ms=3)
@@ -359,7 +360,6 @@ def draw(c):
         ax.grid(alpha=0.3)
     axes[0].legend()
     write_atomically(Path(c.out) / "loss.png", lambda f: figure.savefig(f, format="png", dpi=150))
-    plt.close(figure)
 
 # ------------------------------------------------------------------------------------------------ optimizers
 def make_optimizer(model, c):

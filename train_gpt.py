@@ -466,10 +466,8 @@ def read_log(folder):
 
 def draw(path, runs):
     """Loss over steps of each run {label: folder}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    from matplotlib.figure import Figure  # without pyplot, whose backend may be a notebook's
+    axes = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots()
     for (label, folder), color in zip(runs.items(), ("#0072B2", "#D55E00")):
         log, settings = read_log(folder), json.loads((Path(folder) / "config.json").read_text())
         (at, losses), (steps, training) = ([[r[k] for r in log if key in r] for k in ("step", key)] for key in ("val_loss", "train_loss"))
@@ -481,7 +479,6 @@ def draw(path, runs):
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(Path(path), lambda f: figure.savefig(f, format="png", dpi=150))
-    plt.close(figure)
 
 def environment():
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]

@@ -81,8 +81,10 @@ def test_the_first_cell_fetches_once_and_only_on_colab(tmp_path):
     colab.mkdir()
 
     def run(modules, folder):
-        code = f"import sys\nfor name in {modules}: sys.modules[name] = sys\n{BOOT}\nimport ire; print(ire.fetched, os.getcwd())"
-        settings = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf", "GIT_CONFIG_VALUE_0": ADDRESS}
+        code = f"import sys\nfor name in {modules}: sys.modules[name] = sys\n{BOOT}\n" \
+               "import ire; print(ire.fetched, os.getcwd())"
+        settings = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": ADDRESS,
+                    "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf"}
         return subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True,
                               env={"PATH": "/usr/bin:/bin:/usr/local/bin", **settings})
 
@@ -102,7 +104,8 @@ def texts():
 
 def test_the_address_of_the_repository_is_the_same_everywhere():
     for name, text in texts().items():
-        for address, rest in re.findall(r"(https://(?:github\.com|raw\.githubusercontent\.com)/[\w-]+/[\w-]+)([^\s)\"'>]*)", text):
+        links = re.findall(r"(https://(?:github|raw\.githubusercontent)\.com/[\w-]+/[\w-]+)([^\s)\"'>]*)", text)
+        for address, rest in links:
             assert address.replace("raw.githubusercontent.com", "github.com") == ADDRESS, name
             if rest.startswith("/blob/main/"):
                 assert (ROOT / rest.split("#")[0].removeprefix("/blob/main/")).is_file(), (name, rest)
@@ -120,8 +123,9 @@ def test_works_that_notebooks_cite_are_in_the_references():
 def book(tmp_path_factory):
     out = tmp_path_factory.mktemp("book")
     build = subprocess.run(
-        [sys.executable, "-c", "import jupyter_book.cli.main as jb; jb.main()", "build", ".", "--config", "book/_config.yml", "--toc", "book/_toc.yml",
-         "-W", "--keep-going", "--path-output", out], cwd=ROOT, capture_output=True, text=True)
+        [sys.executable, "-c", "import jupyter_book.cli.main as jb; jb.main()", "build", ".",
+         "--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going",
+         "--path-output", out], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0 and (out / "_build/html").is_dir(), \
         "\n".join(re.findall(".*(?:WARNING|ERROR|rror:).*", build.stderr + build.stdout))
     return out / "_build/html"
@@ -161,8 +165,13 @@ def test_links_and_images_resolve_and_nothing_needs_a_network(book):
                 assert unquote(url.fragment) in pages[target].ids, (path.name, link)
 
 
+def pages():
+    sys.path.insert(0, str(ROOT / "book"))
+    return __import__("pages")
+
+
 def test_the_results_page_says_what_the_files_say(book):
-    text, page = Page(book / "book/results.html").text, (ROOT / "book/results.md").read_text()
+    text = Page(book / "book/results.html").text
     for path in (ROOT / "results").glob("compare-tiny-*.json"):
         run = json.loads(path.read_text())
         assert f"{run['adamw']['val_loss']:.4f} {run['admire']['val_loss']:.4f}" in text and run["command"] in text
@@ -172,15 +181,20 @@ def test_the_results_page_says_what_the_files_say(book):
     assert f"IRE, refresh {row['ms']:.4g}" in text
     row = json.loads((ROOT / "results/train-cpu.json").read_text())["rows"]["AdmIRE, full probe"]
     assert f"AdmIRE, full probe {row['tokens_per_second']:,.0f} {row['of_adamw']:.4g}" in text
-    missing = [name for name in ("speedup-tiny", "cifar-jpeg") if not (ROOT / f"results/{name}.json").exists()]
-    assert text.count("Not measured yet") == len(missing) and "{{" not in text and page.count("{{") == 6
+    for report in filter(None, (pages().load(f"speedup-{row}") for row in ("tiny", "nano"))):
+        for run in report["runs"]:
+            assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
+    for name, row in (pages().load("cifar-jpeg") or {"table": {}})["table"].items():
+        assert re.search(rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text), name
+    files = "speedup-tiny", "speedup-nano", "cifar-jpeg", "cifar-speed-cpu"
+    assert text.count("Not measured yet") == sum(not (ROOT / f"results/{name}.json").exists() for name in files)
+    assert "{{" not in text
 
 
 def test_the_results_page_without_results(tmp_path):
-    sys.path.insert(0, str(ROOT / "book"))
-    import pages
-    text = pages.results((ROOT / "book/results.md").read_text(), tmp_path)
-    assert text.count(pages.MISSING) == 6 and "|" not in text
+    page = (ROOT / "book/results.md").read_text()
+    text = pages().results(page, tmp_path)
+    assert text.count(pages().MISSING) == page.count("{{") > 6 and "|" not in text
 
 
 def test_the_api_page_has_every_public_name(book):
@@ -211,10 +225,13 @@ def test_pages_open_without_errors_and_fit_a_phone(book, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync " \
                   f"disable-component-update user-data-dir={tmp_path} enable-logging=stderr virtual-time-budget=20000 dump-dom"
-        shown = subprocess.run([CHROMIUM, *(f"--{option}" for option in options.split()),
-                                f"http://127.0.0.1:{server.server_port}/phone.html"], capture_output=True, text=True, timeout=120)
+        address = f"http://127.0.0.1:{server.server_port}/phone.html"
+        shown = subprocess.run([CHROMIUM, *(f"--{option}" for option in options.split()), address],
+                               capture_output=True, text=True, timeout=120)
         server.shutdown()
-    errors = [line for line in shown.stderr.splitlines() if "CONSOLE" in line and re.search("Uncaught|rror|Failed|refused", line)]
-    assert not errors, errors
-    for name, (width, formulas, set_in_type, wrong) in zip(names, json.loads(re.search("<title>(.+)</title>", shown.stdout)[1])):
+    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert not [line for line in console if re.search("Uncaught|rror|Failed|refused", line)]
+    measured = json.loads(re.search("<title>(.+)</title>", shown.stdout)[1])
+    assert len(measured) == len(names)
+    for name, (width, formulas, set_in_type, wrong) in zip(names, measured):
         assert width <= 390 and formulas == set_in_type and not wrong, (name, width, formulas, set_in_type, wrong)
