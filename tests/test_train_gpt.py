@@ -276,7 +276,8 @@ def test_presets_are_the_rows_of_the_paper(preset):
 
 
 def test_what_is_typed_comes_before_the_preset():
-    c = train_gpt.configure(train_gpt.parse(shlex.split("--preset 60m --steps 700 --micro-batch 5 --kappa 3 --gamma 0.6")))
+    c = train_gpt.complete(train_gpt.Config(**train_gpt.parse(shlex.split(
+        "--preset 60m --steps 700 --micro-batch 5 --kappa 3 --gamma 0.6"))))
     assert (c.steps, c.micro_batch, c.kappa, c.gamma, c.warmup, c.layers) == (700, 5, 3, 0.6, 350, 16)
     assert train_gpt.complete(train_gpt.Config(preset="60m", steps=700, warmup=500)).warmup == 500
 
@@ -678,7 +679,7 @@ def test_help_shows_every_default(monkeypatch):
     assert (code, err) == (0, "")
     for f in dataclasses.fields(train_gpt.Config):
         line = re.search(rf"^  --{f.name.replace('_', '-')}\b.*(\n    .*)*", text, re.M).group()
-        defaults = train_gpt.PRESETS.get(f.name, (f.default,))
+        defaults = f.metadata["default"]
         assert f"(default {', '.join(map(str, defaults))})" in " ".join(line.split()) or defaults[0] in (None, ""), line
 
 

@@ -29,6 +29,10 @@ def prepared(folder="ready", train=TEXT, val=TEXT[:200], **meta):
     return Path(folder)
 
 
+def prepare(**settings):
+    return train_gpt.prepare(train_gpt.complete(train_gpt.Config(**settings)))
+
+
 # ------------------------------------------------------------------------------------------------ errors: data
 @pytest.mark.parametrize("content, flags, says", [
     (b"", "", "text.txt.*0 tokens"), (b"1", "", "text.txt"), (TEXT[:32], "", "text.txt.*--context"),
@@ -126,7 +130,7 @@ def test_truncated_bin(finished_data, part):
 
 @pytest.fixture
 def finished_data(here):
-    return train_gpt.prepare(train_gpt.Config(data="text.txt", tokenizer="bytes", context=32))
+    return prepare(data="text.txt", tokenizer="bytes", context=32)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -238,7 +242,7 @@ def test_a_long_text_is_whole_on_the_disk():
     text = b"".join(b"%d\n" % i**2 for i in range(200_000))
     Path("text.txt").write_bytes(text)
     assert len(text) > 2 << 20
-    folder = train_gpt.prepare(train_gpt.Config(data="text.txt", tokenizer="bytes", context=32))
+    folder = prepare(data="text.txt", tokenizer="bytes", context=32)
     train, val = (np.fromfile(folder / f"{part}.bin", "<u2").astype(np.uint8).tobytes() for part in ("train", "val"))
     meta = json.loads((folder / "meta.json").read_text())
     assert train + val == text and (meta["train_tokens"], meta["val_tokens"]) == (len(train), len(val))
@@ -266,7 +270,7 @@ def test_gpt2_texts_in_pieces_are_whole(vocabulary):
     Path("texts").mkdir()
     for i in range(20):
         Path(f"texts/{i}.txt").write_text(text if i == 7 else f"text {i} né", encoding="utf-8")
-    folder = train_gpt.prepare(train_gpt.Config(data="texts", tokenizer="gpt2", context=2))
+    folder = prepare(data="texts", tokenizer="gpt2", context=2)
     parts = [np.fromfile(folder / f"{part}.bin", "<u2").tolist() for part in ("train", "val")]
     documents = [document for part in parts for document in vocabulary.decode(part).split("<|endoftext|>")]
     assert sorted(documents) == sorted([text, *(f"text {i} né" for i in range(20) if i != 7)])
@@ -322,7 +326,7 @@ def test_wikitext_2_through_datasets(hub, vocabulary, monkeypatch, tokenizer):
     shutil.rmtree("Salesforce")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(train_gpt, "codec", None)
-    assert train_gpt.prepare(train_gpt.Config(data="wikitext-2", tokenizer=tokenizer)) == folder  # at once, without the library
+    assert prepare(data="wikitext-2", tokenizer=tokenizer) == folder  # at once, without the library
 
 
 def test_unreachable_hub(hub):
@@ -343,7 +347,7 @@ def test_documents_of_the_hub_are_separated(monkeypatch, name, splits):
     library.__spec__ = types.SimpleNamespace()
     library.load_dataset = lambda *_, streaming: {split: rows if split == "train" else rows[:9] for split in splits}
     monkeypatch.setitem(sys.modules, "datasets", library)
-    folder = train_gpt.prepare(train_gpt.Config(data=name, tokenizer="bytes", context=8))
+    folder = prepare(data=name, tokenizer="bytes", context=8)
     train, val = (bytes(np.fromfile(folder / f"{part}.bin", "<u2").tolist()).decode().split("\n") for part in ("train", "val"))
     held = [0, 2000, 4000] if len(splits) == 1 else range(9)
     assert val == [f"document {i}" for i in held]
