@@ -620,7 +620,7 @@ def train(c: Config, build=None):
         record(val_loss=run.val_loss)
         if run.step and RANK == 0: draw(out / "loss.png", {c.optimizer: out})
 
-    done = lambda: run.step == c.steps or run.step > 0 and run.val_loss <= (c.stop_at or -math.inf)
+    done = lambda: run.step == c.steps or run.val_loss <= (c.stop_at or -math.inf)
     with contextlib.ExitStack() as stack:
         for n in (signal.SIGINT, signal.SIGTERM):  # the step that they come in is finished first
             stack.callback(signal.signal, n, signal.signal(n, lambda number, _: caught.append(number)))
@@ -634,7 +634,9 @@ def train(c: Config, build=None):
             from torch.utils.tensorboard import SummaryWriter
             board = stack.enter_context(SummaryWriter(c.out))
             sinks.append(lambda values: [board.add_scalar(name, x, run.step) for name, x in values.items()])
-        if run.step == 0: validate()
+        if run.step == 0:
+            validate()
+            run.val_loss = math.inf  # an untrained model ends no run
         pending, clock = [], time.perf_counter()
         while not done():
             pending.append(run.train_step())
@@ -742,11 +744,11 @@ def main(arguments=None):
         elif typed.get("compare"):
             compare(typed)
         else:
-            summary = train(c := complete(Config(**typed)))
+            summary, out = train(Config(**typed)), Path(typed.get("out", OUT))
             if RANK == 0:
-                text = {name: getattr(c, name) for name in ("device", "prompt", "tokens", "temperature", "top_k")}
-                print(f"\n{sample(c.out, **text)}\n\nvalidation loss {summary['val_loss']:.4f} after {summary['steps']} steps, "
-                      f"{summary['seconds']:.0f} s\nfigure     {Path(c.out) / 'loss.png'}\nmodel      {Path(c.out) / 'hf'}")
+                text = {name: typed[name] for name in ("device", "prompt", "tokens", "temperature", "top_k") if name in typed}
+                print(f"\n{sample(out, **text)}\n\nvalidation loss {summary['val_loss']:.4f} after {summary['steps']} steps, "
+                      f"{summary['seconds']:.0f} s\nfigure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
         return 0
     except (Halt, OSError) as e:
         if LOCAL_RANK == 0 or not isinstance(e, Halt): print(f"train_gpt.py: {e}", file=sys.stderr)

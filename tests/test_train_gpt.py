@@ -764,6 +764,8 @@ def test_stop_at(finished):
     out = trained(f"--stop-at {losses[10]} --out early")  # the first evaluation at or under it
     assert checkpoint("early")["step"] == log("early")[-1]["step"] == 10 and log("early")[-1]["val_loss"] == losses[10]
     assert "after 10 steps" in out and (Path("early") / "loss.png").exists() and (Path("early") / "hf/model.safetensors").exists()
+    trained("--stop-at 9 --out first")  # the untrained model's loss ends no run
+    assert checkpoint("first")["step"] == 5
     before = checkpoint("early")
     trained("--resume --out early", tiny="")  # it has ended
     assert same(checkpoint("early"), before)
