@@ -38,10 +38,10 @@ def results():
     trials = {o: [r for r in sweep["runs"] if r["optimizer"] == o] for o in ("adamw", "admire")}
     best = {(o, w): min(r["val_loss"] for r in trials[o] if r["warmup"] == w) for o in trials for w in (250, 500)}
     settings = ["{optimizer}: lr {lr:g}, warm-up {warmup}".format(**runs[0][o]) for o in ("adamw", "admire")]
-    rate, compared = speedup["speedup"], speedup["compared"]
+    rate, long, compared = speedup["speedup"], speedup["horizons"]["2000"], speedup["compared"]
     less = {name: cifar["table"][name]["less_base"] for name in ("sgd-ire", "sam-ire")}
     against = {name: "{minus_adamw:+.3f} ± {minus_adamw_stderr:.3f}".format(**compared[name]) for name in (
-        "AdmIRE", "second moment", "random mask", "inverted mask", "lr jumps by the mean", "Muon")}
+        "AdmIRE", "second moment", "random mask", "inverted mask", "lr jumps by the mean", "Muon", "Muon with IRE")}
     return f"""\
 | measured | result | command |
 |---|---|---|
@@ -50,7 +50,9 @@ def results():
 | validation loss minus AdamW's in these runs: AdmIRE; with Adam's second moment | {against['AdmIRE']}; {against['second moment']} | the same |
 | the same for a random mask; the sharp coordinates; a jump of lr | {against['random mask']}; {against['inverted mask']}; \
 {against['lr jumps by the mean']} | the same |
-| the same for Muon, as many trials | {against['Muon']} | the same |
+| the same for Muon; Muon with IRE, as many trials each | {against['Muon']}; {against['Muon with IRE']} | the same |
+| the first row at 2000 steps, {speedup['trials']['adamw, long']} trials each more, 3 seeds | \
+{long['steps']:.3f} ± {long['steps_stderr']:.3f}; in time {long['wall']:.3f} ± {long['wall_stderr']:.3f} | the same |
 | the first row on a smaller model | {nano['speedup']['steps']:.3f} ± {nano['speedup']['steps_stderr']:.3f} | `python benchmarks/speedup.py --row nano` |
 | test accuracy, ResNet-56, {cifar['settings']['limit_train']:,} CIFAR-10 pictures (JPEG copy), {cifar['settings']['epochs']} epochs, 3 seeds: \
 SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± {less['sgd-ire']['test_acc'][1]:.2f}; \
