@@ -76,7 +76,8 @@ FALSIFIERS = {
 ABLATIONS = {
     "sharpest, same size": dict(ablation="sharpest"), "random in each tensor": dict(ablation="shuffled"),
     "on from step 0": dict(ablation="early"), "decay not amplified": dict(ablation="decay"), "K = 100": dict(interval=100),
-    "probe on a quarter": dict(ablation="quarter"), "K = 1": dict(interval=1)}
+    "probe on a quarter": dict(ablation="quarter"), "random mask from step 0": dict(ablation="early random"),
+    "K = 1": dict(interval=1)}
 # (stage, label, horizon, optimizer, what differs from its best, seeds), in an order that can be read after any of them
 PLAN = [("tuning", "", 1, "adamw", {}, ()), ("tuning", "", 1, "admire", {}, ()),
         ("finalists", "AdamW", 1, "adamw", {}, FINALISTS), ("finalists", "AdmIRE", 1, "admire", {}, FINALISTS),
@@ -186,8 +187,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 def builder(run):
     """build(model, c) for train_gpt.train: the optimizer of a run."""
-    name, kinds = run["ablation"], {"random": RandomMask, "shuffled": ShuffledMask, "inverted": InvertedMask,
-                                    "sharpest": SharpestMask, "smooth": Smooth, "decay": DecayOnce}
+    name = (run["ablation"] or "").removeprefix("early ")
+    kinds = {"random": RandomMask, "shuffled": ShuffledMask, "inverted": InvertedMask, "sharpest": SharpestMask,
+             "smooth": Smooth, "decay": DecayOnce}
 
     def build(model, c):
         base = (MuonAndAdamW(model, c, run["ratio"]) if "muon" in run["optimizer"] else
@@ -255,7 +257,7 @@ def train(run, model):
         **model, **{k: v for k, v in own.items() if v is not None}, warmup=warmup, out=str(out), overwrite=True,
         optimizer="adamw" if run["optimizer"] in ("adamw", "muon") else "admire", log_interval=50,
         eval_interval=run["steps"], checkpoint_interval=run["steps"], eval_sequences=1024))
-    if run["ablation"] == "early":
+    if "early" in (run["ablation"] or ""):
         c.ire_warmup = 0
     if run["ablation"] == "quarter":
         c.micro_batch = math.gcd(c.micro_batch, c.batch_size // 4)

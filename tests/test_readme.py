@@ -41,7 +41,8 @@ def results():
     rate, long, compared = speedup["speedup"], speedup["horizons"]["2000"], speedup["compared"]
     less = {name: cifar["table"][name]["less_base"] for name in ("sgd-ire", "sam-ire")}
     against = {name: "{minus_adamw:+.3f} ± {minus_adamw_stderr:.3f}".format(**compared[name]) for name in (
-        "AdmIRE", "second moment", "random mask", "inverted mask", "lr jumps by the mean", "Muon", "Muon with IRE")}
+        "AdmIRE", "second moment", "random mask", "inverted mask", "lr jumps by the mean", "Muon", "Muon with IRE",
+        "Muon with a random mask")}
     return f"""\
 | measured | result | command |
 |---|---|---|
@@ -50,7 +51,8 @@ def results():
 | validation loss minus AdamW's in these runs: AdmIRE; with Adam's second moment | {against['AdmIRE']}; {against['second moment']} | the same |
 | the same for a random mask; the sharp coordinates; a jump of lr | {against['random mask']}; {against['inverted mask']}; \
 {against['lr jumps by the mean']} | the same |
-| the same for Muon; Muon with IRE, as many trials each | {against['Muon']}; {against['Muon with IRE']} | the same |
+| the same for Muon; Muon with IRE, as many trials each; Muon with a random mask in place of IRE's | {against['Muon']}; \
+{against['Muon with IRE']}; {against['Muon with a random mask']} | the same |
 | the first row at 2000 steps, {speedup['trials']['adamw, long']} trials each more, 3 seeds | \
 {long['steps']:.3f} ± {long['steps_stderr']:.3f}; in time {long['wall']:.3f} ± {long['wall_stderr']:.3f} | the same |
 | the first row on a smaller model | {nano['speedup']['steps']:.3f} ± {nano['speedup']['steps_stderr']:.3f} | `python benchmarks/speedup.py --row nano` |
