@@ -378,7 +378,9 @@ def write_json(path: Path, value): write_atomically(path, lambda f: f.write(json
 def load_checkpoint(folder):
     try:
         saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("config", "ranks", "data", "tokens", "model", "optimizer")} | saved
+        if lacking := {"config", "ranks", "data", "tokens", "model", "optimizer"} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(lacking))}")
+        return saved
     except Exception as e:  # torch.load raises many kinds
         raise BadInput(f"{path} can't be read as a checkpoint: {first_line(e)}; is {folder} the --out of a run?") from None
 

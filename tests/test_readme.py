@@ -77,9 +77,9 @@ SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± 
 {big['AdmIRE (fused), step']['over_fused_adamw']:.2f} | the same |
 
 On this small model AdmIRE ends at best a little below an AdamW that was tuned as hard, by less than its probes cost in time and no
-more than other draws in them can change, and a little above it at four times the steps. Switched on at the first step, which its search did not try, it gains more. Muon is far ahead of
-AdamW, and IRE over Muon adds to that. The controls do support the mechanism: longer steps help along flat coordinates and hurt along
-random or sharp ones.
+more than other draws in them can change, and a little above it at four times the steps. Switched on at the first step, which its
+search did not try, it gains more. Muon is far ahead of AdamW, and IRE over Muon adds to that. The controls do support the mechanism:
+longer steps help along flat coordinates and hurt along random or sharp ones.
 Most of what IRE gives here, a longer warm-up gives AdamW: with 250 steps of warm-up the best AdamW of the sweep ends at
 {best['adamw', 250]:.4f} and the best AdmIRE at {best['admire', 250]:.4f}, with 500 at {best['adamw', 500]:.4f} and {best['admire', 500]:.4f} (one seed). That is
 far from the paper's factor of two, on a model a hundred times smaller. Each optimizer runs at the best of its own sweep
