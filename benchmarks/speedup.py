@@ -92,7 +92,12 @@ PLAN = [("tuning", "", 1, "adamw", {}, ()), ("tuning", "", 1, "admire", {}, ()),
         ("long", "AdamW, long", 4, "adamw", {}, SEEDS), ("long", "AdmIRE, long", 4, "admire", {}, SEEDS),
         *[("long", f"AdamW, long, {n:g} times the steps", 4, "adamw", dict(length=n), SEEDS) for n in (1.2, 0.8)],
         ("muon-ire", "Muon with IRE", 1, "muon-ire", {}, SEEDS),
-        ("muon-ire", "Muon with a random mask", 1, "muon-ire", dict(ablation="random"), SEEDS)]
+        ("muon-ire", "Muon with a random mask", 1, "muon-ire", dict(ablation="random"), SEEDS),
+        ("muon-ire", "Muon at those settings, no mask", 1, "muon-ire", dict(
+            optimizer="muon", kappa=None, gamma=None, interval=None, curvature=None), SEEDS),
+        ("start", "second moment from step 0", 1, "admire", dict(ablation="early", curvature="second_moment"), SEEDS),
+        ("start", "AdmIRE from step 0, long", 4, "admire", dict(ablation="early"), SEEDS),
+        ("start", "random mask from step 0, long", 4, "admire", dict(ablation="early random"), SEEDS)]
 STAGES = list(dict.fromkeys(entry[0] for entry in PLAN))
 SETTINGS = ("optimizer", "ablation", "lr", "warmup_fraction", "beta2", "weight_decay", "ratio", "kappa", "gamma", "interval",
             "curvature", "seed", "steps")

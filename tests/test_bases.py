@@ -11,6 +11,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from ire import IRE, SAM, AdmIRE, sampled_cross_entropy
 
+torch.backends.__allow_nonbracketed_mutation_flag = True  # that import forbids the scripts, tested after it, to set flags
+
 REFUSED = {"LBFGS": "line search", "SparseAdam": "sparse gradients"}
 CASES = [pytest.param(info.optim_cls, case.kwargs, id=f"{info.optim_cls.__name__}-{case.desc}-{i}")
          for info in optim_db if info.optim_cls.__name__ not in REFUSED
