@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from ire import AdmIRE, sampled_cross_entropy
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, LOCAL_RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 # ------------------------------------------------------------------------------------------------ settings
 class Halt(Exception): code = 1  # ends the script with one line and this exit code
@@ -32,7 +31,6 @@ class BadInput(Halt, ValueError): code = 2  # what the user can mend
 PRESETS, OUT = ("tiny", "60m", "119m", "229m"), "runs/gpt"
 COUNT, POSITIVE = (lambda x: x >= 1, "1 or more"), (lambda x: 0 < x < math.inf, "a finite number above 0")
 NOT_NEGATIVE, FRACTION = (lambda x: 0 <= x < math.inf, "0 or more"), (lambda x: 0 <= x < 1, "0 or more and below 1")
-BETWEEN = lambda x: 0 < x < 1, "above 0 and below 1"
 
 def setting(default, text, allowed=(lambda x: True, "")):
     """default: a value, or a tuple with that of each preset. allowed: names, or a test and its words."""
@@ -42,13 +40,11 @@ def setting(default, text, allowed=(lambda x: True, "")):
 
 @dataclasses.dataclass
 class Config:
-    """None is what was not given: complete() fills it in. Four defaults are those of the presets, which are the paper's rows as
-    standard Llamas: these stand for its models and do not equal them (60M has width 410 there, 10 heads). tiny is the best of
-    equally many trials of either optimizer, on which they agree (results/sweep-tiny.json)."""
+    """None is what was not given: complete() fills it in. Four defaults are those of the presets: the paper's rows as Llamas,
+    close to its models (60M has width 410, 10 heads there); tiny is tuned alike for both optimizers (results/sweep-tiny.json)."""
     preset: str = setting("tiny", "model, data, schedule and IRE of a row of the paper", " ".join(PRESETS))
     data: str = setting(("stdlib", "wikitext-103", "minipile", "openwebtext"), "stdlib (Python's own source), shakespeare, "
-                        "wikitext-2, wikitext-103, minipile, openwebtext, a text file, a folder of text files, or one with "
-                        "train.bin, val.bin, meta.json")
+                        "wikitext-2, another of these, a text file, a folder of them, or one with train.bin, val.bin, meta.json")
     tokenizer: str = setting(("bytes", "gpt2", "gpt2", "gpt2"), "what a token is", "bytes gpt2")
     layers: int = setting((4, 16, 6, 16), "transformer blocks", COUNT)
     width: int = setting((128, 384, 768, 768), "size of the residual stream", COUNT)
@@ -61,7 +57,7 @@ class Config:
     lr: float = setting((2e-3, 6e-4, 6e-4, 6e-4), "peak learning rate", POSITIVE)
     eps: float = setting((1e-8, 1e-16, 1e-16, 1e-16), "AdamW's epsilon", POSITIVE)
     kappa: float = setting((1.0, 2.0, 4.0, 4.0), "IRE: steps along flat coordinates are 1 + kappa times as long", NOT_NEGATIVE)
-    gamma: float = setting((0.7, 0.7, 0.6, 0.6), "IRE: flat fraction of the coordinates", BETWEEN)
+    gamma: float = setting((0.7, 0.7, 0.6, 0.6), "IRE: flat fraction of coordinates", (lambda x: 0 < x < 1, "above 0 and below 1"))
     # as in all of the paper's rows
     interval: int = setting(10, "IRE: steps from one mask to the next (K)", COUNT)
     ire_warmup: int = setting(None, "IRE: steps before it switches on (default: --warmup)", NOT_NEGATIVE)
@@ -105,47 +101,47 @@ class Config:
 def check(c, name, good, allowed):
     if not good: raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
 
-def need(package, what):
-    if importlib.util.find_spec(package) is None: raise BadInput(f"{what} needs {package}: pip install {package}")
+def need(package):
+    if importlib.util.find_spec(package) is None: raise BadInput(f"{package} is needed and missing: pip install {package}")
 
 def complete(given: Config) -> Config:
     """Fills in what was not given, on resume from the run in c.out; raises BadInput on values out of range, and on those that
     would change the run that goes on."""
-    c, names = dataclasses.replace(given, out=given.out or OUT), [f.name for f in dataclasses.fields(given)]
-    saved = load_checkpoint(c.out) if c.resume else {"config": {}, "ranks": RANKS}
-    run, may_change = saved["config"] | {"overwrite": False}, {"data", *names[names.index("out"):]}
-    if saved["ranks"] != RANKS: may_change, run["micro_batch"] = may_change | {"micro_batch"}, None
+    c, fixed = dataclasses.replace(given, out=given.out or OUT), True
+    run = load_checkpoint(c.out)["config"] | {"overwrite": False} if c.resume else {}
     for f in dataclasses.fields(c):
         value, row, (good, allowed) = getattr(c, f.name), f.metadata["default"], f.metadata["allowed"]
         check(c, f.name, value is None or good(value), allowed)
+        fixed = fixed and f.name != "out"
         if value is None: setattr(c, f.name, run.get(f.name, row[PRESETS.index(c.preset) if len(row) > 1 else 0]))
-        elif c.resume and f.name not in may_change:
-            check(c, f.name, value == run.get(f.name), f"what {c.out} began with, {run.get(f.name)}" + (
-                "; the cosine is cut to the steps, so a longer run starts anew" if f.name == "steps" else ""))
+        elif c.resume and fixed and f.name != "data":
+            check(c, f.name, value == run.get(f.name), f"what {c.out} began with, {run.get(f.name)}; its schedule can't be changed")
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    c.device = here[0] if c.device == "auto" else c.device
+    if c.device == "auto": c.device = here[0]
     if c.dtype is None: c.dtype = "bfloat16" if c.device == "cuda" else "float32"
     if c.compile is None: c.compile = c.device == "cuda"
     if given.warmup is None and not c.resume: c.warmup = min(c.warmup, c.steps // 2)
     if c.ire_warmup is None: c.ire_warmup = c.warmup
-    share, rest = divmod(c.batch_size, RANKS)
-    check(c, "batch_size", rest == 0, f"a multiple of the {RANKS} ranks")
-    c.micro_batch = c.micro_batch or max(n for n in range(1, share + 1) if share % n == 0 and n * c.context <= 2**15 or n == 1)
+    share = c.batch_size // RANKS
+    check(c, "batch_size", share * RANKS == c.batch_size, f"a multiple of the {RANKS} ranks")
+    if not c.micro_batch or c.resume and share % c.micro_batch:  # the run may go on with other ranks
+        c.micro_batch = max(n for n in range(1, share + 1) if share % n == 0 and n * c.context <= 2**15 or n == 1)
     check(c, "micro_batch", share % c.micro_batch == 0, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
-    each = share // c.micro_batch
-    check(c, "probe_batches", (c.probe_batches or 1) <= each, f"1 to {each}, the micro-batches of a step")
+    check(c, "probe_batches", (c.probe_batches or 1) * c.micro_batch <= share, f"1 to {share // c.micro_batch}, those of a step")
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
     check(c, "dtype", c.dtype != "float16" or c.device != "cpu" and not c.fsdp, "float32 or bfloat16 on a CPU or with --fsdp")
     check(c, "fsdp", not c.fsdp or "RANK" in os.environ, "--fsdp under torchrun")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
+    check(c, "out", c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists(), "a folder without a run, or --resume to "
+          "go on with it, or --overwrite to lose it")
     for name in ("out", "data_dir"): check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
     return c
 
 # ------------------------------------------------------------------------------------------------ model
-def rotate(x, rotary):  # the halves of a head are the pairs, as in Hugging Face's Llama
-    (cos, sin), (a, b) = rotary, x.chunk(2, dim=-1)
+def rotate(x, cos, sin):  # the halves of a head are the pairs, as in Hugging Face's Llama
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 class Block(nn.Module):
@@ -159,14 +155,13 @@ class Block(nn.Module):
         self.mlp = linears(gate_proj=(d, c.ffn), up_proj=(d, c.ffn), down_proj=(c.ffn, d))
 
     def forward(self, x, rotary, past=None):  # x: (batch, time, width)
-        h, attention, mlp, causal = self.input_layernorm(x), self.self_attn, self.mlp, not past
+        h, attention, mlp, first = self.input_layernorm(x), self.self_attn, self.mlp, not past
         q, k, v = (project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, time, width / heads)
                    for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        if past is not None:  # the text first, then one token at a time, which sees all before it
-            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
-            past[:] = k, v
-        x = x + attention.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past: k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v)))
+        if past is not None: past[:] = k, v  # of the text first, then of one token at a time, which sees all before it
+        x = x + attention.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2).flatten(-2))
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
@@ -187,28 +182,24 @@ class Llama(nn.Module):
             Block(c) for _ in range(c.layers)), "norm": nn.RMSNorm(c.width, eps=1e-6)})
         self.lm_head = nn.Linear(c.width, vocab, bias=False)
         angles = torch.outer(torch.arange(c.context), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (context, head / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:  # the projections that write to the residual stream start smaller (GPT-2)
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.layers) if residual else 0.02)
+        for f in (torch.cos, torch.sin): self.register_buffer(f.__name__, f(angles), persistent=False)  # (context, head / 2)
+        for name, p in self.named_parameters():  # what writes to the residual stream starts smaller (GPT-2)
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.layers) if writes else 0.02)
 
     def forward(self, tokens, targets=None, keys=None, past=None):
         """Logits (batch, time, vocab) of tokens (batch, time); with targets (batch, time) their mean cross entropy; with keys
-        (batch) the probe's loss, Eq. 6; with both the pair. past: a list for each block, of what it keeps of earlier tokens."""
+        (batch) the probe's loss, Eq. 6. past: a list for each block, of what it keeps of earlier tokens."""
         start = past[0][0].shape[2] if past and past[0] else 0
         rotary = [angle[start:start + tokens.shape[1]] for angle in (self.cos, self.sin)]
         x = self.model.embed_tokens(tokens)
         for block, own in zip(self.model.layers, past or itertools.repeat(None)): x = block(x, rotary, own)
         x = self.model.norm(x)
-        if targets is None and keys is None: return self.lm_head(x)
-        losses = [self.mean(loss, x, y) for loss, y in ((self.true_loss, targets), (drawn_loss, keys)) if y is not None]
-        return losses[0] if len(losses) == 1 else losses
+        if targets is not None: return self.mean(self.true_loss, x, targets)
+        return self.lm_head(x) if keys is None else self.mean(drawn_loss, x, keys)
 
     def mean(self, loss, x, y):
-        """The mean loss. Where all logits together are too many, those of some sequences at a time, which are dropped and made
-        again in the backward: under a tenth more work for a fraction of the memory."""
+        """The mean loss. Where all logits are too many at once, some sequences at a time, made again in the backward."""
         a_sequence = x.shape[1] * self.lm_head.out_features
         small, size = len(x) * a_sequence <= self.LOGITS, 1 if loss is drawn_loss else max(1, self.LOGITS // a_sequence)
         run = loss if small else lambda *a: checkpoint(loss, *a, use_reentrant=False, preserve_rng_state=False)
@@ -221,21 +212,15 @@ HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "wikitext-103
        "minipile": ("JeanKaddour/minipile", None), "openwebtext": ("Skylion007/openwebtext", None)}
 
 def text_files(c: Config) -> list[Path]:  # behind --data, in a fixed order
-    path = Path(c.data_dir) / "shakespeare.txt" if c.data == "shakespeare" else Path(c.data)
-    if c.data == "stdlib":
-        path, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        files = [p for p in sorted(path.rglob("*.py")) if not skip & set(p.relative_to(path).parts)]
-        if sum(p.stat().st_size for p in files) > 1 << 20: return files
-        raise BadInput(f"--data: this Python has no library source under {path}; name a text file with --data FILE")
+    path = Path({"stdlib": sysconfig.get_paths()["stdlib"], "shakespeare": f"{c.data_dir}/shakespeare.txt"}.get(c.data, c.data))
     if c.data == "shakespeare" and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:  # to a temporary name, checked, renamed
-            torch.hub.download_url_to_file(SHAKESPEARE[0], str(path), hash_prefix=SHAKESPEARE[1], progress=False)
-        except Exception as e:
-            raise BadInput(f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}") from None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.exists()
-    check(c, "data", files, f"an existing file or folder of files, or stdlib, shakespeare, {', '.join(HUB)}")
-    return files
+        try: torch.hub.download_url_to_file(SHAKESPEARE[0], str(path), hash_prefix=SHAKESPEARE[1], progress=False)
+        except Exception as e: raise BadInput(f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}") from None
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if c.data == "stdlib" else set()
+    files = [p for p in sorted(path.rglob("*.py" if skip else "*")) if p.is_file() and not skip & set(p.relative_to(path).parts)]
+    check(c, "data", files or path.is_file(), f"an existing file or folder of files, or stdlib, shakespeare, {', '.join(HUB)}")
+    return files or [path]
 
 def from_files(files):
     """Pieces of text (part, bytes, whether a document begins). Of twenty files or more each twentieth is held out, of fewer
@@ -246,13 +231,11 @@ def from_files(files):
         cut = size * 9 // 10 if len(files) < 20 else size if i % 20 else 0
         with open(path, "rb") as f:
             for part, end in (("train", cut), ("val", size)):
-                begins = True
-                while text := f.read(min(1 << 19, end - f.tell())):  # and the rest of the line, as gpt2 takes no half words
-                    yield part, text + f.readline(min(1 << 19, end - f.tell())), begins
-                    begins = False
+                start, piece = f.tell(), lambda read: read(min(1 << 19, end - f.tell()))
+                while (at := f.tell()) < end: yield part, piece(f.read) + piece(f.readline), at == start  # gpt2 takes no half words
 
 def from_hub(c: Config):  # the same, streamed from the hub, its cache or a local copy; WikiText's rows are lines of one document
-    need("datasets", f"--data {c.data}")
+    need("datasets")
     from datasets import load_dataset
     try:
         splits = load_dataset(*HUB[c.data], streaming=True)
@@ -261,8 +244,7 @@ def from_hub(c: Config):  # the same, streamed from the hub, its cache or a loca
                 held_out = split != "train" or "validation" not in splits and i % 2000 == 0
                 yield "val" if held_out else "train", row["text"].encode(), i == 0 or not c.data.startswith("wikitext")
     except Exception as e:  # the library and its network raise many kinds
-        raise BadInput(f"--data: datasets can't read {HUB[c.data][0]} ({type(e).__name__}: {first_line(e)}); name a text file or "
-                       "folder instead") from None
+        raise BadInput(f"--data: datasets can't read {HUB[c.data][0]} ({first_line(e)}); name a text file or folder") from None
 
 def first_line(e): return f"{e} ".splitlines()[0].strip() or type(e).__name__
 
@@ -270,52 +252,45 @@ def codec(tokenizer):  # encoder of texts (bytes), decoder of a list of tokens, 
     if tokenizer == "bytes":
         return (lambda texts: [np.frombuffer(t, np.uint8) for t in texts],
                 lambda tokens: bytes(tokens).decode(errors="replace"), 256, ord("\n"))
-    need("tiktoken", "--tokenizer gpt2")
+    need("tiktoken")
     import tiktoken
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as e:
-        raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes, or set "
-                       "TIKTOKEN_CACHE_DIR to a folder that has it") from None
+    try: gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as e: raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes, or "
+                                          "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
     return (lambda texts: gpt2.encode_ordinary_batch([t.decode(errors="replace") for t in texts], num_threads=os.cpu_count()),
             gpt2.decode, gpt2.n_vocab, gpt2.eot_token)
 
 def prepare(c: Config) -> Path:
     """The folder with train.bin, val.bin (uint16 tokens) and meta.json behind --data; made once, and whole or not."""
     if (Path(c.data) / "train.bin").exists(): return Path(c.data)
-    if c.data in HUB:
-        name, size, pieces = f"{c.data}-{c.tokenizer}", None, from_hub(c)
-    else:
-        files = text_files(c)
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        name = f"{Path(c.data).stem}-{c.tokenizer}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:12]}"
-        size, pieces = sum(size for _, size, _ in stats), from_files(files)
-    folder, temporary = Path(c.data_dir) / name, Path(c.data_dir) / f".{name}.{os.getpid()}"
+    files = [] if c.data in HUB else text_files(c)
+    version = hashlib.sha256(repr([(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]).encode()).hexdigest()[:12]
+    name = f"{Path(c.data).stem}-{c.tokenizer}" + f"-{version}" * bool(files)
+    folder, half = Path(c.data_dir) / name, Path(c.data_dir) / f".{name}.{os.getpid()}"
     if (folder / "meta.json").exists(): return folder
-    shutil.rmtree(folder, ignore_errors=True)  # half of one
-    encode, _, vocab, between = codec(c.tokenizer)
-    meta = {"tokenizer": c.tokenizer, "vocab_size": vocab, "source": " ".join(filter(None, HUB.get(c.data, [c.data]))), "sha256": {}}
-    temporary.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # without meta.json it is half of one
+    (encode, _, vocab, between), pieces = codec(c.tokenizer), from_files(files) if files else from_hub(c)
+    source = " ".join(filter(None, HUB.get(c.data, [c.data])))
+    meta = {"tokenizer": c.tokenizer, "vocab_size": vocab, "source": source, "sha256": {}}
+    half.mkdir(parents=True, exist_ok=True)
     try:
-        with (open(temporary / "train.bin", "wb") as train, open(temporary / "val.bin", "wb") as val,
-              tqdm(total=size, desc=f"tokens of {c.data}", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar):
-            while batch := list(itertools.islice(pieces, 64)):
-                for (part, text, begins), tokens in zip(batch, encode([text for _, text, _ in batch])):
-                    f = train if part == "train" else val
-                    f.write(np.concatenate(([between] if begins and f.tell() else [], tokens)).astype("<u2").tobytes())
-                    bar.update(len(text))
-            for part, f in (("train", train), ("val", val)):
+        with open(half / "train.bin", "wb") as train, open(half / "val.bin", "wb") as val:
+            bins, batches = {"train": train, "val": val}, iter(lambda: list(itertools.islice(pieces, 64)), [])
+            for batch in tqdm(batches, f"tokens of {c.data}", unit=" batches", disable=not sys.stderr.isatty()):
+                for (part, _, begins), tokens in zip(batch, encode([text for _, text, _ in batch])):
+                    separator = [between] if begins and bins[part].tell() else []
+                    bins[part].write(np.concatenate((separator, tokens)).astype("<u2").tobytes())
+            for part, f in bins.items():
                 f.flush()
                 os.fsync(f.fileno())
                 meta[f"{part}_tokens"] = n = f.tell() // 2
-                check(c, "data", n > c.context, f"more text: this leaves {n} tokens for {part}, fewer than one --context of "
-                                                f"{c.context} and the next token")
+                check(c, "data", n > c.context, f"more text: {part} has {n} tokens, no more than one --context of {c.context}")
                 meta["sha256"][part] = hashlib.sha256(np.memmap(f.name, "u1", "r")).hexdigest()
-        write_json(temporary / "meta.json", meta)
-        with contextlib.suppress(OSError): temporary.rename(folder)  # another run was first
+        write_json(half / "meta.json", meta)
+        with contextlib.suppress(OSError): half.rename(folder)  # another run was first
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError): temporary.parent.rmdir()  # where nothing is in it
+        shutil.rmtree(half, ignore_errors=True)
+        with contextlib.suppress(OSError): half.parent.rmdir()  # where nothing is in it
     return folder
 
 class Data:
@@ -325,21 +300,19 @@ class Data:
         self.c, folder = c, prepare(c)
         try:
             meta = json.loads((folder / "meta.json").read_text())
-            self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": (vocab := int(meta["vocab_size"]))}
-            self.sha256 = meta["sha256"]["train"] if "sha256" in meta else None
+            self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}") from None
-        self.vocab = -(-vocab // 64) * 64  # padded, 50257 to 50304, which GPUs multiply faster
+        self.vocab = -(-self.tokens["vocab"] // 64) * 64  # padded, 50257 to 50304, which GPUs multiply faster
         for part in ("train", "val"):
             size = path.stat().st_size if (path := folder / f"{part}.bin").exists() else 0
             whole = 2 * meta.get(f"{part}_tokens", size // 2)
-            if size != whole or size // 2 <= c.context:
-                raise BadInput(f"--data: {path} has {size} bytes, allowed is 2 for each token of meta.json ({whole} bytes) and "
-                               f"more than one --context of {c.context} tokens")
-            setattr(self, part, tokens := np.memmap(path, "<u2", "r"))
-            if not self.sha256 and (largest := int(tokens.max())) >= vocab:  # not made by prepare()
-                raise BadInput(f"--data: {path} holds token {largest}, allowed is 0 to vocab_size - 1, {vocab - 1}")
-        self.sha256 = self.sha256 or hashlib.sha256(self.train).hexdigest()
+            check(c, "data", size == whole > 2 * c.context, f"{path} of 2 bytes for each token of meta.json, {whole} bytes, and "
+                  f"more than one --context of {c.context} tokens; it has {size} bytes")
+            setattr(self, part, np.memmap(path, "<u2", "r"))
+            top = 0 if "sha256" in meta else int(getattr(self, part).max())  # what prepare() made is in range
+            check(c, "data", top < self.tokens["vocab"], f"{path} of tokens below vocab_size, {self.tokens['vocab']}; it has {top}")
+        self.sha256 = meta["sha256"]["train"] if "sha256" in meta else hashlib.sha256(self.train).hexdigest()
 
     def windows(self, tokens, starts):  # inputs, targets: (sequences, context)
         rows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64))
@@ -363,24 +336,21 @@ class Data:
 # ------------------------------------------------------------------------------------------------ files
 def write_atomically(path: Path, write):  # whole or not at all, also when the power goes
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, "wb") as f:
+        with open(part, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
 
 def write_json(path: Path, value): write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 def load_checkpoint(folder):
     try:
         saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if lacking := {"config", "ranks", "data", "tokens", "model", "optimizer"} - saved.keys():
-            raise ValueError(f"it has no {', '.join(sorted(lacking))}")
-        return saved
+        return {key: saved[key] for key in ("config", "data", "step", "seconds", "val_loss", "model", "optimizer", "scaler")}
     except Exception as e:  # torch.load raises many kinds
         raise BadInput(f"{path} can't be read as a checkpoint: {first_line(e)}; is {folder} the --out of a run?") from None
 
@@ -400,38 +370,35 @@ def export(weights, c: Config, tokens):  # DIR/hf, which transformers opens with
 
 def load_model(folder, typed):
     """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
-    if (path := Path(folder) / "model.safetensors").exists():
-        need("safetensors", folder)
-        from safetensors.torch import load_file
-        try:
-            saved = json.loads(path.with_name("config.json").read_text())["train_gpt"] | {"model": load_file(path)}
-        except Exception as e:  # safetensors has errors of its own
-            raise BadInput(f"{folder} can't be read as a folder that train_gpt.py wrote: {e!r}") from None
-    else:
-        saved = load_checkpoint(folder)
-    anew = dict.fromkeys(("micro_batch", "probe_batches", "dtype")) | dict(device="auto", compile=False, fsdp=False, resume=False)
-    c = complete(Config(**saved["config"] | anew | typed))
-    model = Llama(c, len(saved["model"]["lm_head.weight"]))
-    model.load_state_dict(saved["model"])
-    return model.to(c.device), c, saved["tokens"]
+    need("safetensors")
+    from safetensors.torch import load_file
+    path = hf if (hf := Path(folder) / "hf").exists() else Path(folder)
+    try: saved, weights = json.loads((path / "config.json").read_text())["train_gpt"], load_file(path / "model.safetensors")
+    except Exception as e:  # safetensors has errors of its own
+        raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {first_line(e)}") from None
+    anew = dict(device="auto", dtype=None, micro_batch=None, probe_batches=None, compile=False, fsdp=False)
+    c = complete(Config(**saved["config"] | anew | dict(resume=False, overwrite=True) | typed))
+    model = Llama(c, len(weights["lm_head.weight"])).to(c.device)
+    model.load_state_dict(weights)
+    return model, c, saved["tokens"]
 
 def read_log(folder):  # whole lines: a kill may leave half of one
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]]
 
-def draw(path, runs):  # loss over steps of each run {label: folder}
+def draw(path, *runs):  # loss over steps of each run
     from matplotlib.figure import Figure  # without pyplot, whose backend may be a notebook's
     axes = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots()
-    for (label, folder), color in zip(runs.items(), ("#0072B2", "#D55E00")):
-        log, settings = read_log(folder), json.loads((Path(folder) / "config.json").read_text())
+    for c, color in zip(runs, ("#0072B2", "#D55E00")):
+        log = read_log(c.out)
         training, validation = (np.array([(r["step"], r[key]) for r in log if key in r]).T for key in ("train_loss", "val_loss"))
         axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:3][-1])  # the first fall would hide the rest
-        if settings["optimizer"] == "admire": axes.axvline(settings["ire_warmup"], color=color, ls=":", label="IRE switches on")
+        if c.optimizer == "admire": axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
         if len(runs) == 1: axes.plot(*training, color=color, alpha=0.35, label="training")
-        axes.plot(*validation, color=color, marker="o", ms=3, label=f"{label}, validation")
+        axes.plot(*validation, color=color, marker="o", ms=3, label=f"{c.optimizer}, lr {c.lr:g}, validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(Path(path), lambda f: figure.savefig(f, format="png", dpi=150))
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
 
 def environment():
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
@@ -444,6 +411,8 @@ def over_ranks(values, op=dist.ReduceOp.SUM):  # sums of numbers over all ranks;
     values = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized(): dist.all_reduce(values, op)
     return values.tolist()
+
+def whole(x): return x.full_tensor() if hasattr(x, "full_tensor") else x  # of FSDP's shards
 
 def make_optimizer(model, c: Config):
     groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == matrices], "weight_decay": c.weight_decay * matrices}
@@ -473,6 +442,8 @@ class Trainer:
         if c.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(c.deterministic)
         self.model = self.forward = Llama(c, self.data.vocab).to(c.device)
+        autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
+        self.model.forward = autocast(self.model.forward)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if c.compile:  # block by block, which are alike: one compilation serves all of them, and the probe
             self.model.true_loss = torch.compile(true_loss)
@@ -485,19 +456,14 @@ class Trainer:
             self.forward = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = (build or make_optimizer)(self.model, c)
         self.scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-        self.autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
 
-    def loss(self, *args, **kwargs):
-        with self.autocast: return self.forward(*args, **kwargs)
-
-    def backward(self, batch, loss_of):
+    def backward(self, *batch):
         """Gradients of the mean loss over micro-batches, which the ranks share in the last one's; returns that loss."""
         total = 0.0
-        for left, one in zip(range(len(batch) - 1, -1, -1), batch):
-            if self.c.fsdp: self.model.set_requires_gradient_sync(left == 0)
-            with self.forward.no_sync() if left and self.forward is not self.model else contextlib.nullcontext():
-                loss = loss_of(*one) / len(batch)
-                self.scaler.scale(loss).backward()
+        for i, one in enumerate(batch, 1):
+            if self.c.fsdp: self.model.set_requires_gradient_sync(i == len(batch))
+            with self.forward.no_sync() if i < len(batch) and self.forward is not self.model else contextlib.nullcontext():
+                self.scaler.scale(loss := self.forward(*one) / len(batch)).backward()
             total = total + loss.detach()
         return total
 
@@ -505,72 +471,54 @@ class Trainer:
         """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
         c, optimizer, batch, lr = self.c, self.optimizer, self.data.batch(self.step), learning_rate(self.c, self.step)
         for group in optimizer.param_groups: group.update({"lr": lr} | ({"kappa": c.kappa * lr / c.lr} if c.kappa_decay else {}))
-        probe = batch[:c.probe_batches] if getattr(optimizer, "probe_due", False) else []
-        share = len(probe) == 1 and not c.compile and not dist.is_initialized()  # those can't go back twice through one forward
-        if probe and not share:
-            with optimizer.probe(): self.backward(probe, lambda x, y, keys: self.loss(x, keys=keys))
-
-        def loss_of(x, y, keys):
-            if not (share and optimizer.probe_due): return self.loss(x, y)
-            loss, probe_loss = self.loss(x, y, keys)
-            with optimizer.probe(): self.scaler.scale(probe_loss).backward(retain_graph=True)
-            return loss
-
-        loss = self.backward(batch, loss_of)
+        if getattr(optimizer, "probe_due", False):
+            with optimizer.probe(): self.backward(*((x, None, keys) for x, _, keys in batch[:c.probe_batches]))
+        loss = self.backward(*((x, y) for x, y, _ in batch))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
         self.step += 1
-        return torch.stack((loss, norm.full_tensor() if c.fsdp else norm))
+        return torch.stack((loss, whole(norm)))
 
     @torch.no_grad()
     def validate(self):
-        total, count = over_ranks(np.sum([(float(self.loss(x, y)) * len(x), len(x)) for x, y in self.data.validation()], 0))
+        total, count = over_ranks(np.sum([(float(self.forward(x, y)) * len(x), len(x)) for x, y in self.data.validation()], 0))
         self.val_loss = total / count
         return self.val_loss
 
     def flat(self):  # the flat fraction of all coordinates
         masks = [state["flat"] for state in self.optimizer.state.values() if "flat" in state]
-        counts = [m.sum() for m in masks]
-        return sum(float(n.full_tensor() if self.c.fsdp else n) for n in counts) / max(1, sum(m.numel() for m in masks))
+        return sum(float(whole(m.sum())) for m in masks) / max(1, sum(m.numel() for m in masks))
 
-    def state(self):
-        """Model and optimizer; whole on rank 0 where they are sharded, so that any number of ranks can go on with them."""
-        if not self.c.fsdp: return self.model.state_dict(), self.optimizer.state_dict()
+    def save(self):  # whole where it is sharded, so that any number of ranks can go on with it
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-        return get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def save(self):
-        model, optimizer = self.state()
-        saved = dict(config=dataclasses.asdict(self.c), ranks=RANKS, data=self.data.sha256, tokens=self.data.tokens, step=self.step,
-                     seconds=self.seconds, val_loss=self.val_loss, model=model, optimizer=optimizer, scaler=self.scaler.state_dict())
-        if RANK == 0: write_atomically(Path(self.c.out) / "checkpoint.pt", lambda f: torch.save(saved, f))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        saved = dict(config=dataclasses.asdict(self.c), data=self.data.sha256, step=self.step, seconds=self.seconds,
+                     val_loss=self.val_loss, model=model, optimizer=optimizer, scaler=self.scaler.state_dict())
+        if RANK: return
+        write_atomically(Path(self.c.out) / "checkpoint.pt", lambda f: torch.save(saved, f))
+        export(model, self.c, self.data.tokens)
 
     def restore(self):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
         saved = load_checkpoint(self.c.out)
-        check(self.c, "data", saved["data"] == self.data.sha256, f"the text that {self.c.out} began with; this one's sha256 differs")
-        if self.c.fsdp:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-            set_state_dict(self.model, self.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                           options=StateDictOptions(full_state_dict=True))
-        else:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+        check(self.c, "data", saved["data"] == self.data.sha256, f"the text of {self.c.out}; this one's sha256 differs")
+        set_state_dict(self.model, self.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds, self.val_loss = saved["step"], saved["seconds"], saved["val_loss"]
 
     def describe(self):
-        c, data, tokens = self.c, self.data, self.c.batch_size * self.c.context
+        c, data = self.c, self.data
         ire = f", kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
-        where = [f"{RANKS} x {c.device}", c.dtype, f"{torch.get_num_threads()} threads"] + ["FSDP"] * c.fsdp
+        where = f"{RANKS} x {c.device}{' FSDP' * c.fsdp}, {c.dtype}{', compiled: the first steps wait for it' * c.compile}"
         print(f"model      Llama, {self.parameters:,} parameters: {c.layers} layers of width {c.width}\n"
-              f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens "
-              f"({data.tokens['tokenizer']})\n"
-              f"device     {', '.join(where + ['compiled: the first steps wait for it'] * c.compile)}\n"
-              f"optimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire if c.optimizer == 'admire' else ''}\n"
-              f"run        {c.steps} steps of {tokens:,} tokens, {c.steps * tokens / len(data.train):.2f} epochs, into {c.out}; "
+              f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens\n"
+              f"device     {where}\noptimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire * (c.optimizer == 'admire')}\n"
+              f"run        {c.steps} steps, {c.steps * c.batch_size * c.context / len(data.train):.2f} epochs, into {c.out}; "
               f"the loss starts near ln {data.vocab} = {math.log(data.vocab):.2f}", flush=True)
 
     def utilisation(self, tokens_per_second):
@@ -580,25 +528,16 @@ class Trainer:
         flops = 6 * (self.parameters - self.data.vocab * c.width) + 12 * c.layers * c.width * c.context
         return next((tokens_per_second * flops / peak[gpu] / RANKS for gpu in peak if gpu in name), None)
 
-def check_folder(c: Config):
-    """c, unless its --out holds a run and neither --resume nor --overwrite says what to do with it, or a package is missing."""
-    if (Path(c.out) / "checkpoint.pt").exists() and not (c.resume or c.overwrite):
-        raise BadInput(f"--out: {c.out} holds a run; add --resume to go on with it or --overwrite to lose it")
-    need("matplotlib", "the figure")
-    need("safetensors", "the Hugging Face folder")
-    for package in ("wandb", "tensorboard"):
-        if getattr(c, package): need(package, f"--{package}")
-    return c
-
 def train(c: Config, build=None):
-    """Trains one model; returns its summary, a dict with val_loss, steps, seconds, tokens_per_second and settings. Raises
+    """Trains one model; returns its settings with val_loss, steps that it made, seconds and tokens_per_second. Raises
     BadInput, Diverged, Halt (stopped by a signal, the checkpoint is written). build(model, c): another optimizer."""
-    c = check_folder(complete(c))
+    c = complete(c)
+    for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard: need(package)
     run, out, sinks, caught = Trainer(c, build), Path(c.out), [], []
     if c.resume: run.restore()
     saved_at = f"the last checkpoint is of step {run.step}" if c.resume else "no checkpoint was written"
     if RANK == 0:
-        if not c.resume: (out / "checkpoint.pt").unlink(missing_ok=True)
+        for old in () if c.resume else (out / "checkpoint.pt", out / "hf/config.json"): old.unlink(missing_ok=True)
         past = [json.dumps(r) + "\n" for r in (read_log(out) if c.resume else ()) if r["step"] <= run.step]
         write_atomically(out / "log.jsonl", lambda f: f.write("".join(past).encode()))
         write_json(out / "config.json", dataclasses.asdict(c) | environment())
@@ -620,7 +559,7 @@ def train(c: Config, build=None):
     def validate():
         need_finite("the validation loss", run.validate(), run.step)
         record(val_loss=run.val_loss)
-        if run.step and RANK == 0: draw(out / "loss.png", {c.optimizer: out})
+        if run.step and RANK == 0: draw(out / "loss.png", c)
 
     done = lambda: run.step == c.steps or run.val_loss <= (c.stop_at or -math.inf)
     with contextlib.ExitStack() as stack:
@@ -663,11 +602,8 @@ def train(c: Config, build=None):
                 (halt := Halt("stopped; the checkpoint is written, go on with --resume")).code = 128 + stop
                 raise halt
             pending, clock = [], time.perf_counter()
-    weights, _ = run.state()
-    if RANK == 0: export(weights, c, run.data.tokens)
-    ire = dict(kappa=c.kappa, gamma=c.gamma, interval=c.interval, curvature=c.curvature) if c.optimizer == "admire" else {}
-    return {"optimizer": c.optimizer, "lr": c.lr, "warmup": c.warmup, **ire, "seed": c.seed, "steps": run.step,
-            "val_loss": run.val_loss, "seconds": run.seconds, "tokens_per_second": run.step * c.batch_size * c.context / run.seconds}
+    return {**dataclasses.asdict(c), "steps": run.step, "val_loss": run.val_loss, "seconds": run.seconds,
+            "tokens_per_second": run.step * c.batch_size * c.context / run.seconds}
 
 def compare(typed):
     """AdamW, then AdmIRE: the same seed, batches and settings."""
@@ -677,17 +613,16 @@ def compare(typed):
         own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
         own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
         if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw")["config"] | own  # it had not begun
-        runs.append(check_folder(complete(Config(**own))))
-    Data(runs[0])
+        runs.append(complete(Config(**own)))
     adamw, admire = (train(c) for c in runs)
     if RANK: return
-    draw(out / "loss.png", {f"{c.optimizer}, lr {c.lr:g}": c.out for c in runs})
-    reached = next((r["step"] for r in read_log(runs[1].out) if r["step"] and r.get("val_loss", math.inf) <= adamw["val_loss"]), None)
+    draw(out / "loss.png", *runs)
+    loss, steps = adamw["val_loss"], adamw["steps"]
+    reached = next((r["step"] for r in read_log(runs[1].out) if r["step"] and r.get("val_loss", math.inf) <= loss), None)
     write_json(out / "compare.json", {"command": " ".join(["python", "train_gpt.py", *sys.argv[1:]]), **environment(),
                                       "adamw": adamw, "admire": admire, "reached_at_step": reached})
-    how = (f"was at AdamW's final loss by step {reached}, in {reached / adamw['steps']:.2f} of its steps" if reached else
-           "did not reach AdamW's final loss")
-    print(f"\nAdamW {adamw['val_loss']:.4f}, AdmIRE {admire['val_loss']:.4f} after {adamw['steps']} steps; AdmIRE {how}; "
+    how = f"by step {reached}, in {reached / steps:.2f} of its steps" if reached else "never"
+    print(f"\nAdamW {loss:.4f}, AdmIRE {admire['val_loss']:.4f} after {steps} steps; AdmIRE was at AdamW's final loss {how}; "
           f"{admire['tokens_per_second'] / adamw['tokens_per_second']:.2f} of its tokens a second\nfigure     {out / 'loss.png'}")
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -695,7 +630,7 @@ def compare(typed):
 def generate(model, c, tokens, vocab, seed=0):  # c.tokens more after the list of tokens
     generator, past, feed = torch.Generator().manual_seed(seed), [[] for _ in range(c.layers)], tokens[-c.context:]
     for _ in range(c.tokens):
-        logits = model(torch.tensor([feed], device=c.device), past=past)[0, -1, :vocab].float().cpu()
+        logits = model(torch.tensor([feed], device=c.device), past=past)[0, -1, :vocab].cpu()
         likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
         choice = torch.multinomial((likely.values / (c.temperature or 1)).softmax(-1), 1, generator=generator)
         feed = likely.indices[choice].tolist()
@@ -735,36 +670,30 @@ def parse(arguments):
     return vars(cli.parse_args(arguments))
 
 def main(arguments=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal has no letter for
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a sample may hold what the terminal has no letter for
     typed = parse(arguments)
     try:
-        if "sample" in typed:
-            print(sample(typed.pop("sample"), **typed))
-        elif typed.get("eval_only"):
-            print(f"validation loss {evaluate(typed.get('out', OUT), typed):.4f}")
-        elif typed.get("compare"):
-            compare(typed)
+        if "sample" in typed: print(sample(typed.pop("sample"), **typed))
+        elif typed.get("eval_only"): print(f"validation loss {evaluate(typed.get('out', OUT), typed):.4f}")
+        elif typed.get("compare"): compare(typed)
         else:
             summary, out = train(Config(**typed)), Path(typed.get("out", OUT))
-            if RANK == 0:
-                text = {name: typed[name] for name in ("device", "prompt", "tokens", "temperature", "top_k") if name in typed}
-                print(f"\n{sample(out, **text)}\n\nvalidation loss {summary['val_loss']:.4f} after {summary['steps']} steps, "
-                      f"{summary['seconds']:.0f} s\nfigure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
+            if RANK == 0: print(f"\n{sample(out, device=typed.get('device', 'auto'))}\n\nvalidation loss {summary['val_loss']:.4f} "
+                                f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
+                                f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
         return 0
     except (Halt, OSError) as e:
         if LOCAL_RANK == 0 or not isinstance(e, Halt): print(f"train_gpt.py: {e}", file=sys.stderr)
         return getattr(e, "code", 1)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e): raise
-        print("train_gpt.py: out of memory: lower --micro-batch (the step stays the same), then --context or --width; --fsdp shards "
-              "the model over more GPUs", file=sys.stderr)
+        print("train_gpt.py: out of memory: lower --micro-batch (the step stays the same), then --context or --width; "
+              "--fsdp shards the model over more GPUs", file=sys.stderr)
         return 1
 
 if __name__ == "__main__":
     status = main()
-    if dist.is_initialized():  # gloo's threads may abort the interpreter's own exit
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not dist.is_initialized(): sys.exit(status)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads may abort the interpreter's own exit

@@ -66,7 +66,7 @@ def agree(folder, alone, rtol=1e-5, keys=("val_loss", "train_loss", "grad_norm")
         (steps, got), (expected_steps, expected) = zip(*log(folder, key)), zip(*log(alone, key))
         assert steps == expected_steps and got == pytest.approx(expected, rel=rtol), key
     got, expected = checkpoint(folder), checkpoint(alone)
-    assert (got["step"], got["data"], got["tokens"]) == (expected["step"], expected["data"], expected["tokens"])
+    assert (got["step"], got["data"]) == (expected["step"], expected["data"])
     for name, w in expected["model"].items():
         torch.testing.assert_close(got["model"][name], w, rtol=1e-3, atol=2e-5, msg=name)
     (flat, n), (other, m) = map(masks, (got, expected))
@@ -152,13 +152,12 @@ def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(
     time.sleep(2)  # torchrun passes it on
     (folder / "go").touch()
     assert process.wait(timeout=60) != 0
-    assert checkpoint(folder)["step"] == 7 and checkpoint(folder)["ranks"] == 2
+    assert checkpoint(folder)["step"] == 7
     assert len(re.findall("the checkpoint is written, go on with --resume", (folder / "err").read_text())) == 1
     shutil.copytree(folder, root / "other")
     trained(folder, 2, "--fsdp --resume")
     assert same(checkpoint(folder), checkpoint(sharded))
     trained(root / "other", 1, "--fsdp --resume")
-    assert checkpoint(root / "other")["ranks"] == 1
     agree(root / "other", alone, keys=["val_loss"])  # the stop added a line of training loss
 
 
