@@ -297,6 +297,8 @@ class Data:
     """Memory-mapped tokens. A batch is a function of seed and step, so a resumed run sees what it would have."""
 
     def __init__(self, c: Config):
+        if LOCAL_RANK == 0: prepare(c)
+        over_ranks([0])  # the others find the data made
         self.c, folder = c, prepare(c)
         try:
             meta = json.loads((folder / "meta.json").read_text())
@@ -357,16 +359,23 @@ def load_checkpoint(folder):
 HF_NAMES = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
             "context": "max_position_embeddings"}  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
 
-def export(weights, c: Config, tokens):  # DIR/hf, which transformers opens with AutoModelForCausalLM.from_pretrained
+def save(model, optimizer, c: Config, data, **progress):
+    """DIR/checkpoint.pt, whole also where it is sharded, so that any number of ranks can go on with it; and DIR/hf, which
+    transformers opens with AutoModelForCausalLM.from_pretrained."""
     from safetensors.torch import save
-    folder, nothing = Path(c.out) / "hf", dict.fromkeys(("bos_token_id", "eos_token_id"))
-    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    write_atomically(folder / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
-    write_json(folder / "generation_config.json", nothing)
-    write_json(folder / "config.json", {
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if RANK: return
+    saved = dict(config=dataclasses.asdict(c), data=data.sha256, model=weights, optimizer=state, **progress)
+    write_atomically(Path(c.out) / "checkpoint.pt", lambda f: torch.save(saved, f))
+    hf, nothing = Path(c.out) / "hf", dict.fromkeys(("bos_token_id", "eos_token_id"))
+    weights = {name: w.contiguous() for name, w in weights.items()}
+    write_atomically(hf / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
+    write_json(hf / "generation_config.json", nothing)
+    write_json(hf / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **nothing,
-        "vocab_size": len(weights["lm_head.weight"]), **{theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items()},
-        "train_gpt": {"config": dataclasses.asdict(c), "tokens": tokens}})
+        "vocab_size": data.vocab, **{theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items()},
+        "train_gpt": {"config": saved["config"], "tokens": data.tokens}})
 
 def load_model(folder, typed):
     """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
@@ -378,7 +387,7 @@ def load_model(folder, typed):
         raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {first_line(e)}") from None
     anew = dict(device="auto", dtype=None, micro_batch=None, probe_batches=None, compile=False, fsdp=False)
     c = complete(Config(**saved["config"] | anew | dict(resume=False, overwrite=True) | typed))
-    model = Llama(c, len(weights["lm_head.weight"])).to(c.device)
+    model = make_model(c, len(weights["lm_head.weight"]))
     model.load_state_dict(weights)
     return model, c, saved["tokens"]
 
@@ -426,184 +435,145 @@ def learning_rate(c: Config, step):  # linear warm-up, then a cosine to min_lr *
     progress = (step - c.warmup) / max(1, c.steps - 1 - c.warmup)
     return c.lr * (c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-class Trainer:
-    """Data, model and optimizer of a run, and its steps. build(model, c) makes an optimizer that is not that of the settings."""
+def make_model(c: Config, vocab):
+    """A model that runs under autocast, compiled, sharded over the ranks, as the settings say."""
+    model = Llama(c, vocab).to(c.device)
+    model.forward = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")(model.forward)
+    if c.compile:  # block by block, which are alike: one compilation serves all of them, and the probe
+        model.true_loss = torch.compile(true_loss)
+        for block in model.model.layers: block.compile()
+    if c.fsdp:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(c.device, (RANKS,))
+        for module in (*model.model.layers, model): fully_shard(module, mesh=mesh)
+    return model
 
-    def __init__(self, c: Config, build=None):
-        self.c, self.step, self.seconds, self.val_loss = c, 0, 0.0, math.inf
-        if "RANK" in os.environ and not dist.is_initialized():  # gloo carries what is on the CPU
-            if c.device == "cuda": torch.cuda.set_device(LOCAL_RANK)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo", timeout=timedelta(days=1))
-        if LOCAL_RANK == 0: prepare(c)
-        over_ranks([0])  # the others find the data made
-        self.data = Data(c)
-        torch.manual_seed(c.seed)
-        torch.set_float32_matmul_precision("high")
-        if c.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(c.deterministic)
-        self.model = self.forward = Llama(c, self.data.vocab).to(c.device)
-        autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
-        self.model.forward = autocast(self.model.forward)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        if c.compile:  # block by block, which are alike: one compilation serves all of them, and the probe
-            self.model.true_loss = torch.compile(true_loss)
-            for block in self.model.model.layers: block.compile()
-        if c.fsdp:
-            from torch.distributed.fsdp import fully_shard
-            mesh = dist.init_device_mesh(c.device, (RANKS,))
-            for module in (*self.model.model.layers, self.model): fully_shard(module, mesh=mesh)
-        elif dist.is_initialized():
-            self.forward = nn.parallel.DistributedDataParallel(self.model)
-        self.optimizer = (build or make_optimizer)(self.model, c)
-        self.scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+def backward(forward, batch, c, scaler):
+    """Gradients of the mean loss over micro-batches, which the ranks share in the last one's; returns that loss."""
+    total = 0.0
+    for i, one in enumerate(batch, 1):
+        if c.fsdp: forward.set_requires_gradient_sync(i == len(batch))
+        with forward.no_sync() if i < len(batch) and hasattr(forward, "no_sync") else contextlib.nullcontext():
+            scaler.scale(loss := forward(*one) / len(batch)).backward()
+        total = total + loss.detach()
+    return total
 
-    def backward(self, *batch):
-        """Gradients of the mean loss over micro-batches, which the ranks share in the last one's; returns that loss."""
-        total = 0.0
-        for i, one in enumerate(batch, 1):
-            if self.c.fsdp: self.model.set_requires_gradient_sync(i == len(batch))
-            with self.forward.no_sync() if i < len(batch) and self.forward is not self.model else contextlib.nullcontext():
-                self.scaler.scale(loss := self.forward(*one) / len(batch)).backward()
-            total = total + loss.detach()
-        return total
+def train_step(forward, optimizer, batch, step, c, scaler):
+    """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
+    lr = learning_rate(c, step)
+    for group in optimizer.param_groups: group.update({"lr": lr} | ({"kappa": c.kappa * lr / c.lr} if c.kappa_decay else {}))
+    if getattr(optimizer, "probe_due", False):
+        with optimizer.probe(): backward(forward, [(x, None, keys) for x, _, keys in batch[:c.probe_batches]], c, scaler)
+    loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
+    scaler.unscale_(optimizer)
+    norm = whole(nn.utils.clip_grad_norm_(forward.parameters(), c.clip))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return torch.stack((loss, norm))
 
-    def train_step(self):
-        """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
-        c, optimizer, batch, lr = self.c, self.optimizer, self.data.batch(self.step), learning_rate(self.c, self.step)
-        for group in optimizer.param_groups: group.update({"lr": lr} | ({"kappa": c.kappa * lr / c.lr} if c.kappa_decay else {}))
-        if getattr(optimizer, "probe_due", False):
-            with optimizer.probe(): self.backward(*((x, None, keys) for x, _, keys in batch[:c.probe_batches]))
-        loss = self.backward(*((x, y) for x, y, _ in batch))
-        self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad()
-        self.step += 1
-        return torch.stack((loss, whole(norm)))
+@torch.no_grad()
+def validate(forward, data):  # the mean loss of the validation sequences, over all ranks
+    total, count = over_ranks(np.sum([(float(forward(x, y)) * len(x), len(x)) for x, y in data.validation()], 0))
+    return total / count
 
-    @torch.no_grad()
-    def validate(self):
-        total, count = over_ranks(np.sum([(float(self.forward(x, y)) * len(x), len(x)) for x, y in self.data.validation()], 0))
-        self.val_loss = total / count
-        return self.val_loss
-
-    def flat(self):  # the flat fraction of all coordinates
-        masks = [state["flat"] for state in self.optimizer.state.values() if "flat" in state]
-        return sum(float(whole(m.sum())) for m in masks) / max(1, sum(m.numel() for m in masks))
-
-    def save(self):  # whole where it is sharded, so that any number of ranks can go on with it
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
-        saved = dict(config=dataclasses.asdict(self.c), data=self.data.sha256, step=self.step, seconds=self.seconds,
-                     val_loss=self.val_loss, model=model, optimizer=optimizer, scaler=self.scaler.state_dict())
-        if RANK: return
-        write_atomically(Path(self.c.out) / "checkpoint.pt", lambda f: torch.save(saved, f))
-        export(model, self.c, self.data.tokens)
-
-    def restore(self):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-        saved = load_checkpoint(self.c.out)
-        check(self.c, "data", saved["data"] == self.data.sha256, f"the text of {self.c.out}; this one's sha256 differs")
-        set_state_dict(self.model, self.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
-        self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.seconds, self.val_loss = saved["step"], saved["seconds"], saved["val_loss"]
-
-    def describe(self):
-        c, data = self.c, self.data
-        ire = f", kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
-        where = f"{RANKS} x {c.device}{' FSDP' * c.fsdp}, {c.dtype}{', compiled: the first steps wait for it' * c.compile}"
-        print(f"model      Llama, {self.parameters:,} parameters: {c.layers} layers of width {c.width}\n"
-              f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens\n"
-              f"device     {where}\noptimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire * (c.optimizer == 'admire')}\n"
-              f"run        {c.steps} steps, {c.steps * c.batch_size * c.context / len(data.train):.2f} epochs, into {c.out}; "
-              f"the loss starts near ln {data.vocab} = {math.log(data.vocab):.2f}", flush=True)
-
-    def utilisation(self, tokens_per_second):
-        """Model FLOP utilisation (PaLM, appendix B) on GPUs whose dense bf16 peak is known; else None."""
-        peak = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-        name, c = torch.cuda.get_device_name() if self.c.device == "cuda" else "", self.c
-        flops = 6 * (self.parameters - self.data.vocab * c.width) + 12 * c.layers * c.width * c.context
-        return next((tokens_per_second * flops / peak[gpu] / RANKS for gpu in peak if gpu in name), None)
+def utilisation(c: Config, model, tokens_per_second):
+    """Model FLOP utilisation (PaLM, appendix B) on GPUs whose dense bf16 peak is known; else None."""
+    peak = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    flops = 6 * sum(p.numel() for p in model.parameters() if p is not model.model.embed_tokens.weight)
+    flops, name = flops + 12 * c.layers * c.width * c.context, torch.cuda.get_device_name() if c.device == "cuda" else ""
+    return next((tokens_per_second * flops / peak[gpu] / RANKS for gpu in peak if gpu in name), None)
 
 def train(c: Config, build=None):
     """Trains one model; returns its settings with val_loss, steps that it made, seconds and tokens_per_second. Raises
     BadInput, Diverged, Halt (stopped by a signal, the checkpoint is written). build(model, c): another optimizer."""
     c = complete(c)
     for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard: need(package)
-    run, out, sinks, caught = Trainer(c, build), Path(c.out), [], []
-    if c.resume: run.restore()
-    saved_at = f"the last checkpoint is of step {run.step}" if c.resume else "no checkpoint was written"
+    data, out, sinks, caught = Data(c), Path(c.out), [], []
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high")
+    if c.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(c.deterministic)
+    model = forward = make_model(c, data.vocab)
+    if dist.is_initialized() and not c.fsdp: forward = nn.parallel.DistributedDataParallel(model)
+    optimizer, scaler = (build or make_optimizer)(model, c), torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+    step, seconds, val_loss, kept = 0, 0.0, math.inf, "none"
+    if c.resume:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        saved = load_checkpoint(c.out)
+        check(c, "data", saved["data"] == data.sha256, f"the text that {c.out} began with; this one's sha256 differs")
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
+        scaler.load_state_dict(saved["scaler"])
+        step, seconds, val_loss, kept = saved["step"], saved["seconds"], saved["val_loss"], f"step {saved['step']}"
     if RANK == 0:
         for old in () if c.resume else (out / "checkpoint.pt", out / "hf/config.json"): old.unlink(missing_ok=True)
-        past = [json.dumps(r) + "\n" for r in (read_log(out) if c.resume else ()) if r["step"] <= run.step]
+        past = [json.dumps(r) + "\n" for r in (read_log(out) if c.resume else ()) if r["step"] <= step]
         write_atomically(out / "log.jsonl", lambda f: f.write("".join(past).encode()))
         write_json(out / "config.json", dataclasses.asdict(c) | environment())
-        run.describe()
+        ire = f", kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
+        where = f"{RANKS} x {c.device}{' FSDP' * c.fsdp}, {c.dtype}{', compiled: the first steps wait for it' * c.compile}"
+        print(f"model      Llama, {sum(map(torch.numel, model.parameters())):,} parameters: {c.layers} layers of width {c.width}\n"
+              f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens\n"
+              f"device     {where}\noptimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire * (c.optimizer == 'admire')}\n"
+              f"run        {c.steps} steps, {c.steps * c.batch_size * c.context / len(data.train):.2f} epochs, into {out}; "
+              f"the loss starts near ln {data.vocab} = {math.log(data.vocab):.2f}", flush=True)
 
     def record(**values):
         if RANK: return
         values = {name: x for name, x in values.items() if x is not None}
-        log.write(json.dumps({"step": run.step, **values, "seconds": round(run.seconds, 3)}) + "\n")
+        log.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
         log.flush()
         text = "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values.items())
-        bar.write(f"step {run.step:5}/{c.steps}  {text}  {run.seconds:.0f} s")
+        bar.write(f"step {step:5}/{c.steps}  {text}  {seconds:.0f} s")
         for sink in sinks: sink(values)
 
-    def need_finite(what, value, at):
-        if not math.isfinite(value):
-            raise Diverged(f"step {at}: {what} is {value}; {saved_at}; try a lower --lr, a lower --kappa or a longer --warmup")
-
-    def validate():
-        need_finite("the validation loss", run.validate(), run.step)
-        record(val_loss=run.val_loss)
-        if run.step and RANK == 0: draw(out / "loss.png", c)
-
-    done = lambda: run.step == c.steps or run.val_loss <= (c.stop_at or -math.inf)
     with contextlib.ExitStack() as stack:
         for n in (signal.SIGINT, signal.SIGTERM):  # the step that they come in is finished first
             stack.callback(signal.signal, n, signal.signal(n, lambda number, _: caught.append(number)))
         log = stack.enter_context(open(out / "log.jsonl" if RANK == 0 else os.devnull, "a"))
-        bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit="step", disable=RANK > 0 or not sys.stderr.isatty()))
+        bar = stack.enter_context(tqdm(total=c.steps, initial=step, unit="step", disable=RANK > 0 or not sys.stderr.isatty()))
         if c.wandb and RANK == 0:
             import wandb
             stack.enter_context(wandb.init(project="ire", name=out.name, dir=c.out, config=dataclasses.asdict(c)))
-            sinks.append(lambda values: wandb.log(values, step=run.step))
+            sinks.append(lambda values: wandb.log(values, step=step))
         if c.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
             board = stack.enter_context(SummaryWriter(c.out))
-            sinks.append(lambda values: [board.add_scalar(name, x, run.step) for name, x in values.items()])
-        if run.step == 0:
-            validate()
-            run.val_loss = math.inf  # an untrained model ends no run
+            sinks.append(lambda values: [board.add_scalar(name, x, step) for name, x in values.items()])
+        done = lambda: step == c.steps or val_loss <= (c.stop_at or -math.inf)
+        if step == 0: record(val_loss=validate(forward, data))
         pending, clock = [], time.perf_counter()
         while not done():
-            pending.append(run.train_step())
+            pending.append(train_step(forward, optimizer, data.batch(step), step, c, scaler))
+            step += 1
             bar.update()
             stop = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
-            log_due, eval_due, save_due = (run.step % every == 0 or run.step == c.steps for every in (
+            log_due, eval_due, save_due = (step % every == 0 or step == c.steps for every in (
                 c.log_interval, c.eval_interval, c.checkpoint_interval))
             if not (log_due or eval_due or save_due or stop): continue
             table = np.array(over_ranks(torch.stack(pending).tolist())) / RANKS  # the one place that waits for the device
-            for at, (loss, norm) in enumerate(table.tolist(), run.step - len(table) + 1):
-                need_finite("the loss", loss, at)
-                if not run.scaler.is_enabled(): need_finite("the gradient's norm", norm, at)
             (loss, norm), elapsed = table.mean(0).tolist(), time.perf_counter() - clock
-            run.seconds, rate = run.seconds + elapsed, len(table) * c.batch_size * c.context / elapsed
-            record(train_loss=loss, lr=learning_rate(c, run.step - 1), grad_norm=norm, tokens_per_second=round(rate),
-                   flat=run.flat() if c.optimizer == "admire" else None, mfu=run.utilisation(rate))
-            if eval_due: validate()
+            seconds, rate = seconds + elapsed, len(table) * c.batch_size * c.context / elapsed
+            if eval_due: val_loss = validate(forward, data)
+            sums = table[:, :1 if scaler.is_enabled() else 2].sum(1)  # a scaler's norms may overflow
+            for at, x in (*enumerate(sums, step - len(table) + 1), (step, val_loss if eval_due else 0)):
+                if not math.isfinite(x): raise Diverged(f"step {at}: the loss or its gradient is {x}; the last checkpoint: {kept}; "
+                                                        "try a lower --lr, a lower --kappa or a longer --warmup")
+            masks = [s["flat"] for s in optimizer.state.values() if "flat" in s]
+            flat = sum(float(whole(m.sum())) for m in masks) / sum(m.numel() for m in masks) if masks else None
+            record(train_loss=loss, val_loss=val_loss if eval_due else None, lr=learning_rate(c, step - 1), grad_norm=norm, flat=flat,
+                   tokens_per_second=round(rate), mfu=utilisation(c, model, rate))
+            if eval_due and RANK == 0: draw(out / "loss.png", c)
             if save_due or stop or done():
-                run.save()
-                saved_at = f"the last checkpoint is of step {run.step}"
+                save(model, optimizer, c, data, step=step, seconds=seconds, val_loss=val_loss, scaler=scaler.state_dict())
+                kept = f"step {step}"
             if stop and not done():
                 (halt := Halt("stopped; the checkpoint is written, go on with --resume")).code = 128 + stop
                 raise halt
             pending, clock = [], time.perf_counter()
-    return {**dataclasses.asdict(c), "steps": run.step, "val_loss": run.val_loss, "seconds": run.seconds,
-            "tokens_per_second": run.step * c.batch_size * c.context / run.seconds}
+    return {**dataclasses.asdict(c), "steps": step, "val_loss": val_loss, "seconds": seconds,
+            "tokens_per_second": step * c.batch_size * c.context / seconds}
 
 def compare(typed):
     """AdamW, then AdmIRE: the same seed, batches and settings."""
@@ -651,10 +621,9 @@ def sample(folder, **typed):
 def evaluate(folder, typed):
     """Validation loss of the run, or the Hugging Face folder, in `folder`."""
     model, c, kind = load_model(folder, typed)
-    run = Trainer(c)
-    if run.data.tokens != kind: raise BadInput(f"--data: its tokens are {run.data.tokens}, allowed are the model's, {kind}")
-    run.model.load_state_dict(model.state_dict())
-    return run.validate()
+    data = Data(c)
+    check(c, "data", data.tokens == kind, f"data of the model's tokens, {kind}; these are {data.tokens}")
+    return validate(model, data)
 
 # ------------------------------------------------------------------------------------------------ command line
 def parse(arguments):
@@ -671,7 +640,10 @@ def parse(arguments):
 
 def main(arguments=None):
     getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a sample may hold what the terminal has no letter for
-    typed = parse(arguments)
+    typed, cuda = parse(arguments), torch.cuda.is_available()
+    if "RANK" in os.environ and not dist.is_initialized():  # gloo carries what is on the CPU
+        if cuda: torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
     try:
         if "sample" in typed: print(sample(typed.pop("sample"), **typed))
         elif typed.get("eval_only"): print(f"validation loss {evaluate(typed.get('out', OUT), typed):.4f}")

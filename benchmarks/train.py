@@ -37,6 +37,21 @@ def settings(typed, parts=1, **own):
     return train_gpt.complete(train_gpt.Config(**{**endless, "micro_batch": c.micro_batch // parts}))
 
 
+class Ours:
+    """train_gpt.py's own step."""
+
+    def __init__(self, c):
+        self.c, self.data, self.step = c, train_gpt.Data(c), 0
+        torch.manual_seed(c.seed)
+        self.model = train_gpt.make_model(c, self.data.vocab)
+        self.optimizer = train_gpt.make_optimizer(self.model, c)
+        self.scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+
+    def train_step(self):
+        train_gpt.train_step(self.model, self.optimizer, self.data.batch(self.step), self.step, self.c, self.scaler)
+        self.step += 1
+
+
 class Plain:
     """What one would write with transformers: the same shapes, batches, precision, clip and schedule."""
 
@@ -86,7 +101,7 @@ def main():
     args, rest = parser.parse_known_args()
     typed = train_gpt.parse(rest)
     runs = {"plain transformers loop, AdamW": Plain(settings(typed, optimizer="adamw")),
-            **{name: train_gpt.Trainer(settings(typed, **own)) for name, own in VARIANTS.items()}}
+            **{name: Ours(settings(typed, **own)) for name, own in VARIANTS.items()}}
     for run in runs.values():
         interval(run)  # warm-up, compilation
     speeds, order = {name: [] for name in runs}, list(runs)
@@ -94,17 +109,16 @@ def main():
         random.Random(len(speeds["AdamW"])).shuffle(order)
         for name in order:
             speeds[name].append(interval(runs[name]))
-    trainer = runs["AdamW"]
-    c = trainer.c
+    c, model = runs["AdamW"].c, runs["AdamW"].model
     report = {"command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), "environment": environment(c.device),
-              "rounds": args.rounds, "parameters": trainer.parameters, "rows": {}}
+              "rounds": args.rounds, "parameters": sum(p.numel() for p in model.parameters()), "rows": {}}
     print(f"{report['parameters']:,} parameters, {c.batch_size} x {c.context} tokens a step, K = {c.interval}\n"
           f"{'':40}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}{'MFU':>8}")
     for name, values in speeds.items():
         base = speeds["AdamW, 4 micro-batches" if "micro" in name else "AdamW"]
         ratios, rate = [a / b for a, b in zip(values, base)], statistics.median(values)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        mfu = trainer.utilisation(rate)
+        mfu = train_gpt.utilisation(c, model, rate)
         report["rows"][name] = {"tokens_per_second": rate, "of_adamw": middle, "quartiles": [low, high], "mfu": mfu}
         print(f"{name:40}{rate:10,.0f}{middle:10.3f}{low:9.3f}-{high:.3f}" + (f"{mfu:8.1%}" if mfu else ""))
     write_report(report, args.file or ROOT / "results" / f"train-{c.device}.json")
