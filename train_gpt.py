@@ -231,8 +231,10 @@ def from_files(files):
         cut = size * 9 // 10 if len(files) < 20 else size if i % 20 else 0
         with open(path, "rb") as f:
             for part, end in (("train", cut), ("val", size)):
-                start, piece = f.tell(), lambda read: read(min(1 << 19, end - f.tell()))
-                while (at := f.tell()) < end: yield part, piece(f.read) + piece(f.readline), at == start  # gpt2 takes no half words
+                begins, piece = True, lambda read: read(min(1 << 19, end - f.tell()))
+                while text := piece(f.read):  # and the rest of the line, as gpt2 takes no half words
+                    yield part, text + piece(f.readline), begins
+                    begins = False
 
 def from_hub(c: Config):  # the same, streamed from the hub, its cache or a local copy; WikiText's rows are lines of one document
     need("datasets")
