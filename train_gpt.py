@@ -101,9 +101,6 @@ class Config:
 def check(c, name, good, allowed):
     if not good: raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
 
-def need(package):
-    if importlib.util.find_spec(package) is None: raise BadInput(f"{package} is needed and missing: pip install {package}")
-
 def complete(given: Config) -> Config:
     """Fills in what was not given, on resume from the run in c.out; raises BadInput on values out of range, and on those that
     would change the run that goes on."""
@@ -237,7 +234,6 @@ def from_files(files):
                     begins = False
 
 def from_hub(c: Config):  # the same, streamed from the hub, its cache or a local copy; WikiText's rows are lines of one document
-    need("datasets")
     from datasets import load_dataset
     try:
         splits = load_dataset(*HUB[c.data], streaming=True)
@@ -246,15 +242,12 @@ def from_hub(c: Config):  # the same, streamed from the hub, its cache or a loca
                 held_out = split != "train" or "validation" not in splits and i % 2000 == 0
                 yield "val" if held_out else "train", row["text"].encode(), i == 0 or not c.data.startswith("wikitext")
     except Exception as e:  # the library and its network raise many kinds
-        raise BadInput(f"--data: datasets can't read {HUB[c.data][0]} ({first_line(e)}); name a text file or folder") from None
-
-def first_line(e): return f"{e} ".splitlines()[0].strip() or type(e).__name__
+        raise BadInput(f"--data: datasets can't read {HUB[c.data][0]} ({e!r:.300}); name a text file or folder") from None
 
 def codec(tokenizer):  # encoder of texts (bytes), decoder of a list of tokens, size of the vocabulary, token between documents
     if tokenizer == "bytes":
         return (lambda texts: [np.frombuffer(t, np.uint8) for t in texts],
                 lambda tokens: bytes(tokens).decode(errors="replace"), 256, ord("\n"))
-    need("tiktoken")
     import tiktoken
     try: gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as e: raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes, or "
@@ -356,7 +349,7 @@ def load_checkpoint(folder):
         saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("config", "data", "step", "seconds", "val_loss", "model", "optimizer", "scaler")}
     except Exception as e:  # torch.load raises many kinds
-        raise BadInput(f"{path} can't be read as a checkpoint: {first_line(e)}; is {folder} the --out of a run?") from None
+        raise BadInput(f"{path} can't be read as a checkpoint: {e!r:.300}; is {folder} the --out of a run?") from None
 
 HF_NAMES = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
             "context": "max_position_embeddings"}  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
@@ -381,12 +374,11 @@ def save(model, optimizer, c: Config, data, **progress):
 
 def load_model(folder, typed):
     """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
-    need("safetensors")
     from safetensors.torch import load_file
     path = hf if (hf := Path(folder) / "hf").exists() else Path(folder)
     try: saved, weights = json.loads((path / "config.json").read_text())["train_gpt"], load_file(path / "model.safetensors")
     except Exception as e:  # safetensors has errors of its own
-        raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {first_line(e)}") from None
+        raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}") from None
     anew = dict(device="auto", dtype=None, micro_batch=None, probe_batches=None, compile=False, fsdp=False)
     c = complete(Config(**saved["config"] | anew | dict(resume=False, overwrite=True) | typed))
     model = make_model(c, len(weights["lm_head.weight"]))
@@ -490,7 +482,8 @@ def train(c: Config, build=None):
     """Trains one model; returns its settings with val_loss, steps that it made, seconds and tokens_per_second. Raises
     BadInput, Diverged, Halt (stopped by a signal, the checkpoint is written). build(model, c): another optimizer."""
     c = complete(c)
-    for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard: need(package)
+    for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard:
+        if importlib.util.find_spec(package) is None: raise ModuleNotFoundError(name=package)  # said now, not after the training
     data, out, sinks, caught = Data(c), Path(c.out), [], []
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
@@ -659,6 +652,9 @@ def main(arguments=None):
     except (Halt, OSError) as e:
         if LOCAL_RANK == 0 or not isinstance(e, Halt): print(f"train_gpt.py: {e}", file=sys.stderr)
         return getattr(e, "code", 1)
+    except ModuleNotFoundError as e:
+        print(f"train_gpt.py: {e.name} is missing: pip install {e.name}", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e): raise
         print("train_gpt.py: out of memory: lower --micro-batch (the step stays the same), then --context or --width; "
