@@ -516,7 +516,7 @@ def train(c: Config, build=None):
 
     def record(**values):
         if RANK: return
-        values = {name: x for name, x in values.items() if x is not None}
+        values = {name: x for name, x in values.items() if x is not None and math.isfinite(x)}  # JSON has no infinity
         log.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
         log.flush()
         text = "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values.items())
