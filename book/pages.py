@@ -37,7 +37,7 @@ def load(name, folder=None):
 
 def cell(value):
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
     if isinstance(value, list):
         return " to ".join(map(cell, value))
     return "" if value is None else str(value)
