@@ -250,7 +250,7 @@ def codec(tokenizer):  # encoder of texts (bytes), decoder of a list of tokens, 
                 lambda tokens: bytes(tokens).decode(errors="replace"), 256, ord("\n"))
     import tiktoken
     try: gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as e: raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes, or "
+    except Exception as e: raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes or "
                                           "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
     return (lambda texts: gpt2.encode_ordinary_batch([t.decode(errors="replace") for t in texts], num_threads=os.cpu_count()),
             gpt2.decode, gpt2.n_vocab, gpt2.eot_token)
@@ -553,12 +553,12 @@ def train(c: Config, build=None):
             if eval_due: val_loss = validate(forward, data)
             sums = table[:, :1 if scaler.is_enabled() else 2].sum(1)  # a scaler's norms may overflow
             for at, x in (*enumerate(sums, step - len(table) + 1), (step, val_loss if eval_due else 0)):
-                if not math.isfinite(x): raise Diverged(f"step {at}: the loss or its gradient is {x}; the last checkpoint: {kept}; "
+                if not math.isfinite(x): raise Diverged(f"step {at}: the loss or its gradient is {x}; last checkpoint: {kept}; "
                                                         "try a lower --lr, a lower --kappa or a longer --warmup")
             masks = [s["flat"] for s in optimizer.state.values() if "flat" in s]
             flat = sum(float(whole(m.sum())) for m in masks) / sum(m.numel() for m in masks) if masks else None
-            record(train_loss=loss, val_loss=val_loss if eval_due else None, lr=learning_rate(c, step - 1), grad_norm=norm, flat=flat,
-                   tokens_per_second=round(rate), mfu=utilisation(c, model, rate))
+            record(train_loss=loss, val_loss=val_loss if eval_due else None, lr=learning_rate(c, step - 1), grad_norm=norm,
+                   flat=flat, tokens_per_second=round(rate), mfu=utilisation(c, model, rate))
             if eval_due and RANK == 0: draw(out / "loss.png", c)
             if save_due or stop or done():
                 save(model, optimizer, c, data, step=step, seconds=seconds, val_loss=val_loss, scaler=scaler.state_dict())
@@ -592,8 +592,8 @@ def compare(typed):
 
 # ------------------------------------------------------------------------------------------------ sampling
 @torch.no_grad()
-def generate(model, c, tokens, vocab, seed=0):  # c.tokens more after the list of tokens
-    generator, past, feed = torch.Generator().manual_seed(seed), [[] for _ in range(c.layers)], tokens[-c.context:]
+def generate(model, c, tokens, vocab):  # c.tokens more after the list of tokens
+    generator, past, feed = torch.Generator().manual_seed(c.seed), [[] for _ in range(c.layers)], tokens[-c.context:]
     for _ in range(c.tokens):
         logits = model(torch.tensor([feed], device=c.device), past=past)[0, -1, :vocab].cpu()
         likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))

@@ -20,10 +20,10 @@ The protocol
 - What would show that flatness is not the cause: the same step on a random mask of the same size or on the sharp
   coordinates, and AdamW whose lr jumps at that step (class RandomMask and below).
 - Two horizons, the second four times as long, where the short one's best and its neighbours are tried again.
-- A run holds the commit and machine it was made with. The tiny model's tuning, finalists, falsifiers and Muon are of commit fbe25c1, the
-  rest of later ones, whose probe draws its labels in another order. "AdmIRE again" is the finalist with those draws: the
-  difference of the two is the probe's noise, and the ablations are to be held against the second. Where one version of
-  the script makes all runs, the two are equal.
+- A run holds the commit and the machine it was made with. The tiny model's tuning, finalists, falsifiers and Muon are of commit
+  fbe25c1, the rest of later ones, whose probe draws its labels in another order. "AdmIRE again" is the finalist with those
+  draws: the difference of the two is the probe's noise, and the ablations are to be held against the second. Where one version
+  of the script makes all runs, the two are equal.
 """
 import argparse
 import contextlib
