@@ -131,9 +131,12 @@ def complete(given: Config) -> Config:
     check(c, "dtype", c.dtype != "float16" or c.device != "cpu" and not c.fsdp, "float32 or bfloat16 on a CPU or with --fsdp")
     check(c, "fsdp", not c.fsdp or "RANK" in os.environ, "--fsdp under torchrun")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
+    for name in ("out", "data_dir"): check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
+    return c
+
+def keep_runs(c: Config):  # c, if it does not lose a run unasked
     check(c, "out", c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists(), "a folder without a run, or --resume to "
           "go on with it, or --overwrite to lose it")
-    for name in ("out", "data_dir"): check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
     return c
 
 # ------------------------------------------------------------------------------------------------ model
@@ -380,7 +383,7 @@ def load_model(folder, typed):
     except Exception as e:  # safetensors has errors of its own
         raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}") from None
     anew = dict(device="auto", dtype=None, micro_batch=None, probe_batches=None, compile=False, fsdp=False)
-    c = complete(Config(**saved["config"] | anew | dict(resume=False, overwrite=True) | typed))
+    c = complete(Config(**saved["config"] | anew | {"resume": False} | typed))
     model = make_model(c, len(weights["lm_head.weight"]))
     model.load_state_dict(weights)
     return model, c, saved["tokens"]
@@ -481,7 +484,7 @@ def utilisation(c: Config, model, tokens_per_second):
 def train(c: Config, build=None):
     """Trains one model; returns its settings with val_loss, steps that it made, seconds and tokens_per_second. Raises
     BadInput, Diverged, Halt (stopped by a signal, the checkpoint is written). build(model, c): another optimizer."""
-    c = complete(c)
+    c = keep_runs(complete(c))
     for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard:
         if importlib.util.find_spec(package) is None: raise ModuleNotFoundError(name=package)  # said now, not after the training
     data, out, sinks, caught = Data(c), Path(c.out), [], []
@@ -578,7 +581,7 @@ def compare(typed):
         own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
         own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
         if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw")["config"] | own  # it had not begun
-        runs.append(complete(Config(**own)))
+        runs.append(keep_runs(complete(Config(**own))))
     adamw, admire = (train(c) for c in runs)
     if RANK: return
     draw(out / "loss.png", *runs)

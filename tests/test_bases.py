@@ -11,7 +11,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from ire import IRE, SAM, AdmIRE, sampled_cross_entropy
 
-torch.backends.__allow_nonbracketed_mutation_flag = True  # that import forbids the scripts, tested after it, to set flags
+# That import forbids everybody after it to set the backends' flags, also the scripts in their tests.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 REFUSED = {"LBFGS": "line search", "SparseAdam": "sparse gradients"}
 CASES = [pytest.param(info.optim_cls, case.kwargs, id=f"{info.optim_cls.__name__}-{case.desc}-{i}")

@@ -30,7 +30,7 @@ def prepared(folder="ready", train=TEXT, val=TEXT[:200], **meta):
 
 
 def prepare(**settings):
-    return train_gpt.prepare(train_gpt.complete(train_gpt.Config(**settings, overwrite=True)))
+    return train_gpt.prepare(train_gpt.complete(train_gpt.Config(**settings)))
 
 
 # ------------------------------------------------------------------------------------------------ errors: data
