@@ -397,7 +397,7 @@ def draw(path, *runs):  # loss over steps of each run
     for c, color in zip(runs, ("#0072B2", "#D55E00")):
         log = read_log(c.out)
         training, validation = (np.array([(r["step"], r[key]) for r in log if key in r]).T for key in ("train_loss", "val_loss"))
-        axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:3][-1])  # the first fall would hide the rest
+        axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:2][-1])  # the first fall would hide the rest
         if c.optimizer == "admire": axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
         if len(runs) == 1: axes.plot(*training, color=color, alpha=0.35, label="training")
         axes.plot(*validation, color=color, marker="o", ms=3, label=f"{c.optimizer}, lr {c.lr:g}, validation")
