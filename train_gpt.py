@@ -295,9 +295,9 @@ class Data:
     """Memory-mapped tokens. A batch is a function of seed and step, so a resumed run sees what it would have."""
 
     def __init__(self, c: Config):
-        if LOCAL_RANK == 0: prepare(c)
+        folder = prepare(c) if LOCAL_RANK == 0 else None
         over_ranks([0])  # the others find the data made
-        self.c, folder = c, prepare(c)
+        self.c, folder = c, folder or prepare(c)
         try:
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}

@@ -303,7 +303,7 @@ def losses_of(model, batch, keys):
         losses, results = [model(*batch), model(batch[0], keys=keys)], []
         for loss in losses:
             model.zero_grad()
-            loss.backward(retain_graph=True)
+            loss.backward()
             results += [loss.detach(), *(p.grad for p in model.parameters())]
     return results, max(made), max(kept)
 
@@ -702,7 +702,8 @@ def test_compare_goes_on_without_its_settings(step):
     """Ctrl-C in either run, then only `--compare --resume`: as if never stopped."""
     trained("--compare --out whole")
     stopped("--compare", step)
-    with in_step(2 * 12 + 3 - step, lambda _: signal.raise_signal(signal.SIGINT)):  # only a wrong run comes that far (loading makes a step of zeros)
+    # Only a wrong run comes that far: loading an optimizer's state makes a step of zeros, one for each run.
+    with in_step(2 * 12 + 3 - step, lambda _: signal.raise_signal(signal.SIGINT)):
         code, _, err = gpt("--compare --resume", tiny="")
     assert (code, err) == (0, "")
     for name in ("adamw", "admire"):
