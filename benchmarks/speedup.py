@@ -20,6 +20,8 @@ The protocol
 - What would show that flatness is not the cause: the same step on a random mask of the same size or on the sharp
   coordinates, and AdamW whose lr jumps at that step (class RandomMask and below).
 - Two horizons, the second four times as long, where the short one's best and its neighbours are tried again.
+- IRE from step 0 was first an ablation. As it beat the rest it was tuned as such, with as many trials again; for that
+  comparison ("from_step_0") AdamW's search goes on to as many trials as both of IRE's had.
 - A run holds the commit and the machine it was made with. The tiny model's tuning, finalists, falsifiers and Muon are of commit
   fbe25c1, the rest of later ones, whose probe draws its labels in another order. "AdmIRE again" is the finalist with those
   draws: the difference of the two is the probe's noise, and the ablations are to be held against the second. Where one version
@@ -65,11 +67,14 @@ DECAYS, GAMMAS = (0.03, 0.1, 0.3), (0.5, 0.7, 0.9)
 GRIDS = {"adamw": {"beta2": (0.95, 0.98, 0.99), "weight_decay": DECAYS}, "admire": {"kappa": (1.0, 2.0, 4.0), "gamma": GAMMAS},
          "muon": {"ratio": (0.5, 1.0, 2.0, 4.0, 8.0), "weight_decay": DECAYS},
          "muon-ire": {"kappa": (0.5, 1.0, 2.0), "gamma": GAMMAS}}
+GRIDS |= {"admire early": GRIDS["admire"], "adamw more": GRIDS["adamw"]}
 PROBED = dict(gamma=0.7, interval=10, curvature="fisher")
 STARTS = {"adamw": dict(beta2=0.95, weight_decay=0.1), "admire": dict(kappa=2.0, **PROBED),
           "muon": dict(ratio=2.0, weight_decay=0.1), "muon-ire": dict(kappa=1.0, **PROBED)}
-INHERITED = {"admire": ("adamw", "beta2", "weight_decay"), "muon": ("adamw", "beta2"),
+STARTS |= {"admire early": STARTS["admire"], "adamw more": STARTS["adamw"]}
+INHERITED = {"admire": ("adamw", "beta2", "weight_decay"), "admire early": ("adamw", "beta2", "weight_decay"), "muon": ("adamw", "beta2"),
              "muon-ire": ("muon", "beta2", "weight_decay", "ratio")}
+NO_IRE = dict.fromkeys(("ablation", "kappa", "gamma", "interval", "curvature"))
 FALSIFIERS = {
     "random mask": dict(ablation="random"), "inverted mask": dict(ablation="inverted"),
     "all coordinates": dict(ablation="all"), "lr jumps by the mean": dict(ablation="jump"),
@@ -93,11 +98,16 @@ PLAN = [("tuning", "", 1, "adamw", {}, ()), ("tuning", "", 1, "admire", {}, ()),
         *[("long", f"AdamW, long, {n:g} times the steps", 4, "adamw", dict(length=n), SEEDS) for n in (1.2, 0.8)],
         ("muon-ire", "Muon with IRE", 1, "muon-ire", {}, SEEDS),
         ("muon-ire", "Muon with a random mask", 1, "muon-ire", dict(ablation="random"), SEEDS),
-        ("muon-ire", "Muon at those settings, no mask", 1, "muon-ire", dict(
-            optimizer="muon", kappa=None, gamma=None, interval=None, curvature=None), SEEDS),
+        ("muon-ire", "Muon at those settings, no mask", 1, "muon-ire", dict(NO_IRE, optimizer="muon"), SEEDS),
         ("start", "second moment from step 0", 1, "admire", dict(ablation="early", curvature="second_moment"), SEEDS),
         ("start", "AdmIRE from step 0, long", 4, "admire", dict(ablation="early"), SEEDS),
-        ("start", "random mask from step 0, long", 4, "admire", dict(ablation="early random"), SEEDS)]
+        ("start", "random mask from step 0, long", 4, "admire", dict(ablation="early random"), SEEDS),
+        ("early", "AdamW, twice the trials", 1, "adamw more", {}, FINALISTS),
+        ("early", "AdamW, twice the trials, 1.2 times the steps", 1, "adamw more", dict(length=1.2), FINALISTS),
+        ("early", "AdmIRE from step 0, tuned so", 1, "admire early", {}, FINALISTS),
+        ("early", "random mask from step 0, tuned so", 1, "admire early", dict(ablation="early random"), SEEDS),
+        ("early", "AdamW at those settings", 1, "admire early", dict(NO_IRE, optimizer="adamw"), SEEDS),
+        ("early", "second moment from step 0, long", 4, "admire", dict(ablation="early", curvature="second_moment"), SEEDS)]
 STAGES = list(dict.fromkeys(entry[0] for entry in PLAN))
 SETTINGS = ("optimizer", "ablation", "lr", "warmup_fraction", "beta2", "weight_decay", "ratio", "kappa", "gamma", "interval",
             "curvature", "seed", "steps")
@@ -323,10 +333,12 @@ def search(start, grid, loss, trials):
     key = min(tried, key=tried.get)
     return dict(key), tried[key], len(tried)
 
-def best(results, optimizer, horizon=1):
-    """The settings of an optimizer at the end of its search."""
-    row = ROWS[results.row]
-    fixed = {"optimizer": optimizer, "seed": 0, "steps": horizon * row["steps"]}
+def tuned(results, optimizer, horizon=1):
+    """The settings of an optimizer at the end of its search, and the number of trials. "admire early" is AdmIRE from step 0,
+    tuned as such, "adamw more" AdamW's search with twice the trials."""
+    row, name = ROWS[results.row], optimizer.split()[0]
+    trials = LONG_TRIALS if horizon > 1 else 2 * TRIALS if "more" in optimizer else TRIALS
+    fixed = {"optimizer": name, "ablation": "early" if "early" in optimizer else None, "seed": 0, "steps": horizon * row["steps"]}
     if optimizer in INHERITED:
         source, *names = INHERITED[optimizer]
         fixed |= {name: best(results, source)[name] for name in names}
@@ -336,8 +348,11 @@ def best(results, optimizer, horizon=1):
         start = {name: best(results, optimizer)[name] for name in start}
     else:
         grid |= GRIDS[optimizer]
-    point, *_ = search(start, grid, lambda p: results.loss({**fixed, **p}), TRIALS if horizon == 1 else LONG_TRIALS)
-    return {**fixed, **point}
+    point, _, made = search(start, grid, lambda p: results.loss({**fixed, **p}), trials)
+    return {**fixed, **point}, made
+
+def best(results, optimizer, horizon=1):
+    return tuned(results, optimizer, horizon)[0]
 
 def settings(results, horizon, optimizer, changes):
     found = {**best(results, optimizer, horizon), **changes}
@@ -369,11 +384,11 @@ def step_time(row, on):
     error = 1.253 * (high - low) / 1.349 / report["rounds"] ** 0.5  # of a median, from a normal distribution's quartiles
     return 1 + on * (1 / ratio - 1), on * error / ratio**2
 
-def speedup(results, horizon=1):
+def speedup(results, horizon=1, optimizer="admire", baseline="adamw"):
     """How many times AdmIRE's steps, and time, AdamW needs for AdmIRE's loss; null with a word why while unknown."""
     nothing = dict.fromkeys(("steps", "steps_stderr", "wall", "wall_stderr"))
     try:
-        adamw, admire = (best(results, o, horizon) for o in ("adamw", "admire"))
+        adamw, admire = (best(results, o, horizon) for o in (baseline, optimizer))
     except NotHeld:
         return nothing | {"note": "not measured yet: the tuning is not finished"}
     lengths = {1.0} | {changes["length"] for *_, changes, _ in PLAN if "length" in changes}
@@ -389,7 +404,7 @@ def speedup(results, horizon=1):
     beyond = [seed for seed, (_, outside) in found.items() if outside]
     note = f"extrapolated beyond the schedules that were run on seeds {beyond}" if beyond else "interpolated on every seed"
     result = nothing | {"steps": steps, "steps_stderr": error, "by_seed": {str(seed): n for seed, (n, _) in found.items()}}
-    if (cost := step_time(results.row, 1 - admire["warmup_fraction"])) is None:
+    if (cost := step_time(results.row, 1 - admire["warmup_fraction"] * (admire["ablation"] is None))) is None:
         return result | {"note": f"{note}; time not measured yet: benchmarks/train.py --file results/train-{results.row}.json"}
     wall = steps / cost[0]
     wall_error = wall * math.hypot(error / steps, cost[1] / cost[0])
@@ -416,16 +431,16 @@ def summarise(results):
     """What is computed from the runs, and stands before them in the JSON."""
     results = copy.copy(results)
     results.train = None
-    steps, tuned, trials = ROWS[results.row]["steps"], {}, {}
+    steps, found, trials = ROWS[results.row]["steps"], {}, {}
     for optimizer, horizon in dict.fromkeys((entry[3], entry[2]) for entry in PLAN):
-        name, run = optimizer + ", long" * (horizon > 1), {"optimizer": optimizer, "steps": horizon * steps, "seed": 0}
-        trials[name] = sum(run.items() <= r.items() for r in results.runs)
         with contextlib.suppress(NotHeld):
-            tuned[name] = {k: v for k, v in best(results, optimizer, horizon).items() if k not in run}
+            name = optimizer + ", long" * (horizon > 1)
+            run, trials[name] = tuned(results, optimizer, horizon)
+            found[name] = {k: v for k, v in run.items() if k not in ("optimizer", "ablation", "steps", "seed")}
     horizons = {str(n * steps): speedup(results, n) for n in (1, 4)}
     return {"command": "python benchmarks/speedup.py" + f" --row {results.row}" * (results.row != "tiny"), "row": results.row,
-            "model": results.model, "trials": trials, "best": tuned, "speedup": horizons[str(steps)], "horizons": horizons,
-            "compared": compared(results)}
+            "model": results.model, "trials": trials, "best": found, "speedup": horizons[str(steps)], "horizons": horizons,
+            "from_step_0": speedup(results, 1, "admire early", "adamw more"), "compared": compared(results)}
 
 def table(report):
     """Markdown."""
@@ -437,10 +452,10 @@ def table(report):
         lines.append(f"| {' | '.join(cells)} |")
     for name, found in report["best"].items():
         lines.append(f"\n{name}, {report['trials'][name]} trials: " + ", ".join(f"{k} {v}" for k, v in found.items()))
-    for steps, s in report["horizons"].items():
+    for what, s in (*((f"at {n} steps", s) for n, s in report["horizons"].items()), ("from step 0", report["from_step_0"])):
         wall = f", {s['wall']:.3f} ± {s['wall_stderr']:.3f} in time" if s["wall"] else ""
         times = f"{s['steps']:.3f} ± {s['steps_stderr']:.3f} in steps{wall}; " if s["steps"] else ""
-        lines.append(f"\nspeed-up at {steps} steps: {times}{s['note']}")
+        lines.append(f"\nspeed-up {what}: {times}{s['note']}")
     return "\n".join(lines)
 
 def draw(report, path):
