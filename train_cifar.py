@@ -84,18 +84,18 @@ def check(c, name, good, allowed):
     if not good: raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
 
 def complete(c: Config) -> Config:
-    """Fills in what was not given; raises BadInput on values out of range and on those that a resumed run can't change to."""
+    """Fills in what was not given, on resume from the run in c.out; raises BadInput on what is out of range or changes that run."""
     c, fields = dataclasses.replace(c, out=c.out or "runs/cifar"), dataclasses.fields(c)
-    saved = load_checkpoint(c.out)["config"] if c.resume else {}
+    saved = load_checkpoint(c.out)["config"] | {"overwrite": False} if c.resume else {}
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if c.device in (None, "auto"): c.device = here[0]
+    c.device = here[0] if (device := c.device or saved.get("device", "auto")) == "auto" else device
     for f in fields:
         words, (good, allowed) = f" {c.device} {c.data} {c.model} {c.optimizer} {c.base}", f.metadata["allowed"]
         default = [value for case, value in f.metadata["cases"].items() if f" {case}" in words][-1]
-        if getattr(c, f.name) is None: setattr(c, f.name, default(c) if callable(default) else default)
+        if getattr(c, f.name) is None: setattr(c, f.name, saved.get(f.name, default(c) if callable(default) else default))
         check(c, f.name, getattr(c, f.name) is None or good(getattr(c, f.name)), allowed)
     for f in fields[[f.name for f in fields].index("seed"):] if saved else ():
-        check(c, f.name, getattr(c, f.name) in (None, saved[f.name]), f"{saved[f.name]} on --resume: the schedule began so")
+        check(c, f.name, getattr(c, f.name) == saved[f.name], f"{saved[f.name]} on --resume, as {c.out} began: it keeps its schedule")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
     check(c, "dtype", c.dtype != "float16" or c.device != "cpu" and "sam" not in c.optimizer, "another on a CPU or with SAM")
@@ -261,11 +261,15 @@ class Data:  # pictures as uint8 on the device; a batch is a function of seed an
 # ------------------------------------------------------------------------------------------------ files
 def write_atomically(path: Path, write):  # whole or not at all, also when the power goes
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary := path.with_name(f".{path.name}.part"), "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except RuntimeError as e: raise e.__context__ or e  # torch.save's own, over the disk's
+    finally: part.unlink(missing_ok=True)
 
 def load_checkpoint(folder):
     try:
@@ -374,8 +378,7 @@ def train(c: Config):
     import matplotlib.figure  # if it is missing, that is said here and not after the training
     c = complete(c)
     out = Path(c.out)
-    if (out / "checkpoint.pt").exists() and not (c.resume or c.overwrite):
-        raise BadInput(f"--out: {out} holds a run; add --resume to go on with it or --overwrite to lose it")
+    check(c, "out", c.resume or c.overwrite or not (out / "checkpoint.pt").exists(), "one without a run, or --resume or --overwrite")
     data = Data(c)
     per_epoch, steps, warmup = (n * data.steps_per_epoch for n in (1, c.epochs, c.warmup))
     if c.ire_warmup is None: c.ire_warmup = c.ire_epoch * per_epoch
@@ -460,10 +463,11 @@ def train(c: Config):
 
 def train_seeds(c: Config):  # as many runs as --seeds says, in DIR/seed-N
     out = Path(c.out or "runs/cifar")
-    begun = sorted(int(path.parent.name[5:]) for path in out.glob("seed-*/checkpoint.pt"))
-    if c.resume and begun: c = resumed(dataclasses.replace(c, out=f"{out}/seed-{begun[0]}"))  # so the others are alike
-    runs = [train(dataclasses.replace(c, seed=seed, out=f"{out}/seed-{seed}", resume=c.resume and seed in begun))
-            for seed in range(c.seed or 0, (c.seed or 0) + c.seeds)]
+    begun = sorted(int(path.parent.name[5:]) for path in out.glob("seed-*/checkpoint.pt")) if c.resume else []
+    first = begun[0] if begun and c.seed is None else c.seed or 0
+    if begun: c = complete(dataclasses.replace(c, seed=None, out=f"{out}/seed-{begun[0]}"))  # so the others are alike
+    runs = [train(dataclasses.replace(c, seed=seed, out=f"{out}/seed-{seed}", resume=seed in begun))
+            for seed in range(first, first + c.seeds)]
     for key in [key for key in ("test_acc", "test_loss", "trace", "lambda_max") if RANK == 0 and key in runs[0]]:
         print(f"{key:11}%.4g +- %.2g, mean and standard error of {c.seeds} seeds" % mean_and_error([r[key] for r in runs]))
 
@@ -479,16 +483,12 @@ def parse(arguments):  # what was typed, as a Config
         cli.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return Config(**vars(cli.parse_args(arguments)))
 
-def resumed(c):  # what was given over the settings of the run in c.out
-    given = {name: value for name, value in vars(c).items() if value is not None}
-    return Config(**load_checkpoint(c.out or "runs/cifar")["config"] | {"overwrite": None} | given)
-
 def main(arguments=None):
     c, cuda = parse(arguments), torch.cuda.is_available()
     if RANKS > 1 and cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANKS > 1: dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        train_seeds(c) if (c.seeds or 1) > 1 else train(resumed(c) if c.resume else c)
+        train_seeds(c) if (c.seeds or 1) > 1 else train(c)
         return 0
     except (Halt, OSError, ImportError) as e:
         install = "; pip install scikit-learn matplotlib" * isinstance(e, ImportError)

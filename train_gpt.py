@@ -105,14 +105,14 @@ def complete(given: Config) -> Config:
     """Fills in what was not given, on resume from the run in c.out; raises BadInput on values out of range, and on those that
     would change the run that goes on."""
     c, fixed = dataclasses.replace(given, out=given.out or OUT), True
-    run = load_checkpoint(c.out)["config"] | {"overwrite": False} if c.resume else {}
+    run = load_checkpoint(c.out, mmap=True)["config"] | {"overwrite": False} if c.resume else {}
     for f in dataclasses.fields(c):
         value, row, (good, allowed) = getattr(c, f.name), f.metadata["default"], f.metadata["allowed"]
         check(c, f.name, value is None or good(value), allowed)
         fixed = fixed and f.name != "out"
         if value is None: setattr(c, f.name, run.get(f.name, row[PRESETS.index(c.preset) if len(row) > 1 else 0]))
         elif c.resume and fixed and f.name != "data":
-            check(c, f.name, value == run.get(f.name), f"what {c.out} began with, {run.get(f.name)}; its schedule can't be changed")
+            check(c, f.name, value == run.get(f.name), f"{run.get(f.name)} on --resume, as {c.out} began: it keeps its schedule")
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if c.device == "auto": c.device = here[0]
     if c.dtype is None: c.dtype = "bfloat16" if c.device == "cuda" else "float32"
@@ -343,13 +343,14 @@ def write_atomically(path: Path, write):  # whole or not at all, also when the p
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+    except RuntimeError as e: raise e.__context__ or e  # torch.save's own, over the disk's
     finally: part.unlink(missing_ok=True)
 
 def write_json(path: Path, value): write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
-def load_checkpoint(folder):
+def load_checkpoint(folder, mmap=False):  # mmap: where its tensors are not read
     try:
-        saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=mmap)
         return {key: saved[key] for key in ("config", "data", "step", "seconds", "val_loss", "model", "optimizer", "scaler")}
     except Exception as e:  # torch.load raises many kinds
         raise BadInput(f"{path} can't be read as a checkpoint: {e!r:.300}; is {folder} the --out of a run?") from None

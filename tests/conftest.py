@@ -1,3 +1,7 @@
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,3 +11,16 @@ def _settings():
     """One thread: the tests are small, and two threads on busy cores wait for each other."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_disk():
+    """small_disk(size) puts a file system of so many KB into runs."""
+    def mount(size):
+        Path("runs").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]
+        if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("may not mount a file system")
+
+    yield mount
+    subprocess.run(["umount", "-l", "runs"], capture_output=True)
