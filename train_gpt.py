@@ -10,9 +10,8 @@
 
 Top to bottom: settings, model, data, files, training, sampling, command line.
 """
-import argparse, contextlib, dataclasses, hashlib, importlib.util, itertools, json, math, os, random, shutil, signal
-import subprocess, sys, sysconfig, time
-from datetime import timedelta
+import argparse, contextlib, dataclasses, datetime, hashlib, importlib.util, itertools, json, math, os, random, shutil
+import signal, subprocess, sys, sysconfig, time
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
@@ -355,9 +354,6 @@ def load_checkpoint(folder, mmap=False):  # mmap: where its tensors are not read
     except Exception as e:  # torch.load raises many kinds
         raise BadInput(f"{path} can't be read as a checkpoint: {e!r:.300}; is {folder} the --out of a run?") from None
 
-HF_NAMES = {"width": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-            "context": "max_position_embeddings"}  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
-
 def save(model, optimizer, c: Config, data, **progress):
     """DIR/checkpoint.pt, whole also where it is sharded, so that any number of ranks can go on with it; and DIR/hf, which
     transformers opens with AutoModelForCausalLM.from_pretrained."""
@@ -371,10 +367,10 @@ def save(model, optimizer, c: Config, data, **progress):
     weights = {name: w.contiguous() for name, w in weights.items()}
     write_atomically(hf / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
     write_json(hf / "generation_config.json", nothing)
-    write_json(hf / "config.json", {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **nothing,
-        "vocab_size": data.vocab, **{theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items()},
-        "train_gpt": {"config": saved["config"], "tokens": data.tokens}})
+    write_json(hf / "config.json", {  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **nothing, "vocab_size": data.vocab,
+        "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "max_position_embeddings": c.context, "train_gpt": {"config": saved["config"], "tokens": data.tokens}})
 
 def load_model(folder, typed):
     """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
@@ -642,7 +638,7 @@ def main(arguments=None):
     typed, cuda = parse(arguments), torch.cuda.is_available()
     if "RANK" in os.environ and not dist.is_initialized():  # gloo carries what is on the CPU
         if cuda: torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
     try:
         if "sample" in typed: print(sample(typed.pop("sample"), **typed))
         elif typed.get("eval_only"): print(f"validation loss {evaluate(typed.get('out', OUT), typed):.4f}")

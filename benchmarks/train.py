@@ -60,7 +60,8 @@ class Plain:
         self.c, self.data, self.step = c, train_gpt.Data(c), 0
         torch.manual_seed(c.seed)
         self.model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=self.data.vocab, use_cache=False, **{theirs: getattr(c, own) for own, theirs in train_gpt.HF_NAMES.items()}))
+            vocab_size=self.data.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, max_position_embeddings=c.context, use_cache=False))
         self.model.to(c.device)
         if c.compile:
             self.model.compile()
