@@ -481,6 +481,8 @@ def draw(report, path):
         above.errorbar(*zip(*curve), color=BLUE, marker="o", ms=4, label="AdamW, each schedule to its end")
         above.axhline(level, color=RED, label=f"AdmIRE, {steps} steps")
         above.axhspan(level - error, level + error, color=RED, alpha=0.2, lw=0)
+        if early := rows.get("AdmIRE from step 0, tuned so"):
+            above.axhline(early["minus_adamw"], color=RED, ls="--", label="on from step 0, tuned so")
         above.set(xlabel="steps", ylabel=f"loss minus AdamW's\nat {steps} steps")
         above.legend()
         below.axvline(0, color=BLUE)

@@ -31,45 +31,68 @@ def results():
         values = [run[name]["val_loss"] for run in runs]
         return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / 3**0.5:.4f}"
 
-    gaps = [run["adamw"]["val_loss"] - run["admire"]["val_loss"] for run in runs]
+    differences = [run["adamw"]["val_loss"] - run["admire"]["val_loss"] for run in runs]
     reached = [str(run["reached_at_step"] or "never") for run in runs]
     big, rows = step["sizes"]["60M"]["rows"], train["rows"]
     refresh, textbook = big["IRE, refresh"], big["textbook, refresh"]
     trials = {o: [r for r in sweep["runs"] if r["optimizer"] == o] for o in ("adamw", "admire")}
     best = {(o, w): min(r["val_loss"] for r in trials[o] if r["warmup"] == w) for o in trials for w in (250, 500)}
     settings = ["{optimizer}: lr {lr:g}, warm-up {warmup}".format(**runs[0][o]) for o in ("adamw", "admire")]
-    rate, long = speedup["speedup"], speedup["horizons"]["2000"]
     less = {name: cifar["table"][name]["less_base"] for name in ("sgd-ire", "sam-ire")}
-    def against(*names, report=speedup):
-        return "; ".join("{minus_adamw:+.3f} ± {minus_adamw_stderr:.3f}".format(**report["compared"][name]) for name in names)
 
+    def times(s, trials):
+        cells = ["{:.3f} ± {:.3f}".format(s[k], s[f"{k}_stderr"]) if s[k] else "not measured yet" for k in ("steps", "wall")]
+        return f"{trials} | {len(s.get('by_seed', ()))} | {' | '.join(cells)}"
+
+    def gap(name, report=speedup):
+        row = report["compared"].get(name)
+        return "{minus_adamw:+.3f} ± {minus_adamw_stderr:.3f}".format(**row) if row else "not measured yet"
+
+    def gaps(*names, report=speedup):
+        return " | ".join(gap(name, report) for name in names)
+
+    tuned = speedup["trials"]
     return f"""\
+How many times AdmIRE's steps AdamW needs for AdmIRE's final loss (`python benchmarks/speedup.py`, for the smaller model `--row nano`;
+mean ± standard error over seeds that took no part in the tuning; the protocol stands at the script's top):
+
+| | trials of each | seeds | in steps | in time |
+|---|---|---|---|---|
+| tiny run, 500 steps | {times(speedup['speedup'], tuned['adamw'])} |
+| 2000 steps | {times(speedup['horizons']['2000'], f"{tuned['adamw, long']} more")} |
+| smaller model, 500 steps | {times(nano['speedup'], nano['trials']['adamw'])} |
+| tiny run, 500 steps, IRE on from step 0, not from the end of the warm-up | {times(speedup['from_step_0'], tuned.get('adamw more', 0))} |
+
+Final validation loss minus AdamW's, seed by seed, with the mask from three sources (the same runs and commands):
+
+| | Fisher probe | second moment | random |
+|---|---|---|---|
+| tiny, 500 steps, on from the end of the warm-up | {gaps('AdmIRE', 'second moment', 'random mask')} |
+| on from step 0 | {gaps('on from step 0', 'second moment from step 0', 'random mask from step 0')} |
+| on from step 0 and tuned so | {gaps('AdmIRE from step 0, tuned so', 'second moment from step 0, those settings', 'random mask from step 0, tuned so')} |
+| 2000 steps, on from the end of the warm-up | {gaps('AdmIRE, long', '', '')} |
+| on from step 0 | {gaps('AdmIRE from step 0, long', 'second moment from step 0, long', 'random mask from step 0, long')} |
+| smaller model, 500 steps, on from the end of the warm-up | {gaps('AdmIRE', '', '', report=nano)} |
+| on from step 0 | {gaps('on from step 0', '', 'random mask from step 0', report=nano)} |
+
+| the same difference, tiny run, 500 steps | |
+|---|---|
+| AdmIRE again, with other draws of the labels in its probes | {gap('AdmIRE again')} |
+| longer steps along the sharp coordinates; along all of them | {gap('inverted mask')}; {gap('all coordinates')} |
+| AdamW whose learning rate jumps by the mean of IRE's factors where IRE switches on | {gap('lr jumps by the mean')} |
+| AdamW with twice the steps | {gap('AdamW, 2 times the steps')} |
+| Muon; Muon with IRE, as many trials each | {gap('Muon')}; {gap('Muon with IRE')} |
+| at the latter's settings Muon with a random mask; without a mask | {gap('Muon with a random mask')}; {gap('Muon at those settings, no mask')} |
+
 | measured | result | command |
 |---|---|---|
-| times as many steps as AdmIRE that AdamW needs for its loss, 500 steps, {speedup['trials']['adamw']} trials each, 5 seeds | \
-{rate['steps']:.3f} ± {rate['steps_stderr']:.3f}; in time {rate['wall']:.3f} ± {rate['wall_stderr']:.3f} | `python benchmarks/speedup.py` |
-| validation loss minus AdamW's in these runs: AdmIRE; AdmIRE again, with other draws in its probes; with Adam's second moment | \
-{against('AdmIRE', 'AdmIRE again', 'second moment')} | the same |
-| the same for a random mask; the sharp coordinates; a jump of lr | \
-{against('random mask', 'inverted mask', 'lr jumps by the mean')} | the same |
-| the same with IRE on from step 0, not from the end of the warm-up; with Adam's second moment from step 0; a random mask from step 0 | \
-{against('on from step 0', 'second moment from step 0', 'random mask from step 0')} | the same |
-| the same for Muon; Muon with IRE, as many trials each; at the latter's settings Muon with a random mask; without a mask | \
-{against('Muon', 'Muon with IRE', 'Muon with a random mask', 'Muon at those settings, no mask')} | the same |
-| the first row at 2000 steps, {speedup['trials']['adamw, long']} trials each more, 3 seeds | \
-{long['steps']:.3f} ± {long['steps_stderr']:.3f}; in time {long['wall']:.3f} ± {long['wall_stderr']:.3f} | the same |
-| loss minus AdamW's at 2000 steps: AdmIRE; with IRE on from step 0; a random mask from step 0 | \
-{against('AdmIRE, long', 'AdmIRE from step 0, long', 'random mask from step 0, long')} | the same |
-| the first row on a smaller model | {nano['speedup']['steps']:.3f} ± {nano['speedup']['steps_stderr']:.3f} | `python benchmarks/speedup.py --row nano` |
-| its loss minus AdamW's: AdmIRE; with IRE on from step 0; a random mask from step 0 | \
-{against('AdmIRE', 'on from step 0', 'random mask from step 0', report=nano)} | the same |
 | test accuracy, ResNet-56, {cifar['settings']['limit_train']:,} CIFAR-10 pictures (JPEG copy), {cifar['settings']['epochs']} epochs, 3 seeds: \
 SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± {less['sgd-ire']['test_acc'][1]:.2f}; \
 {less['sam-ire']['test_acc'][0]:+.2f} ± {less['sam-ire']['test_acc'][1]:.2f} points | `{cifar['command']}` |
 | images a second, train_cifar.py of a plain torch loop | {images['ours_of_plain']:.2f} | `{images['command']}` |
 | validation loss, tiny run, {runs[0]['adamw']['steps']} steps, 3 seeds (mean ± standard error) | AdamW {loss('adamw')}, AdmIRE {loss('admire')} | \
 `for s in 0 1 2; do python train_gpt.py --compare --seed $s --out runs/compare-$s; done` |
-| AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{gap:+.4f}' for gap in gaps)} | the same |
+| AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{gap:+.4f}' for gap in differences)} | the same |
 | step at which AdmIRE was at AdamW's final loss, by seed | {', '.join(reached)} of {runs[0]['adamw']['steps']} | the same |
 | tokens a second, tiny run, train_gpt.py's AdamW of a plain loop over transformers' Llama | \
 {1 / rows['plain transformers loop, AdamW']['of_adamw']:.2f} | `python benchmarks/train.py` |
