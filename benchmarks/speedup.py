@@ -105,7 +105,7 @@ PLAN = [("tuning", "", 1, "adamw", {}, ()), ("tuning", "", 1, "admire", {}, ()),
         ("early", "AdamW, twice the trials", 1, "adamw more", {}, FINALISTS),
         ("early", "AdmIRE from step 0, tuned so", 1, "admire early", {}, FINALISTS),
         ("early", "random mask from step 0, tuned so", 1, "admire early", dict(ablation="early random"), SEEDS),
-        ("early", "second moment from step 0, those settings", 1, "admire early", dict(curvature="second_moment"), FINALISTS),
+        ("early", "second moment from step 0, those settings", 1, "admire early", dict(curvature="second_moment"), SEEDS),
         ("early", "AdamW at those settings", 1, "admire early", dict(NO_IRE, optimizer="adamw"), SEEDS),
         ("early", "second moment from step 0, long", 4, "admire", dict(ablation="early", curvature="second_moment"), SEEDS)]
 STAGES = list(dict.fromkeys(entry[0] for entry in PLAN))
