@@ -65,27 +65,28 @@ mean ± standard error over seeds that took no part in the tuning; the protocol 
 | | trials of each | seeds | in steps | in time |
 |---|---|---|---|---|
 | tiny run, 500 steps | {times(speedup['speedup'], tuned['adamw'])} |
-| 2000 steps | {times(speedup['horizons']['2000'], f"{tuned['adamw, long']} more")} |
+| tiny run, 2000 steps | {times(speedup['horizons']['2000'], f"{tuned['adamw, long']} more")} |
 | smaller model, 500 steps | {times(nano['speedup'], nano['trials']['adamw'])} |
-| tiny run, 500 steps, IRE on from step 0, not from the end of the warm-up | {times(speedup['from_step_0'], tuned.get('adamw more', 0))} |
+| tiny run, 500 steps, IRE on from step 0, not from the end of the warm-up | {times(speedup['from_step_0'], f"{tuned['admire']} + {tuned['admire early']}")} |
 
 Final validation loss minus AdamW's, seed by seed, with the mask from three sources (the same runs and commands):
 
 | | Fisher probe | second moment | random |
 |---|---|---|---|
 | tiny, 500 steps, on from the end of the warm-up | {gaps('AdmIRE', 'second moment', 'random mask')} |
-| on from step 0 | {gaps('on from step 0', 'second moment from step 0', 'random mask from step 0')} |
-| on from step 0 and tuned so | {gaps('AdmIRE from step 0, tuned so', 'second moment from step 0, those settings', 'random mask from step 0, tuned so')} |
-| 2000 steps, on from the end of the warm-up | {gaps('AdmIRE, long', '', '')} |
-| on from step 0 | {gaps('AdmIRE from step 0, long', 'second moment from step 0, long', 'random mask from step 0, long')} |
-| smaller model, 500 steps, on from the end of the warm-up | {gaps('AdmIRE', '', '', report=nano)} |
-| on from step 0 | {gaps('on from step 0', '', 'random mask from step 0', report=nano)} |
+| tiny, 500 steps, on from step 0 | {gaps('on from step 0', 'second moment from step 0', 'random mask from step 0')} |
+| tiny, 500 steps, on from step 0 and tuned so | {gaps('AdmIRE from step 0, tuned so', 'second moment from step 0, those settings', 'random mask from step 0, tuned so')} |
+| tiny, 2000 steps, on from the end of the warm-up | {gaps('AdmIRE, long', '', '')} |
+| tiny, 2000 steps, on from step 0 | {gaps('AdmIRE from step 0, long', 'second moment from step 0, long', 'random mask from step 0, long')} |
+| smaller, 500 steps, on from the end of the warm-up | {gaps('AdmIRE', '', '', report=nano)} |
+| smaller, 500 steps, on from step 0 | {gaps('on from step 0', '', 'random mask from step 0', report=nano)} |
 
 | the same difference, tiny run, 500 steps | |
 |---|---|
 | AdmIRE again, with other draws of the labels in its probes | {gap('AdmIRE again')} |
 | longer steps along the sharp coordinates; along all of them | {gap('inverted mask')}; {gap('all coordinates')} |
 | AdamW whose learning rate jumps by the mean of IRE's factors where IRE switches on | {gap('lr jumps by the mean')} |
+| AdamW with the settings of twice the trials | {gap('AdamW, twice the trials')} |
 | AdamW with twice the steps | {gap('AdamW, 2 times the steps')} |
 | Muon; Muon with IRE, as many trials each | {gap('Muon')}; {gap('Muon with IRE')} |
 | at the latter's settings Muon with a random mask; without a mask | {gap('Muon with a random mask')}; {gap('Muon at those settings, no mask')} |
