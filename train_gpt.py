@@ -577,7 +577,7 @@ def compare(typed):
     for optimizer in ("adamw", "admire"):
         own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
         own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
-        if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw")["config"] | own  # it had not begun
+        if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw", mmap=True)["config"] | own  # not begun
         runs.append(keep_runs(complete(Config(**own))))
     adamw, admire = (train(c) for c in runs)
     if RANK: return

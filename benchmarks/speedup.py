@@ -67,12 +67,10 @@ DECAYS, GAMMAS = (0.03, 0.1, 0.3), (0.5, 0.7, 0.9)
 GRIDS = {"adamw": {"beta2": (0.95, 0.98, 0.99), "weight_decay": DECAYS}, "admire": {"kappa": (1.0, 2.0, 4.0), "gamma": GAMMAS},
          "muon": {"ratio": (0.5, 1.0, 2.0, 4.0, 8.0), "weight_decay": DECAYS},
          "muon-ire": {"kappa": (0.5, 1.0, 2.0), "gamma": GAMMAS}}
-GRIDS |= {"admire early": GRIDS["admire"], "adamw more": GRIDS["adamw"]}
 PROBED = dict(gamma=0.7, interval=10, curvature="fisher")
 STARTS = {"adamw": dict(beta2=0.95, weight_decay=0.1), "admire": dict(kappa=2.0, **PROBED),
           "muon": dict(ratio=2.0, weight_decay=0.1), "muon-ire": dict(kappa=1.0, **PROBED)}
-STARTS |= {"admire early": STARTS["admire"], "adamw more": STARTS["adamw"]}
-INHERITED = {"admire": ("adamw", "beta2", "weight_decay"), "admire early": ("adamw", "beta2", "weight_decay"), "muon": ("adamw", "beta2"),
+INHERITED = {"admire": ("adamw", "beta2", "weight_decay"), "muon": ("adamw", "beta2"),
              "muon-ire": ("muon", "beta2", "weight_decay", "ratio")}
 NO_IRE = dict.fromkeys(("ablation", "kappa", "gamma", "interval", "curvature"))
 FALSIFIERS = {
@@ -339,15 +337,15 @@ def tuned(results, optimizer, horizon=1):
     row, name = ROWS[results.row], optimizer.split()[0]
     trials = LONG_TRIALS if horizon > 1 else 2 * TRIALS if "more" in optimizer else TRIALS
     fixed = {"optimizer": name, "ablation": "early" if "early" in optimizer else None, "seed": 0, "steps": horizon * row["steps"]}
-    if optimizer in INHERITED:
-        source, *names = INHERITED[optimizer]
-        fixed |= {name: best(results, source)[name] for name in names}
-    start = {"lr": row["lr"], "warmup_fraction": row["warmup"], **STARTS[optimizer]}
+    if name in INHERITED:
+        source, *names = INHERITED[name]
+        fixed |= {setting: best(results, source)[setting] for setting in names}
+    start = {"lr": row["lr"], "warmup_fraction": row["warmup"], **STARTS[name]}
     grid = {"lr": tuple(float(f"{row['lr'] * 2 ** (i / 2):.3g}") for i in range(-10, 11)), "warmup_fraction": WARMUPS}
     if horizon > 1:  # from the short horizon's best, its neighbours
-        start = {name: best(results, optimizer)[name] for name in start}
+        start = {setting: best(results, optimizer)[setting] for setting in start}
     else:
-        grid |= GRIDS[optimizer]
+        grid |= GRIDS[name]
     point, _, made = search(start, grid, lambda p: results.loss({**fixed, **p}), trials)
     return {**fixed, **point}, made
 
@@ -404,7 +402,8 @@ def speedup(results, horizon=1, optimizer="admire"):
     beyond = [seed for seed, (_, outside) in found.items() if outside]
     note = f"extrapolated beyond the schedules that were run on seeds {beyond}" if beyond else "interpolated on every seed"
     result = nothing | {"steps": steps, "steps_stderr": error, "by_seed": {str(seed): n for seed, (n, _) in found.items()}}
-    if (cost := step_time(results.row, 1 - admire["warmup_fraction"] * (admire["ablation"] is None))) is None:
+    on = 1 if admire["ablation"] == "early" else 1 - admire["warmup_fraction"]
+    if (cost := step_time(results.row, on)) is None:
         return result | {"note": f"{note}; time not measured yet: benchmarks/train.py --file results/train-{results.row}.json"}
     wall = steps / cost[0]
     wall_error = wall * math.hypot(error / steps, cost[1] / cost[0])
@@ -469,7 +468,7 @@ def draw(report, path):
     if "AdmIRE" not in rows: return
     steps, level, error = (rows["AdmIRE"][k] or 0 for k in ("steps", "minus_adamw", "minus_adamw_stderr"))
     curve = sorted((r["steps"], r["minus_adamw"], r["minus_adamw_stderr"] or 0) for label, r in rows.items()
-                   if label == "AdamW" or label.startswith("AdamW, ") and r["steps"] != steps)
+                   if label == "AdamW" or label.endswith("times the steps"))
     others = {label: (r["minus_adamw"], r["minus_adamw_stderr"] or 0) for label, r in rows.items()
               if r["steps"] == steps and label != "AdamW"}
     near = [gap for label, (gap, _) in others.items() if "Muon" not in label] + [0]  # whose gap would hide the others'

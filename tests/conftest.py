@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -16,11 +17,12 @@ def _settings():
 @pytest.fixture
 def small_disk():
     """small_disk(size) puts a file system of so many KB into runs."""
-    def mount(size):
-        Path("runs").mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]
-        if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("may not mount a file system")
+    with contextlib.ExitStack() as stack:
+        def mount(size):
+            Path("runs").mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]
+            if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("may not mount a file system")
+            stack.callback(subprocess.run, ["umount", "-l", "runs"], check=True)
 
-    yield mount
-    subprocess.run(["umount", "-l", "runs"], capture_output=True)
+        yield mount

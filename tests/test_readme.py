@@ -99,7 +99,7 @@ SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± 
 | images a second, train_cifar.py of a plain torch loop | {images['ours_of_plain']:.2f} | `{images['command']}` |
 | validation loss, tiny run, {runs[0]['adamw']['steps']} steps, 3 seeds (mean ± standard error) | AdamW {loss('adamw')}, AdmIRE {loss('admire')} | \
 `for s in 0 1 2; do python train_gpt.py --compare --seed $s --out runs/compare-$s; done` |
-| AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{gap:+.4f}' for gap in differences)} | the same |
+| AdamW's loss minus AdmIRE's, by seed | {', '.join(f'{x:+.4f}' for x in differences)} | the same |
 | step at which AdmIRE was at AdamW's final loss, by seed | {', '.join(reached)} of {runs[0]['adamw']['steps']} | the same |
 | tokens a second, tiny run, train_gpt.py's AdamW of a plain loop over transformers' Llama | \
 {1 / rows['plain transformers loop, AdamW']['of_adamw']:.2f} | `python benchmarks/train.py` |
@@ -111,7 +111,8 @@ SGD-IRE minus SGD; SAM-IRE minus SAM | {less['sgd-ire']['test_acc'][0]:+.2f} ± 
 {big['AdmIRE (fused), step']['over_fused_adamw']:.2f} | the same |
 
 Most of what IRE from the end of the warm-up gives, a longer warm-up gives AdamW: with 250 steps of warm-up the best AdamW of the sweep ends at
-{best['adamw', 250]:.4f} and the best AdmIRE at {best['admire', 250]:.4f}, with 500 at {best['adamw', 500]:.4f} and {best['admire', 500]:.4f} (one seed). In the rows of 1000 steps each optimizer runs at the best of its own sweep
+{best['adamw', 250]:.4f} and the best AdmIRE at {best['admire', 250]:.4f}, with 500 at {best['adamw', 500]:.4f} and {best['admire', 500]:.4f} (one seed).
+In the rows of 1000 steps each optimizer runs at the best of its own sweep
 ([{len(trials['adamw'])} trials of AdamW, {len(trials['admire'])} of AdmIRE](results/sweep-tiny.json)): {settings[0]}; {settings[1]}, kappa \
 {runs[0]['admire']['kappa']:g}, gamma {runs[0]['admire']['gamma']:g}.
 Hardware: {step['environment']['device']}, {step['environment']['threads']} threads; for the tokens a second \
