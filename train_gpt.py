@@ -1070,7 +1070,7 @@ def train_step(forward, optimizer, batch, step, c, scaler):
         if c.kappa_decay:
             group["kappa"] = c.kappa * lr / c.lr
     if getattr(optimizer, "probe_due", False):
-        with optimizer.probe():
+        with optimizer.probe(forward):
             probe = [(x, None, keys) for x, _, keys in batch[: c.probe_batches]]
             backward(forward, probe, c, scaler)
     loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
@@ -1297,7 +1297,9 @@ def loop(run, record, caught):
 
 def values_of(run, table, elapsed):
     """What the log says of the last steps. table: their (loss, norm of the gradient)."""
-    c, flat = run.c, flat_share(run.optimizer)
+    c, flat = run.c, {}
+    if isinstance(run.optimizer, IRE):
+        flat = run.optimizer.flat_share()
     if flat.get("flat") == 0 and run.step > c.ire_warmup and not run.warned:
         run.warned = True
         note(f"step {run.step}: nothing is amplified, as the probe's gradient is not finite")
@@ -1307,14 +1309,6 @@ def values_of(run, table, elapsed):
     if c.device == "cuda":
         values["tflops"] = rate * flops_per_token(c, run.model) / 1e12
     return values
-
-
-def flat_share(optimizer):
-    """{"flat": the share of coordinates along which IRE's steps are longer}, for the log."""
-    masks = [s["flat"] for s in optimizer.state.values() if "flat" in s]
-    if not masks:
-        return {}
-    return {"flat": sum(float(whole(m.sum())) for m in masks) / sum(m.numel() for m in masks)}
 
 
 def check_finite(run, table, eval_due):
