@@ -202,6 +202,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 OUT = Path(FIELDS["out"].metadata["default"])
+SAMPLING = ("device", "prompt", "num_samples", "tokens", "temperature", "top_k")
 SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
 
 
@@ -1246,7 +1247,9 @@ def banner(run):
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
-    print(f"data       {c.data}: {len(data.train):,} training, {len(data.val):,} validation tokens")
+    print(
+        f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens"
+    )
     print(f"device     {place}\noptimizer  {method}")
     print(
         f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
@@ -1527,7 +1530,7 @@ def run_command(typed):
     else:
         summary = train(Config(**typed))
         if RANK == 0:
-            print(f"\n{sample(out, device=summary['device'], tokens=summary['tokens'])}\n")
+            print(f"\n{sample(out, **{name: summary[name] for name in SAMPLING})}\n")
             loss, seconds = summary["val_loss"], summary["seconds"]
             print(f"validation loss {loss:.4f} after {summary['steps']} steps, {seconds:.0f} s")
             print(f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
