@@ -230,7 +230,7 @@ def complete(given: Config) -> Config:
         check_unchanged(c, known, c.out, but=("steps",))
         check_steps(c, known, saved["step"])
     elif c.init:
-        settings = read_weights(c.init)[0]["config"]
+        settings = read_weights(c.init)[1]["config"]
         known = {name: settings[name] for name in SHAPE}
         check_unchanged(c, known, c.init)
     defaults = {name: f.metadata["default"] for name, f in FIELDS.items()}
@@ -241,6 +241,7 @@ def complete(given: Config) -> Config:
     check_values(c)
     choose(c, given)
     check_settings(c)
+    check_memory(c)
     return c
 
 
@@ -344,6 +345,15 @@ def check_settings(c):
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     for name in ("out", "data_dir"):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
+
+
+def check_memory(c):
+    """Refuses a model that would fill the machine with its weights alone."""
+    if c.device == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        need = 4 * c.width * (512 + c.layers * (4 * c.width + 3 * c.ffn)) / 2**30
+        sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need:,.0f} GiB"
+        check(c, "width", need < have, f"a model that fits into {have:,.0f}; {sizes}")
 
 
 def keep_runs(c: Config):
@@ -842,7 +852,7 @@ def load_checkpoint(folder, mmap=False):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for key in ("config", "data", "seconds", "val_loss", "model", "optimizer", "scaler"):
             saved[key]
-        return saved | {"step": int(saved["step"])}
+        return saved | {"step": int(saved["step"]), "config": dict(saved["config"])}
     except pickle.UnpicklingError:  # whose own words advise to trust it
         why = "it is no file of tensors, numbers and texts"
     except Exception as e:  # torch.load raises many kinds
@@ -870,11 +880,10 @@ def lock(folder: Path):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = (
-                    (folder / "pid").read_text() if (folder / "pid").exists() else "another process"
-                )
+                found = (folder / "config.json").exists()
+                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
                 text = f"--out: got {folder}, allowed is a folder where no run goes on"
-                raise BadInput(f"{text}; {who} trains there") from None
+                raise BadInput(f"{text}; process {pid} trains there") from None
             except OSError:  # a network folder without locks
                 pass
         yield
@@ -895,6 +904,8 @@ def save(run, folder: Path):
     saved = {"config": config, "data": data.sha256, "model": weights, "optimizer": state}
     saved |= {"scaler": run.scaler.state_dict()} | {name: getattr(run, name) for name in REACHED}
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(saved, f))
+    if folder == Path(c.out):
+        run.kept = f"step {run.step}"
     weights = {name: w.contiguous() for name, w in weights.items()}
     write_atomically(hf / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
     nothing = {"bos_token_id": None, "eos_token_id": None}
@@ -1064,7 +1075,6 @@ class Run:
     val_loss: float = math.inf
     best: float = math.inf
     kept: str = "none"  # the last checkpoint
-    warned: bool = False
 
     def done(self):
         return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
@@ -1155,7 +1165,6 @@ def train(c: Config, build=None):
 
 def set_up(c, data, build):
     """Model and optimizer at the start of a run."""
-    check_memory(c, data.vocab)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
     if c.deterministic:
@@ -1172,16 +1181,6 @@ def set_up(c, data, build):
     optimizer = (build or make_optimizer)(model, c)
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     return Run(c, data, model, forward, optimizer, scaler)
-
-
-def check_memory(c, vocab):
-    """Refuses a model that would fill the machine: weights, gradients, two moments in float32."""
-    if c.device == "cpu" and hasattr(os, "sysconf"):
-        numbers = 2 * vocab * c.width + c.layers * c.width * (4 * c.width + 3 * c.ffn)
-        need, gib = 16 * numbers / (RANKS if c.fsdp else 1), 2**30
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need / gib:,.0f}"
-        check(c, "width", need < have, f"a model that fits into {have / gib:,.0f} GiB; {sizes}")
 
 
 def set_state(model, weights, source, optimizer=None, state=None):
@@ -1336,12 +1335,8 @@ def loop(run, record, caught):
 
 def values_of(run, table, elapsed):
     """What the log says of the last steps. table: their (loss, norm of the gradient)."""
-    c, flat = run.c, {}
-    if isinstance(run.optimizer, IRE):
-        flat = run.optimizer.flat_share()
-    if flat.get("flat") == 0 and run.step > c.ire_warmup and not run.warned:
-        run.warned = True
-        note(f"step {run.step}: nothing is amplified, as the probe's gradient is not finite")
+    c = run.c
+    flat = run.optimizer.flat_share() if isinstance(run.optimizer, IRE) else {}
     rate = len(table) * c.batch_size * c.context / elapsed
     values = {"train_loss": table[:, 0].mean(), "lr": learning_rate(c, run.step - 1)}
     values |= {"grad_norm": table[:, 1].mean()} | flat | {"tokens_per_second": round(rate)}
@@ -1371,7 +1366,6 @@ def keep(run, save_due):
             save(run, out / "best")
         if save_due:
             save(run, out)
-            run.kept = f"step {run.step}"
         if save_due and RANK == 0:
             draw(out / "loss.png", c)
     except OSError as e:

@@ -956,9 +956,9 @@ NAME = "model.layers.0.mlp.up_proj.weight"
     (lambda s: s["model"].update({NAME: "text"}), NAME),
     (drop_masks, "flat"), (lambda s: s["optimizer"]["state"][NAME].pop("exp_avg"), "exp_avg"),
     (lambda s: s["optimizer"]["state"][NAME].update(exp_avg_sq=torch.zeros(3)), "exp_avg_sq"),
-    (lambda s: s["optimizer"]["state"].pop(NAME), NAME), (lambda s: s["optimizer"].pop("state"), "state"),
+    (lambda s: s["optimizer"]["state"].pop(NAME), NAME), (lambda s: s["optimizer"].pop("state"), "layers"),
     (lambda s: s["optimizer"]["param_groups"][0].pop("ire_step"), "ire_step"),
-    (lambda s: s["optimizer"].pop("param_groups"), "param_groups|lr|params"),
+    (lambda s: s["optimizer"].pop("param_groups"), "lr|params|ire_step"),
     (lambda s: s.update(step="many"), "many"), (lambda s: s.pop("scaler"), "scaler"),
     (lambda s: s["config"].update(layers="many"), "--layers.*many"), (lambda s: s["config"].update(heads=0), "--heads.*0"),
     (lambda s: s.update(config=3), "checkpoint.pt"),
@@ -992,15 +992,11 @@ def test_variables_left_over_from_a_cluster(monkeypatch, variables):
     out, err = process.communicate()
     assert process.returncode == 0 and "1 x cpu" in out
     assert ("WORLD_SIZE" in err and err.count("\n") == 1) if "WORLD_SIZE" in variables else err == ""
-    monkeypatch.undo()
-    os.chdir(out_of(process))
+    for name in variables:
+        monkeypatch.delenv(name)
     before = checkpoint()
     trained("--steps 3 --warmup 1 --overwrite")
     assert same(checkpoint(), before)
-
-
-def out_of(process):
-    return Path.cwd()
 
 
 @pytest.mark.parametrize("flags", ("--data .", "--data texts --out texts/run", "--data texts --data-dir texts/prepared",
@@ -1085,7 +1081,7 @@ def test_a_second_run_in_the_folder_is_told_who_runs_there(flags):
 @pytest.mark.parametrize("flags, says", [
     *((f"--{name} {10**n}", f"--{name}.*{'1' + '0' * min(n, 50)}") for name in ("steps", "batch-size", "layers", "context", "warmup")
       for n in (12, 400)),
-    ("--ffn 1000000000000", "--ffn"), ("--ffn 100000000", "--width.*--ffn.*GiB"), ("--layers 2000000000", "--width.*--layers.*GiB"),
+    ("--ffn 1000000000000", "--ffn"), ("--ffn 1000000000", "--width.*--ffn.*GiB"), ("--layers 2000000000", "--width.*--layers.*GiB"),
     ("--width 2000000000", "--width.*GiB"), ("--lr 1e308", "--lr.*1e.308"), ("--lr 1e-320", "--lr"), ("--eps 1e-320", "--eps"),
     ("--kappa 1e300", "--kappa"), ("--weight-decay 1e300", "--weight-decay"), ("--clip 1e300", "--clip"),
     ("--temperature 1e300", "--temperature"), ("--tokens 99999999999", "--tokens"), ("--stop-at 1e300", "--stop-at")])
@@ -1187,9 +1183,9 @@ def test_a_probe_that_is_not_finite_is_said(monkeypatch, where):
         return loss * math.nan if where == "every" or next(calls) == 0 else loss
     drawn_loss = train_gpt.drawn_loss
     monkeypatch.setattr(train_gpt, "drawn_loss", broken)
-    code, _, err = gpt("--log-interval 3")
-    assert code == 0 and err.count("\n") == 1 and re.search("step [34].*nothing is amplified.*probe", err), err
-    assert (log()[-1]["flat"] == 0) == (where == "every")
+    with pytest.warns(UserWarning, match="curvature is not finite"):
+        trained("--log-interval 3")
+    assert (log()[-1]["flat_live"] == 0) == (where == "every")
 
 
 BINARY = {"utf-16": TEXT.decode().encode("utf-16"), "utf-16-le": TEXT.decode().encode("utf-16-le"), "zeros": bytes(9000),
@@ -1299,7 +1295,8 @@ def test_keep_best():
     """The loss rises after step 5: the best stays, and can be sampled, evaluated, begun with."""
     def spoil(opt):
         with torch.no_grad():
-            opt.param_groups[0]["params"][0].add_(torch.randn_like(opt.param_groups[0]["params"][0]))
+            for p in opt.param_groups[0]["params"] + opt.param_groups[1]["params"]:
+                p.add_(torch.randn_like(p))
     with in_step(6, spoil):
         trained("--keep-best")
     losses = {r["step"]: r["val_loss"] for r in log(RUN, "val_loss") if r["step"]}
@@ -1336,7 +1333,7 @@ def test_muon_is_torchs_on_the_hidden_matrices():
     others, norms = ([model.model.embed_tokens.weight, model.lm_head.weight], [p for p in model.parameters() if p.dim() == 1])
     both = (torch.optim.Muon(hidden, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([{"params": others, "weight_decay": c.weight_decay}, {"params": norms, "weight_decay": 0}],
-                              betas=(c.beta1, c.beta2), eps=c.eps))
+                              betas=(c.beta1, c.beta2), eps=c.eps, fused=True))
     for step in range(c.steps):
         (x, y, _), = data.batch(step)
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
