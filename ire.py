@@ -210,7 +210,6 @@ class IRE(_Wrapper):
             for group in self.param_groups:
                 group["ire_probed"] = self._t
 
-    @torch._disable_dynamo  # a compiled training step breaks here, as torch's own optimizers do
     def step(self, closure=None):
         """theta = theta_base + kappa * flat * (theta_base - theta_old), theta_base being where the
         base's step leads. Returns what the base returns. Without a mask, before `warmup`, and
@@ -263,6 +262,7 @@ class IRE(_Wrapper):
             if self.masks[p].shape != p.shape:  # p has grown: nothing of it is flat until a probe
                 del self.masks[p]
 
+    @torch._disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
     def _copy_weights(self):
         """What the step may lengthen: [(its group, where it is, its values in one buffer)]."""
@@ -295,6 +295,7 @@ class IRE(_Wrapper):
                 text = f"IRE: no probe before step {self._t}, {self._missed} missed so far: {what}"
                 warnings.warn(text, stacklevel=4)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _lengthen(self, copies):
         for group, where, step in copies:
@@ -737,11 +738,11 @@ def _random_streams_kept(seed):
         for kind in ("cuda", "xpu", "mps"):
             module = getattr(torch, kind, None)
             awake = getattr(module, "is_initialized", getattr(module, "is_available", bool))
-            if not awake():
-                continue
-            devices = range(module.device_count())
-            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-            getattr(module, "manual_seed_all", module.manual_seed)(seed)
+            if awake():
+                devices = range(module.device_count())
+                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+                seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed
+                seed_all(seed)
         yield
 
 
@@ -803,9 +804,9 @@ def _added(values):
     return sum(x.to(values[0].device) for x in values)
 
 
-def _square(x):
-    """|x|^2 in float32 at least: squares of float16 overflow."""
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) ** 2
+def _square(x, dtype=torch.float32):
+    """|x|^2 in `dtype` at least: squares of float16 overflow."""
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)) ** 2
 
 
 # ------------------------------------------------------------------------------------ ranks
@@ -855,10 +856,11 @@ def _check_replicas(params, problem):
     if not plain or not _several_ranks():
         return
     n = sum(p.numel() for p in plain)
-    total = _added(p.sum(dtype=torch.float64) for p in plain)
-    length = _added(_square(p) for p in plain) ** 0.5
-    spread = 1e-5 * float(length)  # rounding on unlike devices stays below it, a step does not
-    _check_alike([n, float(total)], [0, spread], plain[0].device, f"weights {problem}")
+    total = float(_added(p.sum(dtype=torch.float64) for p in plain))
+    square = float(_added(_square(p, torch.float64) for p in plain))
+    # Rounding on unlike devices moves them by less, a step of other gradients by more.
+    spreads = [0, 1e-5 * square**0.5, 1e-5 * square / n**0.5]
+    _check_alike([n, total, square], spreads, plain[0].device, f"weights {problem}")
 
 
 def _check_thresholds(curvature, thresholds):

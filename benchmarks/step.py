@@ -10,6 +10,7 @@ Every figure is the median of interleaved repetitions: each repetition times eve
     step moves 28 bytes a parameter, IRE's addition at least 21 (copy 4 + 4, then read 4 + 4 + 1, write 4), a refresh 13
     (two reads of the gradient, one more for the mask of 1).
 """
+
 import argparse
 import gc
 import json
@@ -52,7 +53,9 @@ class Textbook:
     def __init__(self, params):
         self.params = params
         self.base = torch.optim.AdamW(params, 1e-3, foreach=True)
-        self.fisher, self.mask, self.last = ([torch.zeros_like(p) for p in params] for _ in range(3))
+        self.fisher, self.mask, self.last = (
+            [torch.zeros_like(p) for p in params] for _ in range(3)
+        )
 
     @torch.no_grad()
     def refresh(self):
@@ -93,8 +96,12 @@ def extra_memory(run, device):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident memory starts anew
-    status = lambda key: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # Linux: the peak of the resident memory starts anew
+    status = lambda key: next(
+        int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key)
+    )
     before = status("VmRSS")
     run()
     return max(0, status("VmHWM") - before)
@@ -116,13 +123,22 @@ def bandwidth(device):
 def measure(millions, device, repetitions):
     shapes = llama_shapes(millions)
     n = sum(torch.Size(s).numel() for s in shapes)
-    fused, foreach = (torch.optim.AdamW(make_params(shapes, device), 1e-3, **{k: True}) for k in ("fused", "foreach"))
+    fused, foreach = (
+        torch.optim.AdamW(make_params(shapes, device), 1e-3, **{k: True})
+        for k in ("fused", "foreach")
+    )
     admire = AdmIRE(make_params(shapes, device), 1e-3, **SETTINGS)
     plain = IRE(torch.optim.AdamW(make_params(shapes, device), 1e-3, foreach=True), **SETTINGS)
     textbook = Textbook(make_params(shapes, device))
-    rows = {"AdamW fused, step": fused.step, "AdamW foreach, step": foreach.step, "AdmIRE (fused), step": admire.step,
-            "IRE over AdamW foreach, step": plain.step, "textbook, step": textbook.step,
-            "IRE, refresh": lambda: refresh(admire), "textbook, refresh": textbook.refresh}
+    rows = {
+        "AdamW fused, step": fused.step,
+        "AdamW foreach, step": foreach.step,
+        "AdmIRE (fused), step": admire.step,
+        "IRE over AdamW foreach, step": plain.step,
+        "textbook, step": textbook.step,
+        "IRE, refresh": lambda: refresh(admire),
+        "textbook, refresh": textbook.refresh,
+    }
     refresh(admire), refresh(plain), textbook.refresh()
     times = {name: [] for name in rows}
     for repetition in range(repetitions + 1):
@@ -133,7 +149,9 @@ def measure(millions, device, repetitions):
             synchronize(device)
             if repetition:
                 times[name].append(time.perf_counter() - start)
-            admire.param_groups[0]["ire_step"] = plain.param_groups[0]["ire_step"] = 1  # no probe is due while timing
+            admire.param_groups[0]["ire_step"] = plain.param_groups[0]["ire_step"] = (
+                1  # no probe is due while timing
+            )
     rate, base = bandwidth(device), statistics.median(times["AdamW fused, step"])
     bounds = {"AdamW fused, step": 28, "AdmIRE (fused), step": 49, "IRE, refresh": 13}
     result = {"parameters": n, "tensors": len(shapes), "bandwidth_gb_s": rate / 1e9, "rows": {}}
@@ -141,20 +159,40 @@ def measure(millions, device, repetitions):
         ms = statistics.median(times[name]) * 1e3
         low, high = statistics.quantiles(times[name], n=4)[::2]
         result["rows"][name] = {
-            "ms": ms, "quartiles_ms": [low * 1e3, high * 1e3], "over_fused_adamw": ms / base / 1e3,
+            "ms": ms,
+            "quartiles_ms": [low * 1e3, high * 1e3],
+            "over_fused_adamw": ms / base / 1e3,
             "over_foreach_adamw": ms / statistics.median(times["AdamW foreach, step"]) / 1e3,
             "bound_ms": bounds[name] * n / rate * 1e3 if name in bounds else None,
-            "extra_bytes_per_parameter": extra_memory(run, device) / n}
+            "extra_bytes_per_parameter": extra_memory(run, device) / n,
+        }
     bools = [s["flat"] for s in admire.state.values()]
-    result["kept_bytes_per_parameter"] = {"IRE": sum(b.numel() * b.element_size() for b in bools) / n, "textbook": 12}
+    result["kept_bytes_per_parameter"] = {
+        "IRE": sum(b.numel() * b.element_size() for b in bools) / n,
+        "textbook": 12,
+    }
     return result
 
 
 def environment(device):
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
-        if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), **train_gpt.environment()}
+    cpu = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in open("/proc/cpuinfo")
+                if line.startswith("model name")
+            ),
+            "",
+        )
+        if os.path.exists("/proc/cpuinfo")
+        else platform.processor()
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **train_gpt.environment(),
+    }
 
 
 def write_report(report, path):
@@ -164,24 +202,43 @@ def write_report(report, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 60], choices=(1, 10, 60), help="million parameters")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[1, 10, 60],
+        choices=(1, 10, 60),
+        help="million parameters",
+    )
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--out", type=Path, help="default results/step-DEVICE.json")
     args = parser.parse_args()
-    report = {"command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]), "environment": environment(args.device),
-              "repetitions": args.repetitions, "sizes": {}}
+    report = {
+        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "environment": environment(args.device),
+        "repetitions": args.repetitions,
+        "sizes": {},
+    }
     for millions in args.sizes:
         result = report["sizes"][f"{millions}M"] = measure(millions, args.device, args.repetitions)
-        print(f"\n{result['parameters']:,} parameters in {result['tensors']} tensors, {result['bandwidth_gb_s']:.0f} GB/s copy\n"
-              f"{'':30}{'ms':>9}{'x fused':>9}{'x foreach':>11}{'bound ms':>10}{'extra B/param':>15}")
+        print(
+            f"\n{result['parameters']:,} parameters in {result['tensors']} tensors, {result['bandwidth_gb_s']:.0f} GB/s copy\n"
+            f"{'':30}{'ms':>9}{'x fused':>9}{'x foreach':>11}{'bound ms':>10}{'extra B/param':>15}"
+        )
         for name, row in result["rows"].items():
             bound = f"{row['bound_ms']:.2f}" if row["bound_ms"] else ""
-            print(f"{name:30}{row['ms']:9.2f}{row['over_fused_adamw']:9.2f}{row['over_foreach_adamw']:11.2f}{bound:>10}"
-                  f"{row['extra_bytes_per_parameter']:15.1f}")
-        print("kept between steps, bytes a parameter: " + ", ".join(f"{k} {v:.1f}" for k, v in
-                                                                   result["kept_bytes_per_parameter"].items()))
+            print(
+                f"{name:30}{row['ms']:9.2f}{row['over_fused_adamw']:9.2f}{row['over_foreach_adamw']:11.2f}{bound:>10}"
+                f"{row['extra_bytes_per_parameter']:15.1f}"
+            )
+        print(
+            "kept between steps, bytes a parameter: "
+            + ", ".join(f"{k} {v:.1f}" for k, v in result["kept_bytes_per_parameter"].items())
+        )
     write_report(report, args.out or ROOT / "results" / f"step-{args.device}.json")
 
 

@@ -18,6 +18,7 @@ def _settings():
 def small_disk():
     """small_disk(size) puts a file system of so many KB into runs."""
     with contextlib.ExitStack() as stack:
+
         def mount(size):
             Path("runs").mkdir()
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]
