@@ -757,14 +757,17 @@ def _modules(model, more):
 
 
 # ------------------------------------------------------------------------------------ memory
+_BATCH = {"cpu": 1 << 18}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
+
+
 def _batches(tensors):
-    """Lists of pieces (tensor, start, stop) of one device and dtype that fit a CPU's cache or save
-    a GPU launches: large tensors are cut, small ones go together."""
+    """Lists of pieces (tensor, start, stop) of one device and dtype, of about so many elements:
+    large tensors are cut, small ones go together."""
     alike = {}
     for x in tensors:
         alike.setdefault((x.device, x.dtype), []).append(x)
     for (device, _), group in alike.items():
-        size = 1 << (18 if device.type == "cpu" else 24)
+        size = _BATCH.get(device.type, 1 << 24)
         batch = []
         count = 0
         for x in group:
