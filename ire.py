@@ -302,7 +302,8 @@ class IRE(_Wrapper):
             new = [_piece(*x) for x in where]
             parts = step.split([p.numel() for p in new])
             back = [x.view_as(p) for x, p in zip(parts, new, strict=True)]
-            factor = torch.cat([_piece(self._mask_as(p), *at).reshape(-1) for p, *at in where])
+            masks = [_piece(self._mask_as(p), *at).reshape(-1) for p, *at in where]
+            factor = torch.cat(masks) if len(masks) > 1 else masks[0]
             if factor.dtype == torch.bool:
                 factor = factor.view(torch.uint8)  # multiplies faster
             torch._foreach_sub_(back, new)
@@ -312,10 +313,13 @@ class IRE(_Wrapper):
 
     def _mask_as(self, p):
         """This rank's part of p's mask, in memory laid out as p is now."""
-        mask = self.masks.get(p, torch.tensor(False))
-        if mask.shape == p.shape and _local(mask).stride() == _local(p).stride():
-            return _local(mask)
-        return torch.empty_like(_local(p), dtype=mask.dtype).copy_(_local(mask))
+        mask = self.masks.get(p)
+        if mask is None:
+            return torch.zeros_like(_local(p), dtype=torch.bool)
+        mask, p = _local(mask), _local(p)
+        if mask.stride() == p.stride():
+            return mask
+        return torch.empty_like(p, dtype=mask.dtype).copy_(mask)
 
     def _count(self):
         if self._probed():
