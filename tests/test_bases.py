@@ -81,7 +81,7 @@ def test_torchs_own_optimizers(cls, kwargs):
             o.step()
         assert equal(late[:1], late[1:])
 
-        start, flat = [p.detach().clone() for p in two], [opt.state[p]["flat"] for p in two]
+        start, flat = [p.detach().clone() for p in two], [opt.masks[p] for p in two]
         assert sum(f.sum() for f in flat) >= sum(p.numel() for p in two) // 2
         opt.param_groups[0]["kappa"] = 1
         opt.__class__ = type("Probed", (IRE,), {"probe_due": property(lambda self: False)})
@@ -157,7 +157,7 @@ def test_an_overflowing_probe_marks_sharp():
     with opt.probe():
         (net(torch.randn(8, 4).half()).float().square().sum() * 1e6).backward()
         bad = [~p.grad.isfinite() for p in net.parameters()]
-    assert any(b.any() for b in bad) and not any((b & opt.state[p]["flat"]).any() for b, p in zip(bad, net.parameters()))
+    assert any(b.any() for b in bad) and not any((b & opt.masks[p]).any() for b, p in zip(bad, net.parameters()))
 
 
 def test_autocast_bfloat16():
@@ -173,7 +173,7 @@ def test_autocast_bfloat16():
         opt.zero_grad()
         loss.backward()
         opt.step()
-    assert sum(opt.state[p]["flat"].sum() for p in net.parameters()) >= 67 // 2
+    assert sum(opt.masks[p].sum() for p in net.parameters()) >= 67 // 2
 
 
 # ------------------------------------------------------------------------------------------ compiled

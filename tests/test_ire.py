@@ -56,7 +56,7 @@ def equal(a, b):
 
 
 def masks(opt):
-    return [opt.state[p]["flat"] for group in opt.param_groups for p in group["params"]]
+    return [opt.masks[p] for group in opt.param_groups for p in group["params"]]
 
 
 class Lion(torch.optim.Optimizer):
@@ -139,8 +139,6 @@ def test_flat_coordinates_move_1_plus_kappa_times_as_far_and_sharp_ones_as_the_b
     train(model, opt, 4)
     twin, twin_opt = copy.deepcopy((model, opt))
     base = twin_opt.base
-    for state in base.state.values():
-        del state["flat"]
     start, flat = [p.detach().clone() for p in model.parameters()], masks(opt)
     assert sum(f.sum() for f in flat) == math.floor(0.6 * 67)
     there, plain = train(model, opt, 1, start=4), train(twin, base, 1, start=4)
@@ -185,7 +183,7 @@ def test_floor_of_gamma_n_is_that_of_the_decimal(gamma, n, k):
     opt = SGDIRE([p], 0.1, kappa=1, gamma=gamma)
     with opt.probe():
         (p * torch.arange(1, n + 1)).sum().backward()
-    assert opt.state[p]["flat"].sum() == k and opt.state[p]["flat"][:k].all()
+    assert opt.masks[p].sum() == k and opt.masks[p][:k].all()
 
 
 def test_ties_at_the_threshold_are_flat():
@@ -193,7 +191,7 @@ def test_ties_at_the_threshold_are_flat():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.6)
     with opt.probe():
         p[9:].sum().backward()
-    assert opt.state[p]["flat"].tolist() == [True] * 9 + [False]
+    assert opt.masks[p].tolist() == [True] * 9 + [False]
 
 
 @pytest.mark.parametrize("dtype, small", [(torch.float32, 1e-25), (torch.float16, 1e-4), (torch.bfloat16, 1e-25)])
@@ -202,7 +200,7 @@ def test_curvatures_whose_squares_underflow_are_still_ranked(dtype, small):
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.5)
     with opt.probe():
         p.grad = torch.tensor([4, -1, 3, 2], dtype=dtype) * small
-    assert opt.state[p]["flat"].tolist() == [False, True, False, True]
+    assert opt.masks[p].tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("values, flat", [
@@ -215,7 +213,7 @@ def test_curvature_that_is_not_finite_is_sharp(values, flat):
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.9)
     with opt.probe():
         p.grad = torch.tensor(values)
-    assert opt.state[p]["flat"].tolist() == flat
+    assert opt.masks[p].tolist() == flat
 
 
 @pytest.mark.parametrize("kappa", [1, 5])
@@ -234,7 +232,7 @@ def test_float64_threshold_is_not_rounded():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.4)
     with opt.probe():
         p.grad = torch.tensor([1 + 1e-12, 1, 1 + 2e-12], dtype=torch.float64)
-    assert opt.state[p]["flat"].tolist() == [False, True, False]
+    assert opt.masks[p].tolist() == [False, True, False]
 
 
 def test_second_moment_follows_exp_avg_sq_without_probes():
@@ -266,7 +264,7 @@ def test_probe_due_is_false_once_probed_and_true_after_a_failed_probe():
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5)
     with pytest.raises(KeyError), opt.probe():
         raise KeyError("inside")
-    assert opt.probe_due and not any("flat" in s for s in opt.state.values())
+    assert opt.probe_due and not opt.masks
     with opt.probe():
         sampled_cross_entropy(model(batch(0)[0])).backward()
     assert not opt.probe_due
@@ -292,7 +290,7 @@ def test_training_gradients_come_back_as_they_were(fails):
         assert fails
     for p, (grad, values) in zip(model.parameters(), before):
         assert p.grad is grad and (grad is None or torch.equal(grad, values))
-    assert ("flat" in opt.state[model[0].weight]) != fails
+    assert (model[0].weight in opt.masks) != fails
 
 
 def test_backward_passes_in_a_probe_add_up_to_the_large_batch_and_its_scale_is_free():
@@ -596,18 +594,18 @@ def test_parameters_without_gradient_do_not_move_and_keep_their_mask():
     opt = AdmIRE([*model.parameters(), *expert.parameters()], 0.1, weight_decay=0.5, **SETTINGS)
     before = expert.weight.detach().clone()
     train(model, opt, 4)
-    assert torch.equal(before, expert.weight) and "flat" not in opt.state.get(expert.weight, {})
-    assert sum(f.sum() for f in (opt.state[p]["flat"] for p in model.parameters())) == math.floor(0.6 * 67)
+    assert torch.equal(before, expert.weight) and expert.weight not in opt.masks
+    assert sum(f.sum() for f in (opt.masks[p] for p in model.parameters())) == math.floor(0.6 * 67)
     both = nn.Sequential(model, nn.Identity())
     both.forward = lambda x: model(x) + expert(x)
     train(both, opt, 4, start=4)  # now it takes part, its state is made as alone
-    moved, flat = expert.weight.detach().clone(), opt.state[expert.weight]["flat"]
+    moved, flat = expert.weight.detach().clone(), opt.masks[expert.weight]
     assert not torch.equal(before, moved)
     for p in expert.parameters():
         p.requires_grad_(False)
         p.grad = None
     train(model, opt, 4, start=8)
-    assert torch.equal(moved, expert.weight) and opt.state[expert.weight]["flat"] is flat
+    assert torch.equal(moved, expert.weight) and opt.masks[expert.weight] is flat
 
 
 def test_a_gradient_in_the_probe_before_any_in_training():
@@ -658,8 +656,8 @@ def test_complex_parameters_work():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.5)
     with opt.probe():
         (p.abs() ** 2).sum().backward()
-    assert opt.state[p]["flat"].sum() == 3
-    before, flat = p.detach().clone(), opt.state[p]["flat"]
+    assert opt.masks[p].sum() == 3
+    before, flat = p.detach().clone(), opt.masks[p]
     (p.abs() ** 2).sum().backward()
     opt.step()
     torch.testing.assert_close(p.detach(), torch.where(flat, 0.6, 0.8) * before)
@@ -676,9 +674,10 @@ def test_one_byte_a_parameter_is_kept():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, **SETTINGS)
     train(model, opt, 5)
-    kept = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
-    assert kept == sum(p.numel() for p in model.parameters())
-    assert not any(torch.is_tensor(v) or isinstance(v, (list, dict)) for k, v in vars(opt).items() if "hook" not in k)
+    assert not opt.state
+    assert sum(mask.nbytes for mask in opt.masks.values()) == sum(p.numel() for p in model.parameters())
+    rest = {k: v for k, v in vars(opt).items() if "hook" not in k and k not in ("masks", "settings")}
+    assert not any(torch.is_tensor(v) or isinstance(v, (list, dict)) for v in rest.values())
 
 
 # ------------------------------------------------------------------------------------------ SAM

@@ -75,7 +75,7 @@ def whole(t):
 
 def result(model, opt):
     return ([whole(p.detach()) for p in model.parameters()],
-            [whole(opt.state[p]["flat"]) for p in model.parameters() if "flat" in opt.state.get(p, ())])
+            [whole(opt.masks[p]) for p in model.parameters() if p in opt.masks])
 
 
 def check(got, expected):
@@ -140,7 +140,7 @@ def fsdp(folder):
         train(model, opt, range(STEPS), rank, world)
         check(result(model, opt), alone(base))
         assert all(f.dtype == torch.bool and f.placements == p.placements for p in model.parameters()
-                   if (f := opt.state.get(p, {}).get("flat")) is not None)
+                   if (f := opt.masks.get(p)) is not None)
     model = sharded()
     opt = optimizer(model, "adamw", "second_moment")
     train(model, opt, range(STEPS), rank, world)
@@ -253,7 +253,7 @@ def load(folder):
         dcp.load(states, checkpoint_id=f"{folder}/{base}")
         set_state_dict(model, opt, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
         assert opt.param_groups[0]["ire_step"] == 4 and opt.base.param_groups is opt.param_groups
-        assert all(s["flat"].dtype == torch.bool for s in opt.state.values())
+        assert all(mask.dtype == torch.bool for mask in opt.masks.values())
         train(model, opt, range(4, STEPS), rank, world)
         check(result(model, opt), torch.load(f"{folder}/{base}.pt", weights_only=True))
 
@@ -288,7 +288,7 @@ def test_the_step_that_makes_state_does_not_count_or_warn(recwarn):
         get_state_dict(model, opt)
         assert opt.probe_due and opt.param_groups[0]["ire_step"] == 0 and opt.param_groups[0]["lr"] > 0
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-        assert all(not opt.state[p]["flat"].any() for p in model.parameters()) and not recwarn.list
+        assert all(not opt.masks[p].any() for p in model.parameters()) and not recwarn.list
 
 
 def test_a_first_step_at_lr_0_counts():
