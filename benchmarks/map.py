@@ -10,17 +10,16 @@ that took no part, seed by seed, by the validation loss at the end of the schedu
 add was fixed before the first run: kappa and gamma near those that won in results/speedup-tiny.json
 (500 steps at 16 sequences), alpha by a throw-away pilot of 300 steps at 16 sequences. Predictions
 stand in the plan; they were written before the runs. All runs are of one commit, which each of them
-holds. A run is saved as soon as it is made; SIGTERM ends the script cleanly.
+holds: go on in a work tree of that commit. A run is saved as soon as it is made; SIGTERM ends the
+script cleanly.
 """
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import fcntl
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -30,8 +29,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import forms  # noqa: E402
-from speedup import MuonAndAdamW, search  # noqa: E402
+from map_report import draw, table  # noqa: E402
+from speedup_optimizers import MuonAndAdamW, adamw  # noqa: E402
 from step import environment  # noqa: E402
+from study import NotHeld, Runs, crossing, mean, search  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -81,6 +82,7 @@ class Place:
 HARD_ADAMW = {"kappa": 2.0, "gamma": 0.7}
 HARD_MUON = {"kappa": 1.0, "gamma": 0.7}
 SOFT = {"alpha": 0.3}
+BASES = {"adamw": "AdamW", "muon": "Muon"}
 FORMS = {
     form.name: form
     for form in (
@@ -307,50 +309,24 @@ PLAN = (
 
 
 # --------------------------------------------------------------------------- runs
-class NotHeld(Exception):
-    """The run is not in the results, and nothing is to be run."""
-
-
-class Results:
-    """The runs in one JSON file. `train(settings)` makes what is not held; None: only look up."""
+class Results(Runs):
+    """The runs of the map. train(settings) makes those that are not held; None: only look up."""
 
     def __init__(self, path, train=None):
-        self.path, self.train = path, train
-        held = json.loads(path.read_text()) if path.exists() else {}
-        self.runs = held.get("runs", [])
-        self.index = {self.key(run["settings"]): run for run in self.runs}
+        def run(settings):
+            return {"settings": settings, **train(settings)}
 
-    @staticmethod
-    def key(settings):
-        return json.dumps(settings, sort_keys=True)
+        super().__init__(path, settings_of, train and run, self.summary)
 
-    def loss(self, settings):
-        """Validation loss at the end of the run; infinite where it diverged. Raises NotHeld."""
-        key = self.key(settings)
-        if key not in self.index:
-            if self.train is None:
-                raise NotHeld(key)
-            run = {"settings": settings, **self.train(settings)}
-            self.index[key] = run
-            self.runs.append(run)
-            self.save()
-        loss = self.index[key]["val_loss"]
-        return math.inf if loss is None else loss
+    def summary(self):
+        return {"command": "python benchmarks/map.py", **plan(), "gains": gains(self)}
 
-    def losses(self, settings, seeds=SEEDS):
-        """{seed: loss}; without `train`, of those that are held."""
-        found = {}
-        for seed in seeds:
-            with contextlib.suppress(NotHeld):
-                found[seed] = self.loss({**settings, "seed": seed})
-        return found
+    def commits(self):
+        return {run["commit"] for run in self.runs}
 
-    def save(self, **summary):
-        head = {"command": "python benchmarks/map.py", **plan(), **summary, "runs": []}
-        text = json.dumps(head, indent=1)
-        lines = ",\n".join("  " + json.dumps(run) for run in self.runs)  # a run a line
-        text = text.replace('"runs": []', f'"runs": [\n{lines}\n ]')
-        train_gpt.write_atomically(self.path, lambda f: f.write(text.encode()))
+
+def settings_of(run):
+    return run["settings"]
 
 
 def plan():
@@ -390,10 +366,7 @@ def builder(settings):
     form = FORMS[settings["form"]]
 
     def build(model, c):
-        if form.base == "muon":
-            base = MuonAndAdamW(model, c, RATIO)
-        else:
-            base = train_gpt.make_optimizer(model, c)
+        base = MuonAndAdamW(model, c, RATIO) if form.base == "muon" else adamw(model, c)
         if form.rule is None:
             return base
         own = {**form.settings, **{name: settings[name] for name in form.grid}}
@@ -458,12 +431,9 @@ def tuned(results, place, name):
 def neighbour(results, place, name):
     """Where a search starts: where the form's, or else its base's, ended at the place near by."""
     near = PLACES[place].near
-    base = {"adamw": "AdamW", "muon": "Muon"}[FORMS[name].base]
-    for other in (name, base) if near else ():
-        lookup = copy.copy(results)
-        lookup.train = None
+    for other in (name, BASES[FORMS[name].base]) if near else ():
         with contextlib.suppress(NotHeld):
-            best, _ = tuned(lookup, near, other)
+            best, _ = tuned(results.only_held(), near, other)
             return {setting: best[setting] for setting in GRID}
     return START
 
@@ -474,25 +444,104 @@ def run_all(results):
             tuned(results, place, name)
         for name in names:
             settings, _ = tuned(results, place, name)
-            results.losses(settings)
+            results.over(settings, SEEDS)
+
+
+# --------------------------------------------------------------------------- what came out
+def gains(results):
+    """A row for each form at each place that is judged on a seed at least, in the plan's order.
+
+    gain: loss of the tuned base minus the form's, seed by seed, so that more is better.
+    steps_saved: the share of the base's steps that the form does without, from the base's losses at
+    the lengths that were run at this batch; None while there is one length only.
+    """
+    results = results.only_held()
+    rows = []
+    for place, names in PLAN:
+        for name in names:
+            with contextlib.suppress(NotHeld):
+                row = gain(results, place, name)
+                if row["seeds"]:
+                    rows.append(row)
+    return rows
+
+
+def gain(results, place, name):
+    settings, trials = tuned(results, place, name)
+    base = BASES[FORMS[name].base]
+    losses = results.over(settings, SEEDS)
+    references = base_losses(results, place, base)
+    seeds = [seed for seed in losses if seed in references]
+    row = {"place": place, "form": name, "base": base, "trials": trials, "seeds": seeds}
+    row |= {setting: settings[setting] for setting in (*GRID, *FORMS[name].grid)}
+    if seeds:
+        row["loss"], row["loss_stderr"] = mean(losses[seed] for seed in seeds)
+        row["gain"], row["gain_stderr"] = mean(references[seed] - losses[seed] for seed in seeds)
+        row |= steps_saved(results, place, base, {seed: losses[seed] for seed in seeds})
+    return row
+
+
+def base_losses(results, place, base):
+    settings, _ = tuned(results, place, base)
+    return results.over(settings, SEEDS)
+
+
+def steps_saved(results, place, base, losses):
+    """1 - steps of the form / steps that the base needs for its loss, seed by seed."""
+    here = PLACES[place]
+    curves = {}
+    for other, there in PLACES.items():
+        if (there.batch, there.model) == (here.batch, here.model):
+            with contextlib.suppress(NotHeld):
+                curves[there.steps] = base_losses(results, other, base)
+    saved, beyond = [], []
+    for seed, loss in losses.items():
+        curve = {steps: found[seed] for steps, found in curves.items() if seed in found}
+        if len(curve) > 1:
+            needed, outside = crossing(curve, loss)
+            saved.append(1 - here.steps / needed)
+            if outside:
+                beyond.append(seed)
+    if not saved:
+        return {"steps_saved": None, "steps_saved_stderr": None, "extrapolated_on": []}
+    share, error = mean(saved)
+    return {"steps_saved": share, "steps_saved_stderr": error, "extrapolated_on": beyond}
 
 
 # --------------------------------------------------------------------------- command line
+def check_commit(results):
+    """All runs that are compared are of one commit."""
+    here = environment("cpu")["commit"]
+    others = ", ".join(sorted(results.commits() - {here}))
+    if others:
+        sys.exit(
+            f"map.py: {results.path} holds runs of commit {others}, and this is {here}; go on in a "
+            "work tree of that commit (git worktree add), or begin with another file"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--summary", action="store_true", help="run nothing")
+    parser.add_argument("--file", type=Path, default=RESULTS, help="default results/map.json")
     args = parser.parse_args()
     lock = ROOT / "runs" / "map" / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(args.file, train)
     with open(lock, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            sys.exit(f"map.py: another process works on {RESULTS}")
+            sys.exit(f"map.py: another process works on {args.file}")
         if not args.summary:
-            run_all(Results(RESULTS, train))
+            check_commit(results)
+            run_all(results)
+        results.save()
+    report = json.loads(args.file.read_text())
+    print(table(report))
+    draw(report, args.file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
