@@ -93,27 +93,27 @@ class Search:
 
 ADAMW = Search(
     "adamw",
-    {"beta2": 0.95, "weight_decay": 0.1},
-    {"beta2": (0.95, 0.98, 0.99), "weight_decay": DECAYS},
+    start={"beta2": 0.95, "weight_decay": 0.1},
+    grid={"beta2": (0.95, 0.98, 0.99), "weight_decay": DECAYS},
 )
 ADMIRE = Search(
     "admire",
-    {"kappa": 2.0, **PROBED},
-    {"kappa": (1.0, 2.0, 4.0), "gamma": GAMMAS},
+    start={"kappa": 2.0, **PROBED},
+    grid={"kappa": (1.0, 2.0, 4.0), "gamma": GAMMAS},
     source="adamw",
     inherited=("beta2", "weight_decay"),
 )
 MUON = Search(
     "muon",
-    {"ratio": 2.0, "weight_decay": 0.1},
-    {"ratio": (0.5, 1.0, 2.0, 4.0, 8.0), "weight_decay": DECAYS},
+    start={"ratio": 2.0, "weight_decay": 0.1},
+    grid={"ratio": (0.5, 1.0, 2.0, 4.0, 8.0), "weight_decay": DECAYS},
     source="adamw",
     inherited=("beta2",),
 )
 MUON_IRE = Search(
     "muon-ire",
-    {"kappa": 1.0, **PROBED},
-    {"kappa": (0.5, 1.0, 2.0), "gamma": GAMMAS},
+    start={"kappa": 1.0, **PROBED},
+    grid={"kappa": (0.5, 1.0, 2.0), "gamma": GAMMAS},
     source="muon",
     inherited=("beta2", "weight_decay", "ratio"),
 )
@@ -154,33 +154,37 @@ MOMENT = "second_moment"
 def schedule(length, seeds=(1, 2, 3), stage="schedules"):
     label = f"AdamW, {length:g} times the steps"
     decides = "at which length AdamW reaches AdmIRE's loss"
-    return Entry(stage, label, "adamw", {"length": length}, seeds, decides=decides)
+    changes = {"length": length}
+    return Entry(stage, label, search="adamw", changes=changes, seeds=seeds, decides=decides)
 
 
 def long_schedule(length):
     label = f"AdamW, long, {length:g} times the steps"
     decides = "at which length AdamW reaches AdmIRE's loss"
-    return Entry("long", label, "adamw", {"length": length}, horizon=4, decides=decides)
+    changes = {"length": length}
+    return Entry("long", label, search="adamw", changes=changes, horizon=4, decides=decides)
 
 
 def falsifier(label, decides, **changes):
-    return Entry("falsifiers", label, "admire", changes, decides=decides)
+    return Entry("falsifiers", label, search="admire", changes=changes, decides=decides)
 
 
 def ablation(label, decides, seeds=(1, 2, 3), **changes):
-    return Entry("ablations", label, "admire", changes, seeds, decides=decides)
+    return Entry("ablations", label, search="admire", changes=changes, seeds=seeds, decides=decides)
 
 
 def early(label, search, decides, seeds=(1, 2, 3), **changes):
-    return Entry("early", label, search, changes, seeds, decides=decides)
+    return Entry("early", label, search=search, changes=changes, seeds=seeds, decides=decides)
 
 
 # In an order that can be read after any entry.
 PLAN = (
-    Entry("tuning", "", "adamw", seeds=()),
-    Entry("tuning", "", "admire", seeds=()),
-    Entry("finalists", "AdamW", "adamw", seeds=FINALISTS, decides="the baseline"),
-    Entry("finalists", "AdmIRE", "admire", seeds=FINALISTS, decides="is it better than AdamW?"),
+    Entry("tuning", "", search="adamw", seeds=()),
+    Entry("tuning", "", search="admire", seeds=()),
+    Entry("finalists", "AdamW", search="adamw", seeds=FINALISTS, decides="the baseline"),
+    Entry(
+        "finalists", "AdmIRE", search="admire", seeds=FINALISTS, decides="is it better than AdamW?"
+    ),
     schedule(1.2, FINALISTS, stage="schedule"),
     # If flatness is the cause, none of the first four comes near AdmIRE.
     falsifier("random mask", "does any mask of that size do?", ablation="random"),
@@ -189,7 +193,7 @@ PLAN = (
     falsifier("lr jumps by the mean", "does the mean step do?", ablation="jump"),
     falsifier("second moment", "is the probe needed?", curvature=MOMENT),
     falsifier("switched on smoothly", "is it the jump in the step?", ablation="smooth"),
-    Entry("muon", "Muon", "muon", decides="what a better base gains"),
+    Entry("muon", "Muon", search="muon", decides="what a better base gains"),
     schedule(0.8, FINALISTS),
     schedule(1.4),
     schedule(1.7),
@@ -203,45 +207,45 @@ PLAN = (
     ablation("probe on a quarter", "how small may the probe be?", ablation="quarter"),
     ablation("random mask from step 0", "does any mask do from step 0?", ablation="early random"),
     ablation("K = 1", "is a fresh mask better?", interval=1),
-    Entry("long", "AdamW, long", "adamw", horizon=4, decides="the baseline"),
-    Entry("long", "AdmIRE, long", "admire", horizon=4, decides="does the gain last?"),
+    Entry("long", "AdamW, long", search="adamw", horizon=4, decides="the baseline"),
+    Entry("long", "AdmIRE, long", search="admire", horizon=4, decides="does the gain last?"),
     long_schedule(1.2),
     long_schedule(0.8),
-    Entry("muon-ire", "Muon with IRE", "muon-ire", decides="does it add to a better base?"),
+    Entry("muon-ire", "Muon with IRE", search="muon-ire", decides="does it add to a better base?"),
     Entry(
         "muon-ire",
         "Muon with a random mask",
-        "muon-ire",
-        {"ablation": "random"},
+        search="muon-ire",
+        changes={"ablation": "random"},
         decides="does any mask of that size do?",
     ),
     Entry(
         "muon-ire",
         "Muon at those settings, no mask",
-        "muon-ire",
-        {**NO_IRE, "optimizer": "muon"},
+        search="muon-ire",
+        changes={**NO_IRE, "optimizer": "muon"},
         decides="is it the lr and warm-up that were found?",
     ),
     Entry(
         "start",
         "second moment from step 0",
-        "admire",
-        {"ablation": "early", "curvature": MOMENT},
+        search="admire",
+        changes={"ablation": "early", "curvature": MOMENT},
         decides="is the probe needed from step 0?",
     ),
     Entry(
         "start",
         "AdmIRE from step 0, long",
-        "admire",
-        {"ablation": "early"},
+        search="admire",
+        changes={"ablation": "early"},
         horizon=4,
         decides="does the gain last?",
     ),
     Entry(
         "start",
         "random mask from step 0, long",
-        "admire",
-        {"ablation": "early random"},
+        search="admire",
+        changes={"ablation": "early random"},
         horizon=4,
         decides="does any mask do?",
     ),
@@ -268,8 +272,8 @@ PLAN = (
     Entry(
         "early",
         "second moment from step 0, long",
-        "admire",
-        {"ablation": "early", "curvature": MOMENT},
+        search="admire",
+        changes={"ablation": "early", "curvature": MOMENT},
         horizon=4,
         decides="does the free mask last?",
     ),
