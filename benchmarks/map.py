@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import forms  # noqa: E402
-from map_report import draw, table  # noqa: E402
+from map_report import draw, draw_forms, table  # noqa: E402
 from speedup_optimizers import MuonAndAdamW, adamw  # noqa: E402
 from step import environment  # noqa: E402
 from study import NotHeld, Runs, crossing, mean, search  # noqa: E402
@@ -461,6 +461,7 @@ def gains(results):
     gain: loss of the tuned base minus the form's, seed by seed, so that more is better.
     steps_saved: the share of the base's steps that the form does without, from the base's losses at
     the lengths that were run at this batch; None while there is one length only.
+    at_edge: the settings whose best value is the last of the grid, so that a better may lie beyond.
     """
     results = results.only_held()
     rows = []
@@ -481,6 +482,7 @@ def gain(results, place, name):
     seeds = [seed for seed in losses if seed in references]
     row = {"place": place, "form": name, "base": base, "trials": trials, "seeds": seeds}
     row |= {setting: settings[setting] for setting in (*GRID, *FORMS[name].grid)}
+    row["at_edge"] = [s for s in GRID if settings[s] in (GRID[s][0], GRID[s][-1])]
     if seeds:
         row["loss"], row["loss_stderr"] = mean(losses[seed] for seed in seeds)
         row["gain"], row["gain_stderr"] = mean(references[seed] - losses[seed] for seed in seeds)
@@ -549,6 +551,7 @@ def main():
     report = json.loads(args.file.read_text())
     print(table(report))
     draw(report, args.file.with_suffix(".png"))
+    draw_forms(report, args.file.with_name(f"{args.file.stem}-forms.png"))
 
 
 if __name__ == "__main__":

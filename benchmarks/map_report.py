@@ -29,6 +29,11 @@ def saved(row):
     return f"{text}, extrapolated" if row["extrapolated_on"] else text
 
 
+def setting(row, name):
+    edge = " (edge)" if name in row["at_edge"] else ""
+    return f"{row[name]:g}{edge}"
+
+
 def table(report):
     """Markdown: every form at every place that was judged, then what is missing."""
     heads = ("place", "form", "trials", "lr", "warm-up", "seeds", "loss", "gain", "steps saved")
@@ -39,8 +44,8 @@ def table(report):
             row["place"],
             row["form"],
             row["trials"] or "borrowed",
-            f"{row['lr']:g}",
-            f"{row['warmup_fraction']:g}",
+            setting(row, "lr"),
+            setting(row, "warmup_fraction"),
             len(row["seeds"]),
             number(row["loss"], row["loss_stderr"]),
             "" if base else number(row["gain"], row["gain_stderr"], "+"),
@@ -61,7 +66,7 @@ def missing(report):
             yield f"\n{MISSING} at {place}: {'; '.join(names)}"
 
 
-# --------------------------------------------------------------------------- figure
+# --------------------------------------------------------------------------- figures
 def draw(report, path):
     """A panel for each form: the gain as colour and number over the batch and the length."""
     import matplotlib
@@ -120,8 +125,51 @@ def draw_key(panel, image):
     text = (
         "The nano model. Gain: loss of the tuned base\nminus that of the form, in nats a token; "
         "blue is\nbetter than the base. ± is a standard error\nover seeds that took no part in the "
-        "tuning.\nThe random masks have the settings of the hard\nmasks above them."
+        "tuning.\nThe random masks have the settings of the\nhard masks above them."
     )
     panel.text(0, 0.95, text, va="top", transform=panel.transAxes)
     bar = panel.inset_axes([0, 0.25, 0.9, 0.08])
     panel.figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label="gain")
+
+
+def draw_forms(report, path):
+    """The other forms beside those of the map, a panel for each place at which they were judged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from toy.common import STYLE
+
+    judged = [row for row in report["gains"] if row["form"] != row["base"]]
+    others = {row["place"] for row in judged if row["form"] not in PANELS}
+    panels = {place: [row for row in judged if row["place"] == place] for place in report["places"]}
+    panels = {place: rows for place, rows in panels.items() if place in others}
+    if not panels:
+        return
+    heights = [0.9 + 0.24 * len(rows) for rows in panels.values()]
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(7, sum(heights)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+        for (place, rows), panel in zip(panels.items(), axes.flat, strict=True):
+            at = report["places"][place]
+            title = f"{at['model']}, {at['steps']} steps, {at['batch']} sequences"
+            draw_forms_at(panel, title, rows)
+        train_gpt.write_atomically(path, lambda f: figure.savefig(f, format="png"))
+        plt.close(figure)
+
+
+def draw_forms_at(panel, title, rows):
+    """Gains with their errors; a form that loses more than any gains is named at the left."""
+    from toy.common import BLACK, BLUE
+
+    right = 1.3 * max(0.01, *(row["gain"] for row in rows))
+    panel.axvline(0, color=BLUE)
+    for i, row in enumerate(rows):
+        if row["gain"] < -right:
+            panel.text(-right, i, f" \u2190 {row['gain']:.3f}", va="center")
+        panel.errorbar(row["gain"], i, xerr=row["gain_stderr"] or 0, color=BLACK, marker="o", ms=4)
+    panel.set_yticks(range(len(rows)), [row["form"] for row in rows])
+    panel.locator_params(axis="x", nbins=6)
+    panel.set(title=title, xlabel="gain over the tuned base, nats a token")
+    panel.set(xlim=(-right, right), ylim=(len(rows) - 0.5, -0.5))
