@@ -99,6 +99,10 @@ def test_search_leaves_a_point_that_is_best_along_each_axis():
     assert best == {"x": 2, "y": 2}
 
 
+def test_search_does_not_wander_over_a_plateau():
+    assert search({"x": 0}, {"x": (0, 1, 2)}, lambda p: 1.0, 9) == ({"x": 0}, 1.0, 2)
+
+
 def test_search_survives_divergence():
     best, value, _ = search(
         {"x": 0}, {"x": (0, 1, 2)}, lambda p: math.inf if p["x"] == 1 else 1.0, 3
