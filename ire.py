@@ -210,7 +210,6 @@ class IRE(_Wrapper):
             for group in self.param_groups:
                 group["ire_probed"] = self._t
 
-    @torch._disable_dynamo  # a compiled training step breaks here, as torch's own optimizers do
     def step(self, closure=None):
         """theta = theta_base + kappa * flat * (theta_base - theta_old), theta_base being where the
         base's step leads. Returns what the base returns. Without a mask, before `warmup`, and
@@ -263,6 +262,7 @@ class IRE(_Wrapper):
             if self.masks[p].shape != p.shape:  # p has grown: nothing of it is flat until a probe
                 del self.masks[p]
 
+    @torch._disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
     def _copy_weights(self):
         """What the step may lengthen: [(its group, where it is, its values in one buffer)]."""
@@ -295,13 +295,14 @@ class IRE(_Wrapper):
                 text = f"IRE: no probe before step {self._t}, {self._missed} missed so far: {what}"
                 warnings.warn(text, stacklevel=4)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _lengthen(self, copies):
         for group, where, step in copies:
             new = [_piece(*x) for x in where]
             parts = step.split([p.numel() for p in new])
             back = [x.view_as(p) for x, p in zip(parts, new, strict=True)]
-            factor = torch.cat([_piece(self._mask_as(p), *at).reshape(-1) for p, *at in where])
+            factor = _joined([_piece(self._mask_as(p), *at) for p, *at in where])
             if factor.dtype == torch.bool:
                 factor = factor.view(torch.uint8)  # multiplies faster
             torch._foreach_sub_(back, new)
@@ -311,10 +312,13 @@ class IRE(_Wrapper):
 
     def _mask_as(self, p):
         """This rank's part of p's mask, in memory laid out as p is now."""
-        mask = self.masks.get(p, torch.tensor(False))
-        if mask.shape == p.shape and _local(mask).stride() == _local(p).stride():
-            return _local(mask)
-        return torch.empty_like(_local(p), dtype=mask.dtype).copy_(_local(mask))
+        mask = self.masks.get(p)
+        if mask is None:
+            return torch.zeros_like(_local(p), dtype=torch.bool)
+        mask, p = _local(mask), _local(p)
+        if mask.stride() == p.stride():
+            return mask
+        return torch.empty_like(p, dtype=mask.dtype).copy_(mask)
 
     def _count(self):
         if self._probed():
@@ -323,8 +327,9 @@ class IRE(_Wrapper):
                 f"after step {self._t}: are the gradients averaged? DDP does that once a forward "
                 "pass, so the probe wants one of its own",
             )
+        t = self._t
         for group in self.param_groups:
-            group["ire_step"] += 1
+            group["ire_step"] = t + 1
 
     def _second_moments(self):
         """{p: exp_avg_sq}. Raises ValueError where a parameter that IRE amplifies has none."""
@@ -395,7 +400,7 @@ class IRE(_Wrapper):
             if key in masks:
                 shape = tuple(masks[key].shape)
                 _require(shape == tuple(p.shape), "flat", shape, f"of {tuple(p.shape)}, as p is")
-                self.masks[p] = torch.empty_like(p, dtype=torch.bool).copy_(masks[key])
+                self.masks[p] = torch.empty_like(p, dtype=masks[key].dtype).copy_(masks[key])
 
     def _keys(self, saved):
         """[(p, its key in a saved state)]"""
@@ -665,19 +670,19 @@ def _histogram(floats, shift, prefix, tensors):
     ints = torch.int64 if floats == torch.float64 else torch.int32
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensors[0].device)
     for where in _batches(tensors):
-        x = torch.cat([_piece(*at).reshape(-1) for at in where])
+        x = _joined([_piece(*at) for at in where])
         x = x.abs() if x.is_complex() else x
-        x = x.to(floats).view(ints) & torch.iinfo(ints).max  # without the sign
+        digits = (x.to(floats).view(ints) & torch.iinfo(ints).max) >> shift  # without the sign
         if prefix is not None:
-            x = x[x >> (shift + 16) == prefix]
-        counts += _bincount(x >> shift & 0xFFFF).to(counts.device)
+            digits = digits[digits >> 16 == prefix] & 0xFFFF
+        counts += _bincount(digits).to(counts.device)
     return counts
 
 
 def _bincount(digits):
-    if digits.is_cpu:
+    if not digits.is_cuda:
         return torch.bincount(digits, minlength=1 << 16)
-    # On a GPU that waits twice for the device; and the many zeros would queue for one counter.
+    # There it waits twice for the device, and the many zeros would queue for one counter.
     live = digits[digits != 0]
     one = torch.ones((), dtype=torch.int64, device=digits.device)
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=digits.device)
@@ -737,11 +742,11 @@ def _random_streams_kept(seed):
         for kind in ("cuda", "xpu", "mps"):
             module = getattr(torch, kind, None)
             awake = getattr(module, "is_initialized", getattr(module, "is_available", bool))
-            if not awake():
-                continue
-            devices = range(module.device_count())
-            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-            getattr(module, "manual_seed_all", module.manual_seed)(seed)
+            if awake():
+                devices = range(module.device_count())
+                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+                seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed
+                seed_all(seed)
         yield
 
 
@@ -756,14 +761,17 @@ def _modules(model, more):
 
 
 # ------------------------------------------------------------------------------------ memory
+_BATCH = {"cpu": 1 << 18}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
+
+
 def _batches(tensors):
-    """Lists of pieces (tensor, start, stop) of one device and dtype that fit a CPU's cache or save
-    a GPU launches: large tensors are cut, small ones go together."""
+    """Lists of pieces (tensor, start, stop) of one device and dtype, of about so many elements:
+    large tensors are cut, small ones go together."""
     alike = {}
     for x in tensors:
         alike.setdefault((x.device, x.dtype), []).append(x)
     for (device, _), group in alike.items():
-        size = 1 << (18 if device.type == "cpu" else 24)
+        size = _BATCH.get(device.type, 1 << 24)
         batch = []
         count = 0
         for x in group:
@@ -788,6 +796,12 @@ def _piece(x, start, stop):
     return x if line is None else line[start:stop]
 
 
+def _joined(pieces):
+    """Pieces in one dimension; a view where there is but one."""
+    lines = [x.reshape(-1) for x in pieces]
+    return torch.cat(lines) if len(lines) > 1 else lines[0]
+
+
 def _in_a_line(x):
     """A view of x in one dimension, in the order of its memory; None where that has gaps."""
     if x.is_contiguous():
@@ -803,9 +817,9 @@ def _added(values):
     return sum(x.to(values[0].device) for x in values)
 
 
-def _square(x):
-    """|x|^2 in float32 at least: squares of float16 overflow."""
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) ** 2
+def _square(x, dtype=torch.float32):
+    """|x|^2 in `dtype` at least: squares of float16 overflow."""
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)) ** 2
 
 
 # ------------------------------------------------------------------------------------ ranks
@@ -855,10 +869,11 @@ def _check_replicas(params, problem):
     if not plain or not _several_ranks():
         return
     n = sum(p.numel() for p in plain)
-    total = _added(p.sum(dtype=torch.float64) for p in plain)
-    length = _added(_square(p) for p in plain) ** 0.5
-    spread = 1e-5 * float(length)  # rounding on unlike devices stays below it, a step does not
-    _check_alike([n, float(total)], [0, spread], plain[0].device, f"weights {problem}")
+    total = float(_added(p.sum(dtype=torch.float64) for p in plain))
+    square = float(_added(_square(p, torch.float64) for p in plain))
+    # Rounding on unlike devices moves them by less, a step of other gradients by more.
+    spreads = [0, 1e-5 * square**0.5, 1e-5 * square / n**0.5]
+    _check_alike([n, total, square], spreads, plain[0].device, f"weights {problem}")
 
 
 def _check_thresholds(curvature, thresholds):
@@ -881,7 +896,7 @@ def _check_alike(values, spreads, device, problem):
 
 # ------------------------------------------------------------------------------------ arguments
 def _is_finite(x):
-    return isinstance(x, numbers.Real) and math.isfinite(x)
+    return isinstance(x, (numbers.Real, torch.Tensor)) and math.isfinite(x)
 
 
 def _require(good, name, value, allowed):
