@@ -1,4 +1,4 @@
-"""train_gpt.py as a user runs it: tiny models in an empty folder, in this process where it can be."""
+"""train_gpt.py as a user runs it: tiny models in an empty folder, mostly in this process."""
 
 import contextlib
 import dataclasses
