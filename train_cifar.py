@@ -439,7 +439,7 @@ def train(c: Config):
             elapsed = time.perf_counter() - clock
             seconds, rate = seconds + elapsed, round(len(losses) * c.batch_size / elapsed, 1)
             values = dict(train_loss=statistics.mean(losses), lr=lr, images_per_second=rate)
-            masks = [s["flat"] for s in optimizer.state.values() if "flat" in s and step > c.ire_warmup]
+            masks = list(getattr(optimizer, "masks", {}).values()) if step > c.ire_warmup else []
             if masks: values["flat"] = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
             if test_due: values |= evaluate(model, data, c, autocast)
             for at, loss in (*enumerate(losses, step - len(losses) + 1), (step, values.get("test_loss", 0))):

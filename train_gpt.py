@@ -555,7 +555,7 @@ def train(c: Config, build=None):
             for at, x in (*enumerate(sums, step - len(table) + 1), (step, val_loss if eval_due else 0)):
                 if not math.isfinite(x): raise Diverged(f"step {at}: the loss or its gradient is {x}; last checkpoint: {kept}; "
                                                         "try a lower --lr, a lower --kappa or a longer --warmup")
-            masks = [s["flat"] for s in optimizer.state.values() if "flat" in s]
+            masks = list(getattr(optimizer, "masks", {}).values())
             flat = sum(float(whole(m.sum())) for m in masks) / sum(m.numel() for m in masks) if masks else None
             record(train_loss=loss, val_loss=val_loss if eval_due else None, lr=learning_rate(c, step - 1), grad_norm=norm,
                    flat=flat, tokens_per_second=round(rate), mfu=utilisation(c, model, rate))

@@ -3,6 +3,10 @@ import os
 import subprocess
 from pathlib import Path
 
+# The suite is of the CPU, also where there is a GPU; test_cuda.py wants DEVICE=cuda.
+if os.environ.get("DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 
@@ -18,6 +22,7 @@ def _settings():
 def small_disk():
     """small_disk(size) puts a file system of so many KB into runs."""
     with contextlib.ExitStack() as stack:
+
         def mount(size):
             Path("runs").mkdir()
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]

@@ -1,4 +1,5 @@
 """IRE over every optimizer that torch has, and in mixed precision and compiled steps."""
+
 import copy
 import warnings
 
@@ -11,14 +12,17 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from ire import IRE, SAM, AdmIRE, sampled_cross_entropy
 
-# That import forbids everybody after it to set the backends' flags, also the scripts in their tests.
+# That import forbids all after it to set the backends' flags, also the scripts in their tests.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 REFUSED = {"LBFGS": "line search", "SparseAdam": "sparse gradients"}
-CASES = [pytest.param(info.optim_cls, case.kwargs, id=f"{info.optim_cls.__name__}-{case.desc}-{i}")
-         for info in optim_db if info.optim_cls.__name__ not in REFUSED
-         for i, case in enumerate(info.optim_inputs_func(device="cpu"))
-         if not case.kwargs.get("differentiable")]  # needs a graph through the step, which no training step has
+CASES = [
+    pytest.param(info.optim_cls, case.kwargs, id=f"{info.optim_cls.__name__}-{case.desc}-{i}")
+    for info in optim_db
+    if info.optim_cls.__name__ not in REFUSED
+    for i, case in enumerate(info.optim_inputs_func(device="cpu"))
+    if not case.kwargs.get("differentiable")
+]  # needs a graph through the step, which no training step has
 
 
 def weights(cls):
@@ -32,7 +36,11 @@ def backward(params, step):
     for p in params:
         p.grad = None
     out = x @ params[0] + (params[1] if params[1].dim() == 1 else 0)
-    out = torch.tanh(out) @ (params[1] if len(params) == 2 else params[2]) * (params[3] if len(params) == 4 else 1)
+    out = (
+        torch.tanh(out)
+        @ (params[1] if len(params) == 2 else params[2])
+        * (params[3] if len(params) == 4 else 1)
+    )
     (out - 1).square().mean().backward()
 
 
@@ -52,7 +60,8 @@ def equal(a, b):
 
 @pytest.mark.parametrize("cls, kwargs", CASES)
 def test_torchs_own_optimizers(cls, kwargs):
-    """kappa 0 follows to the bit through scheduling, editing, saving; kappa 1 doubles the flat coordinates' step."""
+    """kappa 0 follows to the bit through scheduling, editing, saving; kappa 1 doubles the step of
+    the flat coordinates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of capturable on a CPU and the like: the base's own
         one, two = weights(cls), weights(cls)
@@ -67,11 +76,17 @@ def test_torchs_own_optimizers(cls, kwargs):
                 for o in (base, opt):
                     o.param_groups[0]["weight_decay"] = 0.25
                 state = opt.state_dict()
-                opt = IRE(cls(two, **copy.deepcopy(kwargs)), kappa=0, gamma=0.5, interval=2, warmup=1)
+                opt = IRE(
+                    cls(two, **copy.deepcopy(kwargs)), kappa=0, gamma=0.5, interval=2, warmup=1
+                )
                 opt.load_state_dict(state)
                 schedules[1].optimizer = opt
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state[q][k])) for p, q in zip(one, two)
-                   for k, v in base.state[p].items() if v is not None)
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state[q][k]))
+            for p, q in zip(one, two)
+            for k, v in base.state[p].items()
+            if v is not None
+        )
         late = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
         for o, p in zip((base, opt), late):
             o.add_param_group({"params": [p], "lr": 0.1})
@@ -81,7 +96,7 @@ def test_torchs_own_optimizers(cls, kwargs):
             o.step()
         assert equal(late[:1], late[1:])
 
-        start, flat = [p.detach().clone() for p in two], [opt.state[p]["flat"] for p in two]
+        start, flat = [p.detach().clone() for p in two], [opt.masks[p] for p in two]
         assert sum(f.sum() for f in flat) >= sum(p.numel() for p in two) // 2
         opt.param_groups[0]["kappa"] = 1
         opt.__class__ = type("Probed", (IRE,), {"probe_due": property(lambda self: False)})
@@ -103,7 +118,19 @@ def test_what_is_refused_says_so():
 def test_names_in_torchs_list():
     """The list above would shrink silently if torch renamed it."""
     names = {case.id.split("-")[0] for case in CASES}
-    assert names >= {"SGD", "AdamW", "Adam", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"}
+    assert names >= {
+        "SGD",
+        "AdamW",
+        "Adam",
+        "RMSprop",
+        "Adagrad",
+        "NAdam",
+        "RAdam",
+        "Adamax",
+        "Adadelta",
+        "ASGD",
+        "Rprop",
+    }
     assert ("Muon" in names) == hasattr(torch.optim, "Muon")
 
 
@@ -121,7 +148,7 @@ def test_sam_over_others(name):
     assert equal(one, two)
 
 
-# ------------------------------------------------------------------------------------------ mixed precision
+# ------------------------------------------------------------ mixed precision
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -148,7 +175,9 @@ def test_grad_scaler_skips_as_for_the_base_and_keeps_the_probe_due(fused):
         if step == 2:
             assert equal(before[0].values(), net.state_dict().values())
             assert str(before[1]) == str(opt.state_dict()) and opt.param_groups[0]["ire_step"] == 2
-    assert opt.param_groups[0]["ire_step"] == 5 and all(p.isfinite().all() for p in net.parameters())
+    assert opt.param_groups[0]["ire_step"] == 5 and all(
+        p.isfinite().all() for p in net.parameters()
+    )
 
 
 def test_an_overflowing_probe_marks_sharp():
@@ -157,13 +186,15 @@ def test_an_overflowing_probe_marks_sharp():
     with opt.probe():
         (net(torch.randn(8, 4).half()).float().square().sum() * 1e6).backward()
         bad = [~p.grad.isfinite() for p in net.parameters()]
-    assert any(b.any() for b in bad) and not any((b & opt.state[p]["flat"]).any() for b, p in zip(bad, net.parameters()))
+    assert any(b.any() for b in bad) and not any(
+        (b & opt.masks[p]).any() for b, p in zip(bad, net.parameters())
+    )
 
 
 def test_autocast_bfloat16():
     net = model()
     opt = AdmIRE(net.parameters(), 0.01, kappa=2, gamma=0.5, interval=2)
-    for step in range(5):
+    for _ in range(5):
         x, y = torch.randn(8, 4), torch.randint(3, (8,))
         with torch.autocast("cpu", torch.bfloat16):
             if opt.probe_due:
@@ -173,12 +204,13 @@ def test_autocast_bfloat16():
         opt.zero_grad()
         loss.backward()
         opt.step()
-    assert sum(opt.state[p]["flat"].sum() for p in net.parameters()) >= 67 // 2
+    assert sum(opt.masks[p].sum() for p in net.parameters()) >= 67 // 2
 
 
-# ------------------------------------------------------------------------------------------ compiled
+# ------------------------------------------------------------ compiled
 def test_compiled_model_and_compiled_step():
-    """The model's graph serves training and probe; a step inside the compiled function breaks the graph, no more."""
+    """The model's graph serves training and probe; a step inside the compiled function breaks the
+    graph, no more."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()

@@ -1,4 +1,5 @@
 """What IRE, SAM and the helpers do beside the arithmetic, which test_oracle.py checks."""
+
 import copy
 import io
 import math
@@ -11,7 +12,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim import SGD, AdamW
 
-from ire import IRE, SAM, SAMIRE, SGDIRE, AdmIRE, frozen_batch_norm, sampled_cross_entropy, sampled_mse
+from ire import (
+    IRE,
+    SAM,
+    SAMIRE,
+    SGDIRE,
+    AdmIRE,
+    frozen_batch_norm,
+    sampled_cross_entropy,
+    sampled_mse,
+)
 
 SETTINGS = dict(kappa=2, gamma=0.6, interval=3, warmup=2)
 
@@ -30,7 +40,14 @@ def wants_closure(opt):
     return isinstance(opt, SAM) or isinstance(getattr(opt, "base", None), SAM)
 
 
-def train(model, opt, steps, start=0, dtype=torch.float32, loss=lambda out, y: F.cross_entropy(out.float(), y)):
+def train(
+    model,
+    opt,
+    steps,
+    start=0,
+    dtype=torch.float32,
+    loss=lambda out, y: F.cross_entropy(out.float(), y),
+):
     for step in range(start, start + steps):
         x, y = batch(step, dtype)
 
@@ -56,7 +73,7 @@ def equal(a, b):
 
 
 def masks(opt):
-    return [opt.state[p]["flat"] for group in opt.param_groups for p in group["params"]]
+    return [opt.masks[p] for group in opt.param_groups for p in group["params"]]
 
 
 class Lion(torch.optim.Optimizer):
@@ -91,10 +108,11 @@ BASES = {
 each_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
 
 
-# ------------------------------------------------------------------------------------------ is it the base?
+# ------------------------------------------------------------ is it the base?
 @each_base
 def test_kappa_0_is_the_base_to_the_bit(make):
     """Also with probes, whose dropout, batch norm and labels leave the training alone."""
+
     def model():
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
@@ -139,8 +157,6 @@ def test_flat_coordinates_move_1_plus_kappa_times_as_far_and_sharp_ones_as_the_b
     train(model, opt, 4)
     twin, twin_opt = copy.deepcopy((model, opt))
     base = twin_opt.base
-    for state in base.state.values():
-        del state["flat"]
     start, flat = [p.detach().clone() for p in model.parameters()], masks(opt)
     assert sum(f.sum() for f in flat) == math.floor(0.6 * 67)
     there, plain = train(model, opt, 1, start=4), train(twin, base, 1, start=4)
@@ -151,10 +167,15 @@ def test_flat_coordinates_move_1_plus_kappa_times_as_far_and_sharp_ones_as_the_b
 
 def test_kappa_and_gamma_by_group_and_changed_mid_run():
     model = make_model()
-    groups = [{"params": model[0].parameters(), "kappa": 0}, {"params": model[2].parameters(), "gamma": 0.25}]
+    groups = [
+        {"params": model[0].parameters(), "kappa": 0},
+        {"params": model[2].parameters(), "gamma": 0.25},
+    ]
     opt = IRE(SGD(groups, 0.1), **SETTINGS)
     train(model, opt, 4)
-    assert sum(f.sum() for f in masks(opt)[:2]) == math.floor(0.6 * 40)  # ranked apart, as gamma differs
+    assert sum(f.sum() for f in masks(opt)[:2]) == math.floor(
+        0.6 * 40
+    )  # ranked apart, as gamma differs
     assert sum(f.sum() for f in masks(opt)[2:]) == math.floor(0.25 * 27)
     twin = copy.deepcopy(model)
     plain = train(twin, SGD(twin.parameters(), 0.1), 1, start=4)
@@ -165,7 +186,7 @@ def test_kappa_and_gamma_by_group_and_changed_mid_run():
     assert equal(moved, train(model, opt, 3, start=5))
 
 
-# ------------------------------------------------------------------------------------------ the mask
+# ------------------------------------------------------------ the mask
 def test_mask_is_the_floor_of_gamma_n_smallest_over_the_whole_model():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.29, interval=1)
@@ -176,16 +197,21 @@ def test_mask_is_the_floor_of_gamma_n_smallest_over_the_whole_model():
     h = torch.cat([g.abs().flatten() for g in grads])
     threshold = h.sort().values[math.floor(0.29 * 67) - 1]
     assert equal(masks(opt), [g.abs() <= threshold for g in grads])
-    assert all(m.dtype == torch.bool and m.shape == p.shape for m, p in zip(masks(opt), model.parameters()))
+    assert all(
+        m.dtype == torch.bool and m.shape == p.shape for m, p in zip(masks(opt), model.parameters())
+    )
 
 
-@pytest.mark.parametrize("gamma, n, k", [(0.29, 100, 29), (0.57, 100, 57), (1e-9, 100, 0), (0.999, 100, 99), (0.1, 10, 1)])
+@pytest.mark.parametrize(
+    "gamma, n, k",
+    [(0.29, 100, 29), (0.57, 100, 57), (1e-9, 100, 0), (0.999, 100, 99), (0.1, 10, 1)],
+)
 def test_floor_of_gamma_n_is_that_of_the_decimal(gamma, n, k):
     p = nn.Parameter(torch.ones(n))
     opt = SGDIRE([p], 0.1, kappa=1, gamma=gamma)
     with opt.probe():
         (p * torch.arange(1, n + 1)).sum().backward()
-    assert opt.state[p]["flat"].sum() == k and opt.state[p]["flat"][:k].all()
+    assert opt.masks[p].sum() == k and opt.masks[p][:k].all()
 
 
 def test_ties_at_the_threshold_are_flat():
@@ -193,29 +219,34 @@ def test_ties_at_the_threshold_are_flat():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.6)
     with opt.probe():
         p[9:].sum().backward()
-    assert opt.state[p]["flat"].tolist() == [True] * 9 + [False]
+    assert opt.masks[p].tolist() == [True] * 9 + [False]
 
 
-@pytest.mark.parametrize("dtype, small", [(torch.float32, 1e-25), (torch.float16, 1e-4), (torch.bfloat16, 1e-25)])
+@pytest.mark.parametrize(
+    "dtype, small", [(torch.float32, 1e-25), (torch.float16, 1e-4), (torch.bfloat16, 1e-25)]
+)
 def test_curvatures_whose_squares_underflow_are_still_ranked(dtype, small):
     p = nn.Parameter(torch.ones(4, dtype=dtype))
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.5)
     with opt.probe():
         p.grad = torch.tensor([4, -1, 3, 2], dtype=dtype) * small
-    assert opt.state[p]["flat"].tolist() == [False, True, False, True]
+    assert opt.masks[p].tolist() == [False, True, False, True]
 
 
-@pytest.mark.parametrize("values, flat", [
-    ([math.nan, 1, math.inf, 2, -math.inf], [False, True, False, True, False]),
-    ([math.nan] * 5, [False] * 5),
-    ([math.inf, 3, 1, 2, 0], [False, True, True, True, True]),
-])
+@pytest.mark.parametrize(
+    "values, flat",
+    [
+        ([math.nan, 1, math.inf, 2, -math.inf], [False, True, False, True, False]),
+        ([math.nan] * 5, [False] * 5),
+        ([math.inf, 3, 1, 2, 0], [False, True, True, True, True]),
+    ],
+)
 def test_curvature_that_is_not_finite_is_sharp(values, flat):
     p = nn.Parameter(torch.ones(5))
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.9)
     with opt.probe():
         p.grad = torch.tensor(values)
-    assert opt.state[p]["flat"].tolist() == flat
+    assert opt.masks[p].tolist() == flat
 
 
 @pytest.mark.parametrize("kappa", [1, 5])
@@ -226,7 +257,9 @@ def test_a_sharp_coordinate_at_infinity_stays_what_the_base_made_of_it(kappa):
         p.grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
     p.grad = torch.tensor([1.0, 1.0, -math.inf, 1.0])
     opt.step()
-    torch.testing.assert_close(p.detach(), torch.tensor([0.9 - 0.1 * kappa, 0.9 - 0.1 * kappa, math.inf, 0.9]))
+    torch.testing.assert_close(
+        p.detach(), torch.tensor([0.9 - 0.1 * kappa, 0.9 - 0.1 * kappa, math.inf, 0.9])
+    )
 
 
 def test_float64_threshold_is_not_rounded():
@@ -234,7 +267,7 @@ def test_float64_threshold_is_not_rounded():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.4)
     with opt.probe():
         p.grad = torch.tensor([1 + 1e-12, 1, 1 + 2e-12], dtype=torch.float64)
-    assert opt.state[p]["flat"].tolist() == [False, True, False]
+    assert opt.masks[p].tolist() == [False, True, False]
 
 
 def test_second_moment_follows_exp_avg_sq_without_probes():
@@ -244,13 +277,16 @@ def test_second_moment_follows_exp_avg_sq_without_probes():
         warnings.simplefilter("error")
         train(model, opt, 6)  # steps 0..5, the masks are of step 5
     v = torch.cat([opt.state[p]["exp_avg_sq"].flatten() for p in model.parameters()])
-    expected = [opt.state[p]["exp_avg_sq"] <= v.sort().values[math.floor(0.6 * 67) - 1] for p in model.parameters()]
+    expected = [
+        opt.state[p]["exp_avg_sq"] <= v.sort().values[math.floor(0.6 * 67) - 1]
+        for p in model.parameters()
+    ]
     assert not opt.probe_due and equal(masks(opt), expected)
     train(model, opt, 2, start=6)
     assert equal(masks(opt), expected)
 
 
-# ------------------------------------------------------------------------------------------ the probe
+# ------------------------------------------------------------ the probe
 def test_probe_due_at_warmup_and_each_interval():
     model = make_model()
     opt = AdmIRE(model.parameters(), 0.01, **SETTINGS)
@@ -266,7 +302,7 @@ def test_probe_due_is_false_once_probed_and_true_after_a_failed_probe():
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5)
     with pytest.raises(KeyError), opt.probe():
         raise KeyError("inside")
-    assert opt.probe_due and not any("flat" in s for s in opt.state.values())
+    assert opt.probe_due and not opt.masks
     with opt.probe():
         sampled_cross_entropy(model(batch(0)[0])).backward()
     assert not opt.probe_due
@@ -292,7 +328,7 @@ def test_training_gradients_come_back_as_they_were(fails):
         assert fails
     for p, (grad, values) in zip(model.parameters(), before):
         assert p.grad is grad and (grad is None or torch.equal(grad, values))
-    assert ("flat" in opt.state[model[0].weight]) != fails
+    assert (model[0].weight in opt.masks) != fails
 
 
 def test_backward_passes_in_a_probe_add_up_to_the_large_batch_and_its_scale_is_free():
@@ -312,7 +348,7 @@ def test_probe_leaves_the_random_stream_but_draws_anew_each_time():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5, interval=1)
     draws = []
-    for step in range(2):
+    for _ in range(2):
         torch.manual_seed(5)
         with opt.probe():
             draws.append(torch.rand(3))
@@ -326,7 +362,10 @@ def test_probe_leaves_the_random_stream_but_draws_anew_each_time():
 
 def test_probe_without_backward_is_an_error():
     opt = SGDIRE(make_model().parameters(), 0.1, kappa=1, gamma=0.5)
-    with pytest.raises(ValueError, match=r"no gradient from backward\(\) inside probe"), opt.probe():
+    with (
+        pytest.raises(ValueError, match=r"no gradient from backward\(\) inside probe"),
+        opt.probe(),
+    ):
         pass
 
 
@@ -334,7 +373,7 @@ def test_a_missed_probe_warns_once_and_goes_on():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5, interval=2)
     with pytest.warns(UserWarning, match="no probe before step 0") as caught:
-        for step in range(5):
+        for _ in range(5):
             F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
             opt.step()
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -353,7 +392,7 @@ def test_two_optimizers_over_one_model_with_nested_probes():
     one.step(), two.step()
 
 
-# ------------------------------------------------------------------------------------------ saving, copying
+# ------------------------------------------------------------ saving, copying
 def reload(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -375,7 +414,9 @@ def test_saved_at_any_step_and_resumed_to_the_bit(make, curvature):
     for step, (weights, state) in enumerate(states):
         other = make_model(seed=7)
         other.load_state_dict(weights)
-        torch.manual_seed(0)  # a trainer restores the random state; probes are seeded by it and the step
+        torch.manual_seed(
+            0
+        )  # a trainer restores the random state; probes are seeded by it and the step
         opt = IRE(make(other.parameters()), curvature=curvature, **SETTINGS)
         opt.load_state_dict(state)
         assert equal(list(model.parameters()), train(other, opt, 10 - step, start=step))
@@ -410,7 +451,9 @@ def test_masks_come_back_bool(dtype, through_base):
     before = masks(opt)
     (opt.base if through_base else opt).load_state_dict(reload(opt.state_dict()))
     train(model, opt, 1, start=4, dtype=dtype)
-    assert equal(before, masks(opt)) and all(m.dtype == torch.bool and m.element_size() == 1 for m in masks(opt))
+    assert equal(before, masks(opt)) and all(
+        m.dtype == torch.bool and m.element_size() == 1 for m in masks(opt)
+    )
 
 
 @pytest.mark.parametrize("how", ["load", "load base", "deepcopy", "pickle"])
@@ -427,8 +470,14 @@ def test_groups_and_state_stay_the_bases_own(how):
     else:
         model, opt = pickle.loads(pickle.dumps((model, opt)))
     assert opt.param_groups is opt.base.param_groups is opt.base.base.param_groups
-    assert opt.state is opt.base.state is opt.base.base.state and opt.defaults is opt.base.base.defaults
-    assert isinstance(opt, torch.optim.Optimizer) and opt.param_groups[0]["params"][0] is model[0].weight
+    assert (
+        opt.state is opt.base.state is opt.base.base.state
+        and opt.defaults is opt.base.base.defaults
+    )
+    assert (
+        isinstance(opt, torch.optim.Optimizer)
+        and opt.param_groups[0]["params"][0] is model[0].weight
+    )
     before = [p.detach().clone() for p in model.parameters()]
     assert not equal(before, train(model, opt, 1, start=4))
     opt.param_groups[0]["lr"] = 0.0
@@ -444,7 +493,9 @@ def test_a_copy_steps_on_its_own():
     twin, twin_opt = copy.deepcopy((model, opt))
     before = [p.detach().clone() for p in twin.parameters()]
     after = train(model, opt, 3, start=4)
-    assert equal(before, list(twin.parameters())) and equal(after, train(twin, twin_opt, 3, start=4))
+    assert equal(before, list(twin.parameters())) and equal(
+        after, train(twin, twin_opt, 3, start=4)
+    )
 
 
 def test_state_of_the_plain_base_loads_and_lacks_nothing():
@@ -458,7 +509,7 @@ def test_state_of_the_plain_base_loads_and_lacks_nothing():
         train(model, opt, 4)
 
 
-# ------------------------------------------------------------------------------------------ an optimizer like others
+# ------------------------------------------------------------ an optimizer like others
 def test_hooks_fire_once_on_both():
     model = make_model()
     opt = IRE(SAM(SGD(model.parameters(), 0.1)), **SETTINGS)
@@ -467,36 +518,66 @@ def test_hooks_fire_once_on_both():
         o.register_step_pre_hook(lambda *a, name=name: calls.append(f"{name} before"))
         o.register_step_post_hook(lambda *a, name=name: calls.append(f"{name} after"))
     train(model, opt, 1)
-    assert calls == ["ire before", "sam before", "sgd before", "sgd after", "sam after", "ire after"]
+    assert calls == [
+        "ire before",
+        "sam before",
+        "sgd before",
+        "sgd after",
+        "sam after",
+        "ire after",
+    ]
     calls.clear()
     opt.register_state_dict_pre_hook(lambda o: calls.append("saving"))
     opt.register_state_dict_post_hook(lambda o, d: calls.append("saved"))
     opt.register_load_state_dict_pre_hook(lambda o, d: calls.append("loading"))
     opt.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
     opt.load_state_dict(opt.state_dict())
-    assert calls == ["saving", "saved", "loading", "loaded"] and "SGD" not in repr(opt) and "kappa: 2" in repr(opt)
+    assert (
+        calls == ["saving", "saved", "loading", "loaded"]
+        and "SGD" not in repr(opt)
+        and "kappa: 2" in repr(opt)
+    )
 
 
 @pytest.mark.parametrize("on_base", [False, True])
-@pytest.mark.parametrize("make", [
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
-    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
-    lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
-                                                        torch.optim.lr_scheduler.CosineAnnealingLR(o, 6)], [2]),
-    lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
-], ids=["lambda", "onecycle", "sequential", "plateau"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [
+                torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
+                torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
+            ],
+            [2],
+        ),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+    ids=["lambda", "onecycle", "sequential", "plateau"],
+)
 def test_schedulers(make, on_base):
     one, two = make_model(), make_model()
-    plain, opt = SGD(one.parameters(), 0.1, momentum=0.9), SGDIRE(two.parameters(), 0.1, momentum=0.9, **SETTINGS)
+    plain, opt = (
+        SGD(one.parameters(), 0.1, momentum=0.9),
+        SGDIRE(two.parameters(), 0.1, momentum=0.9, **SETTINGS),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR of torch 2.6, on any optimizer
+        warnings.filterwarnings(
+            "ignore", "The epoch parameter"
+        )  # SequentialLR of torch 2.6, on any optimizer
         schedules = make(plain), make(opt.base if on_base else opt)
         for step in range(8):
             train(one, plain, 1, start=step), train(two, opt, 1, start=step)
             for s in schedules:
                 s.step(1.0) if "Plateau" in type(s).__name__ else s.step()
-            assert plain.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == opt.base.param_groups[0]["lr"]
+            assert (
+                plain.param_groups[0]["lr"]
+                == opt.param_groups[0]["lr"]
+                == opt.base.param_groups[0]["lr"]
+            )
             assert plain.param_groups[0]["momentum"] == opt.param_groups[0]["momentum"]
             if step == 4:
                 opt.load_state_dict(reload(opt.state_dict()))
@@ -518,7 +599,9 @@ def test_a_group_added_later(on_base, given):
         o.zero_grad()
         F.cross_entropy(net(x), y).backward()
         o.step()
-    assert equal(list(model[2].parameters()), list(twin[2].parameters()))  # no boost before the next probe
+    assert equal(
+        list(model[2].parameters()), list(twin[2].parameters())
+    )  # no boost before the next probe
     opt.load_state_dict(reload(opt.state_dict()))
     train(model, opt, 4, start=7)
     assert masks(opt)[2].any()
@@ -537,10 +620,12 @@ def test_closure_is_called_once_with_gradients_on_and_its_loss_returned():
         return loss
 
     loss = opt.step(closure)
-    assert calls == [True] and loss.item() == pytest.approx(F.cross_entropy(make_model()(batch(0)[0]), batch(0)[1]).item())
+    assert calls == [True] and loss.item() == pytest.approx(
+        F.cross_entropy(make_model()(batch(0)[0]), batch(0)[1]).item()
+    )
 
 
-# ------------------------------------------------------------------------------------------ odd parameters
+# ------------------------------------------------------------ odd parameters
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_base
 def test_half_precision(make, dtype):
@@ -564,14 +649,22 @@ def test_bf16_flat_step_is_rounded_once():
 def test_layouts_empty_and_scalar_parameters():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-    params = [*conv.parameters(), nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.empty(0, 3)),
-              nn.Parameter(torch.randn(6, 4).t())]
+    params = [
+        *conv.parameters(),
+        nn.Parameter(torch.tensor(2.0)),
+        nn.Parameter(torch.empty(0, 3)),
+        nn.Parameter(torch.randn(6, 4).t()),
+    ]
 
     def loss():
         x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
         return (conv(x) ** 2).mean() * params[2] ** 2 + (params[4] ** 2).sum() + params[3].sum()
 
-    for make in (lambda p: SGD(p, 0.01), lambda p: AdamW(p, 0.01, foreach=True), lambda p: SAM(SGD(p, 0.01))):
+    for make in (
+        lambda p: SGD(p, 0.01),
+        lambda p: AdamW(p, 0.01, foreach=True),
+        lambda p: SAM(SGD(p, 0.01)),
+    ):
         opt = IRE(make(params), kappa=2, gamma=0.5, interval=2)
         for _ in range(5):
             if opt.probe_due:
@@ -587,7 +680,9 @@ def test_layouts_empty_and_scalar_parameters():
             opt.step(closure)
         n = sum(p.numel() for p in params)
         assert sum(f.sum() for f in masks(opt)) == n // 2
-        assert all(f.shape == p.shape and f.stride() == p.stride() for f, p in zip(masks(opt), params))
+        assert all(
+            f.shape == p.shape and f.stride() == p.stride() for f, p in zip(masks(opt), params)
+        )
 
 
 def test_parameters_without_gradient_do_not_move_and_keep_their_mask():
@@ -596,18 +691,18 @@ def test_parameters_without_gradient_do_not_move_and_keep_their_mask():
     opt = AdmIRE([*model.parameters(), *expert.parameters()], 0.1, weight_decay=0.5, **SETTINGS)
     before = expert.weight.detach().clone()
     train(model, opt, 4)
-    assert torch.equal(before, expert.weight) and "flat" not in opt.state.get(expert.weight, {})
-    assert sum(f.sum() for f in (opt.state[p]["flat"] for p in model.parameters())) == math.floor(0.6 * 67)
+    assert torch.equal(before, expert.weight) and expert.weight not in opt.masks
+    assert sum(f.sum() for f in (opt.masks[p] for p in model.parameters())) == math.floor(0.6 * 67)
     both = nn.Sequential(model, nn.Identity())
     both.forward = lambda x: model(x) + expert(x)
     train(both, opt, 4, start=4)  # now it takes part, its state is made as alone
-    moved, flat = expert.weight.detach().clone(), opt.state[expert.weight]["flat"]
+    moved, flat = expert.weight.detach().clone(), opt.masks[expert.weight]
     assert not torch.equal(before, moved)
     for p in expert.parameters():
         p.requires_grad_(False)
         p.grad = None
     train(model, opt, 4, start=8)
-    assert torch.equal(moved, expert.weight) and opt.state[expert.weight]["flat"] is flat
+    assert torch.equal(moved, expert.weight) and opt.masks[expert.weight] is flat
 
 
 def test_a_gradient_in_the_probe_before_any_in_training():
@@ -658,8 +753,8 @@ def test_complex_parameters_work():
     opt = SGDIRE([p], 0.1, kappa=1, gamma=0.5)
     with opt.probe():
         (p.abs() ** 2).sum().backward()
-    assert opt.state[p]["flat"].sum() == 3
-    before, flat = p.detach().clone(), opt.state[p]["flat"]
+    assert opt.masks[p].sum() == 3
+    before, flat = p.detach().clone(), opt.masks[p]
     (p.abs() ** 2).sum().backward()
     opt.step()
     torch.testing.assert_close(p.detach(), torch.where(flat, 0.6, 0.8) * before)
@@ -676,12 +771,17 @@ def test_one_byte_a_parameter_is_kept():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, **SETTINGS)
     train(model, opt, 5)
-    kept = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
-    assert kept == sum(p.numel() for p in model.parameters())
-    assert not any(torch.is_tensor(v) or isinstance(v, (list, dict)) for k, v in vars(opt).items() if "hook" not in k)
+    assert not opt.state
+    assert sum(mask.nbytes for mask in opt.masks.values()) == sum(
+        p.numel() for p in model.parameters()
+    )
+    rest = {
+        k: v for k, v in vars(opt).items() if "hook" not in k and k not in ("masks", "settings")
+    }
+    assert not any(torch.is_tensor(v) or isinstance(v, (list, dict)) for v in rest.values())
 
 
-# ------------------------------------------------------------------------------------------ SAM
+# ------------------------------------------------------------ SAM
 def test_sam_comes_back_to_the_exact_weights_also_when_the_closure_raises():
     model = make_model()
     opt = SAM(SGD(model.parameters(), 0.0), rho=10.0)
@@ -718,7 +818,9 @@ def test_sam_climbs_by_rho(adaptive):
 
     opt.step(closure)
     scaled = [d / s.abs().clamp_min(1e-12) if adaptive else d for d, s in zip(seen[1], start)]
-    assert math.sqrt(sum(float(d.double().square().sum()) for d in scaled)) == pytest.approx(0.3, rel=1e-4)
+    assert math.sqrt(sum(float(d.double().square().sum()) for d in scaled)) == pytest.approx(
+        0.3, rel=1e-4
+    )
 
 
 def test_average_sam_draws_xi_of_unit_mean_square_length():
@@ -782,31 +884,40 @@ def test_sam_in_float16_does_not_overflow():
     assert torch.equal(p.detach(), torch.ones_like(p))
 
 
-# ------------------------------------------------------------------------------------------ wrong arguments
-@pytest.mark.parametrize("settings, message", [
-    (dict(kappa=-1), "kappa: got -1, allowed is a finite number >= 0"),
-    (dict(kappa=math.nan), "kappa: got nan, allowed is a finite number >= 0"),
-    (dict(kappa="2"), "kappa: got '2', allowed is a finite number >= 0"),
-    (dict(gamma=0), r"gamma: got 0, allowed is a number in \(0, 1\)"),
-    (dict(gamma=1.0), r"gamma: got 1.0, allowed is a number in \(0, 1\)"),
-    (dict(interval=0), "interval: got 0, allowed is a whole number >= 1"),
-    (dict(interval=2.5), "interval: got 2.5, allowed is a whole number >= 1"),
-    (dict(warmup=-1), "warmup: got -1, allowed is a whole number >= 0"),
-    (dict(curvature="hessian"), "curvature: got 'hessian', allowed is fisher over SGD"),
-    (dict(curvature="second_moment"), "curvature: got 'second_moment', allowed is fisher over SGD"),
-])
+# ------------------------------------------------------------ wrong arguments
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(kappa=-1), "kappa: got -1, allowed is a finite number >= 0"),
+        (dict(kappa=math.nan), "kappa: got nan, allowed is a finite number >= 0"),
+        (dict(kappa="2"), "kappa: got '2', allowed is a finite number >= 0"),
+        (dict(gamma=0), r"gamma: got 0, allowed is a number in \(0, 1\)"),
+        (dict(gamma=1.0), r"gamma: got 1.0, allowed is a number in \(0, 1\)"),
+        (dict(interval=0), "interval: got 0, allowed is a whole number >= 1"),
+        (dict(interval=2.5), "interval: got 2.5, allowed is a whole number >= 1"),
+        (dict(warmup=-1), "warmup: got -1, allowed is a whole number >= 0"),
+        (dict(curvature="hessian"), "curvature: got 'hessian', allowed is fisher over SGD"),
+        (
+            dict(curvature="second_moment"),
+            "curvature: got 'second_moment', allowed is fisher over SGD",
+        ),
+    ],
+)
 def test_wrong_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         IRE(SGD(make_model().parameters(), 0.1), **{**SETTINGS, **settings})
 
 
-@pytest.mark.parametrize("wrap, name", [
-    (lambda p: IRE(torch.optim.LBFGS(p), **SETTINGS), "LBFGS"),
-    (lambda p: IRE(AdmIRE(p, 0.1, **SETTINGS), **SETTINGS), "IRE"),
-    (lambda p: IRE(list(p), **SETTINGS), "torch.optim.Optimizer"),
-    (lambda p: SAM(SAM(SGD(p, 0.1))), "SAM"),
-    (lambda p: SAM(SGDIRE(p, 0.1, **SETTINGS)), "IRE"),
-])
+@pytest.mark.parametrize(
+    "wrap, name",
+    [
+        (lambda p: IRE(torch.optim.LBFGS(p), **SETTINGS), "LBFGS"),
+        (lambda p: IRE(AdmIRE(p, 0.1, **SETTINGS), **SETTINGS), "IRE"),
+        (lambda p: IRE(list(p), **SETTINGS), "torch.optim.Optimizer"),
+        (lambda p: SAM(SAM(SGD(p, 0.1))), "SAM"),
+        (lambda p: SAM(SGDIRE(p, 0.1, **SETTINGS)), "IRE"),
+    ],
+)
 def test_wrong_bases(wrap, name):
     with pytest.raises(ValueError, match=f"(?s)base: got .*allowed is .*{name}"):
         wrap(make_model().parameters())
@@ -816,7 +927,9 @@ def test_wrong_sam():
     params = list(make_model().parameters())
     with pytest.raises(ValueError, match="rho: got -1, allowed is a finite number >= 0"):
         SAM(SGD(params, 0.1), rho=-1)
-    with pytest.raises(ValueError, match="adaptive: got True, allowed is False where average is True"):
+    with pytest.raises(
+        ValueError, match="adaptive: got True, allowed is False where average is True"
+    ):
         SAM(SGD(params, 0.1), adaptive=True, average=True)
     with pytest.raises(ValueError, match="closure: got None, allowed is a function"):
         SAM(SGD(params, 0.1)).step()
@@ -830,18 +943,31 @@ def test_second_moment_that_never_comes():
         opt.step()
 
 
-# ------------------------------------------------------------------------------------------ named optimizers
+# ------------------------------------------------------------ named optimizers
 def test_named_optimizers_pass_their_settings_on():
     params = list(make_model().parameters())
     assert SGDIRE(params, 0.1, momentum=0.9, nesterov=True, **SETTINGS).param_groups[0]["nesterov"]
-    opt = AdmIRE(params, 0.1, betas=(0.8, 0.9), eps=1e-16, weight_decay=0.2, curvature="second_moment", **SETTINGS)
-    assert [opt.param_groups[0][k] for k in ("betas", "eps", "weight_decay", "fused")] == [(0.8, 0.9), 1e-16, 0.2, True]
+    opt = AdmIRE(
+        params,
+        0.1,
+        betas=(0.8, 0.9),
+        eps=1e-16,
+        weight_decay=0.2,
+        curvature="second_moment",
+        **SETTINGS,
+    )
+    assert [opt.param_groups[0][k] for k in ("betas", "eps", "weight_decay", "fused")] == [
+        (0.8, 0.9),
+        1e-16,
+        0.2,
+        True,
+    ]
     assert AdmIRE(params, 0.1, foreach=True, **SETTINGS).param_groups[0]["fused"] in (None, False)
     opt = SAMIRE(params, AdamW, rho=0.2, adaptive=True, lr=0.3, **SETTINGS)
     assert type(opt.base.base) is AdamW and opt.base.adaptive and opt.param_groups[0]["rho"] == 0.2
 
 
-# ------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------ helpers
 def test_sampled_cross_entropy_draws_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(20000, 3).clone().requires_grad_()
     loss = sampled_cross_entropy(logits, generator=torch.Generator().manual_seed(0))
@@ -855,7 +981,11 @@ def test_sampled_cross_entropy_draws_from_the_softmax():
 def test_sampled_cross_entropy_shapes_ignore_and_generator():
     logits, ignore = torch.randn(2, 5, 7, requires_grad=True), torch.zeros(2, 5, dtype=torch.bool)
     ignore[0, 2:] = True
-    draw = lambda **kw: sampled_cross_entropy(logits, generator=torch.Generator().manual_seed(1), **kw)
+
+    def draw(**settings):
+        generator = torch.Generator().manual_seed(1)
+        return sampled_cross_entropy(logits, generator=generator, **settings)
+
     assert draw().item() == draw().item() and draw(ignore=ignore).item() != draw().item()
     draw(ignore=ignore).backward()
     assert logits.grad[0, 2:].abs().sum() == 0 and (logits.grad[1].abs().sum(-1) > 0).all()
@@ -867,19 +997,31 @@ def test_sampled_mse():
     prediction = torch.zeros(20000, requires_grad=True)
     loss = sampled_mse(prediction, generator=torch.Generator().manual_seed(0))
     loss.backward()
-    assert loss.item() == pytest.approx(1, abs=0.03) and prediction.grad.std().item() * 10000 == pytest.approx(1, abs=0.03)
+    assert loss.item() == pytest.approx(
+        1, abs=0.03
+    ) and prediction.grad.std().item() * 10000 == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (nn.BatchNorm1d(4), (8, 4)), (nn.BatchNorm2d(4), (8, 4, 3, 3)), (nn.BatchNorm3d(4), (8, 4, 2, 2, 2)),
-    (nn.BatchNorm1d(4, momentum=None), (8, 4)), (nn.BatchNorm1d(4, track_running_stats=False), (8, 4)),
-    (nn.BatchNorm1d(4, affine=False), (8, 4)), (nn.BatchNorm1d(4).eval(), (8, 4)),
-])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.BatchNorm1d(4), (8, 4)),
+        (nn.BatchNorm2d(4), (8, 4, 3, 3)),
+        (nn.BatchNorm3d(4), (8, 4, 2, 2, 2)),
+        (nn.BatchNorm1d(4, momentum=None), (8, 4)),
+        (nn.BatchNorm1d(4, track_running_stats=False), (8, 4)),
+        (nn.BatchNorm1d(4, affine=False), (8, 4)),
+        (nn.BatchNorm1d(4).eval(), (8, 4)),
+    ],
+)
 def test_frozen_batch_norm(layer, shape):
     model = nn.Sequential(nn.Identity(), layer)
     x = torch.randn(shape) + 3
     model(x) if layer.training else None
-    before, flags = copy.deepcopy(model.state_dict()), (layer.training, layer.track_running_stats, layer.momentum)
+    before, flags = (
+        copy.deepcopy(model.state_dict()),
+        (layer.training, layer.track_running_stats, layer.momentum),
+    )
     expected = copy.deepcopy(model)(x)
     with pytest.raises(KeyError), frozen_batch_norm(model):
         with frozen_batch_norm(model):

@@ -1,4 +1,5 @@
 """kth_smallest against numpy's sort."""
+
 import math
 
 import hypothesis.extra.numpy as hnp
@@ -23,11 +24,17 @@ def same(got, expected):
 @st.composite
 def lists_of_tensors(draw):
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-    values = st.one_of(st.floats(0), st.sampled_from([0.0, 1.0, 5e-324, 1e-45, 1e-40, math.inf, math.nan]))
+    values = st.one_of(
+        st.floats(0), st.sampled_from([0.0, 1.0, 5e-324, 1e-45, 1e-40, math.inf, math.nan])
+    )
     shape = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
     with np.errstate(over="ignore"):
-        tensors = [torch.tensor(draw(hnp.arrays(np.float64, draw(shape), elements=values))).to(draw(dtypes))
-                   for _ in range(draw(st.integers(1, 4)))]
+        tensors = [
+            torch.tensor(draw(hnp.arrays(np.float64, draw(shape), elements=values))).to(
+                draw(dtypes)
+            )
+            for _ in range(draw(st.integers(1, 4)))
+        ]
     return tensors
 
 
@@ -46,7 +53,14 @@ def test_any_tensors(tensors, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_rank(dtype):
     """Ties, zeros, denormals, huge ranges: each k."""
-    values = torch.cat([torch.zeros(5), torch.rand(40) ** 20, torch.ones(7), torch.tensor([math.inf, math.nan, 3e38])])
+    values = torch.cat(
+        [
+            torch.zeros(5),
+            torch.rand(40) ** 20,
+            torch.ones(7),
+            torch.tensor([math.inf, math.nan, 3e38]),
+        ]
+    )
     values = (values.double() ** 3 if dtype == torch.float64 else values).to(dtype)
     for k in range(1, len(values) + 1):
         assert same(kth_smallest([values[:20], values[20:]], k), by_sorting([values], k))
@@ -60,7 +74,12 @@ def test_float64_is_not_rounded():
 
 def test_layouts():
     x = torch.rand(4, 6, 5, 5)
-    for y in (x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2), x[:, ::2], x[:1].expand(4, 6, 5, 5)):
+    for y in (
+        x.to(memory_format=torch.channels_last),
+        x.permute(3, 1, 0, 2),
+        x[:, ::2],
+        x[:1].expand(4, 6, 5, 5),
+    ):
         assert kth_smallest([y], 100) == by_sorting([y], 100)
 
 

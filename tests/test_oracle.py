@@ -1,4 +1,5 @@
 """ire.py against numpy: its own network, gradients, optimizers, mask and IRE step, in float64."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,10 @@ STEPS, WARMUP, INTERVAL, KAPPA, GAMMA, RHO = 25, 4, 3, 1.7, 0.6, 0.07
 def problem(seed):
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=s) * 0.5 for s in ((6, 5), (5,), (5, 3), (3,))]
-    batches = [(rng.normal(size=(12, 6)), rng.integers(3, size=12), rng.integers(3, size=12)) for _ in range(STEPS)]
+    batches = [
+        (rng.normal(size=(12, 6)), rng.integers(3, size=12), rng.integers(3, size=12))
+        for _ in range(STEPS)
+    ]
     return weights, batches  # inputs, training labels, probe labels
 
 
@@ -38,8 +42,10 @@ def adamw(weights, grads, memory, t, lr=0.02, b1=0.9, b2=0.95, eps=1e-8, decay=0
     zeros = [0 * w for w in weights]
     memory["m"] = [b1 * m + (1 - b1) * g for m, g in zip(memory.get("m", zeros), grads)]
     memory["v"] = [b2 * v + (1 - b2) * g * g for v, g in zip(memory.get("v", zeros), grads)]
-    return [w * (1 - lr * decay) - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
-            for w, m, v in zip(weights, memory["m"], memory["v"])]
+    return [
+        w * (1 - lr * decay) - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+        for w, m, v in zip(weights, memory["m"], memory["v"])
+    ]
 
 
 def oracle(seed, base, sam, kappa, curvature):
@@ -53,14 +59,18 @@ def oracle(seed, base, sam, kappa, curvature):
         if sam:
             scale = [np.abs(w) if sam == "adaptive" else np.ones_like(w) for w in weights]
             norm = np.sqrt(sum(np.sum((s * g) ** 2) for s, g in zip(scale, grads)))
-            grads = gradients([w + RHO * s * s * g / norm for w, s, g in zip(weights, scale, grads)], x, y)
+            grads = gradients(
+                [w + RHO * s * s * g / norm for w, s, g in zip(weights, scale, grads)], x, y
+            )
         new = base(weights, grads, memory, t + 1)
         if due and curvature == "second_moment":
             h = memory["v"]
         if due:
             every = np.sort(np.concatenate([a.ravel() for a in h]))
             flat = [a <= every[int(GAMMA * len(every)) - 1] for a in h]
-        weights = [w + (1 + kappa * f) * (n - w) for w, n, f in zip(weights, new, flat)] if flat else new
+        weights = (
+            [w + (1 + kappa * f) * (n - w) for w, n, f in zip(weights, new, flat)] if flat else new
+        )
     return weights
 
 
@@ -89,19 +99,53 @@ def ours(seed, make):
 
 
 IRE_SETTINGS = dict(gamma=GAMMA, interval=INTERVAL, warmup=WARMUP)
-SGD, ADAMW = dict(lr=0.2, momentum=0.9, weight_decay=0.01), dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+SGD, ADAMW = (
+    dict(lr=0.2, momentum=0.9, weight_decay=0.01),
+    dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1),
+)
 CASES = {
     "sgd": (sgd, None, "fisher", lambda p, k: SGDIRE(p, **SGD, kappa=k, **IRE_SETTINGS)),
     "adamw": (adamw, None, "fisher", lambda p, k: AdmIRE(p, **ADAMW, kappa=k, **IRE_SETTINGS)),
-    "adamw plain": (adamw, None, "fisher",
-                    lambda p, k: IRE(torch.optim.AdamW(p, **ADAMW, foreach=False), kappa=k, **IRE_SETTINGS)),
-    "adamw second moment": (adamw, None, "second_moment",
-                            lambda p, k: AdmIRE(p, **ADAMW, kappa=k, curvature="second_moment", **IRE_SETTINGS)),
-    "sam": (sgd, "sam", "fisher", lambda p, k: SAMIRE(p, torch.optim.SGD, rho=RHO, kappa=k, **IRE_SETTINGS, **SGD)),
-    "adaptive sam": (sgd, "adaptive", "fisher",
-                     lambda p, k: SAMIRE(p, torch.optim.SGD, rho=RHO, adaptive=True, kappa=k, **IRE_SETTINGS, **SGD)),
-    "sam adamw": (adamw, "sam", "second_moment", lambda p, k: SAMIRE(
-        p, torch.optim.AdamW, rho=RHO, kappa=k, curvature="second_moment", **IRE_SETTINGS, **ADAMW)),
+    "adamw plain": (
+        adamw,
+        None,
+        "fisher",
+        lambda p, k: IRE(torch.optim.AdamW(p, **ADAMW, foreach=False), kappa=k, **IRE_SETTINGS),
+    ),
+    "adamw second moment": (
+        adamw,
+        None,
+        "second_moment",
+        lambda p, k: AdmIRE(p, **ADAMW, kappa=k, curvature="second_moment", **IRE_SETTINGS),
+    ),
+    "sam": (
+        sgd,
+        "sam",
+        "fisher",
+        lambda p, k: SAMIRE(p, torch.optim.SGD, rho=RHO, kappa=k, **IRE_SETTINGS, **SGD),
+    ),
+    "adaptive sam": (
+        sgd,
+        "adaptive",
+        "fisher",
+        lambda p, k: SAMIRE(
+            p, torch.optim.SGD, rho=RHO, adaptive=True, kappa=k, **IRE_SETTINGS, **SGD
+        ),
+    ),
+    "sam adamw": (
+        adamw,
+        "sam",
+        "second_moment",
+        lambda p, k: SAMIRE(
+            p,
+            torch.optim.AdamW,
+            rho=RHO,
+            kappa=k,
+            curvature="second_moment",
+            **IRE_SETTINGS,
+            **ADAMW,
+        ),
+    ),
 }
 
 
