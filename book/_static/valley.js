@@ -201,7 +201,7 @@ function build(box) {
     kappa.nextElementSibling.value = number(state.kappa);
     const limit = 2 / loss.sharpest(state.start);
     const most = loss.kappaMax(state.eta, state.start);
-    const overEta = state.eta > limit ? "over" : "under";
+    const overEta = state.eta > limit ? "over" : state.eta === limit ? "at" : "under";
     const overKappa = state.kappa > most ? "over" : "under";
     find(".ire-limits").innerHTML =
       `At the start (${state.start.map(x => x.toPrecision(3)).join(", ")}):
