@@ -236,6 +236,55 @@ def cifar(folder):
     return f"{drawn}{table(rows)}\n{said}\n\n{source(report)}\n{every}"
 
 
+SOURCES = {  # of the mask: the row of `compared` in the Fisher, second moment and random column
+    "from the warm-up's end": ("AdmIRE", "second moment", "random mask"),
+    "from step 0": ("on from step 0", "second moment from step 0", "random mask from step 0"),
+    "from step 0 and tuned so": (
+        "AdmIRE from step 0, tuned so",
+        "second moment from step 0, those settings",
+        "random mask from step 0, tuned so",
+    ),
+    "2000 steps, from the warm-up's end": ("AdmIRE, long", "", ""),
+    "2000 steps, from step 0": (
+        "AdmIRE from step 0, long",
+        "second moment from step 0, long",
+        "random mask from step 0, long",
+    ),
+}
+CONTROLS = {
+    "other draws of the labels in the probes": "AdmIRE again",
+    "longer steps along the sharp coordinates": "inverted mask",
+    "longer steps along all coordinates": "all coordinates",
+    "AdamW whose lr jumps by the mean of IRE's factors": "lr jumps by the mean",
+    "AdamW with the settings of twice the trials": "AdamW, twice the trials",
+    "AdamW with twice the steps": "AdamW, 2 times the steps",
+    "Muon": "Muon",
+    "Muon with IRE": "Muon with IRE",
+    "Muon at the latter's settings, random mask": "Muon with a random mask",
+    "Muon at the latter's settings, no mask": "Muon at those settings, no mask",
+}
+
+
+def gap(report, name):
+    row = report["compared"].get(name)
+    if not row:
+        return "not measured yet"
+    return f"{row['minus_adamw']:+.3f} ± {row['minus_adamw_stderr']:.3f}"
+
+
+def controls(folder):
+    """Loss minus AdamW's, seed by seed: by the source of the mask, and with other longer steps."""
+    report = load("speedup-tiny", folder)
+    if not report:
+        return MISSING
+    rows = []
+    for title, names in SOURCES.items():
+        cells = zip(("Fisher probe", "second moment", "random"), names, strict=True)
+        rows.append({"IRE on": title} | {column: gap(report, name) for column, name in cells})
+    others = [{"": title, "difference": gap(report, name)} for title, name in CONTROLS.items()]
+    return f"{table(rows)}\n{table(others)}"
+
+
 def cifar_speed(folder):
     report = load("cifar-speed-cpu", folder)
     if not report:
@@ -281,7 +330,7 @@ def address():
 
 
 def set_address(new, root=ROOT):
-    """Writes the repository's address wherever the old one stands, and the notebooks' first cells."""
+    """Writes the address wherever the old one stands, and the first cell of each notebook."""
     old = re.search(r"url: (https://\S+)", (root / "book/_config.yml").read_text())[1]
     files = [root / name for name in ("README.md", "CITATION.cff", "pyproject.toml")]
     files += [root / "book/_config.yml", *(root / "book").glob("*.md")]
