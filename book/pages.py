@@ -346,8 +346,9 @@ def set_address(new, root=ROOT):
 def on_config(app, config):
     """Without an address there is nothing that buttons could lead to."""
     if PLACEHOLDER in address():
-        options = {**config.html_theme_options, "launch_buttons": {}}
-        options |= {"use_repository_button": False, "use_issues_button": False}
+        options = dict(config.html_theme_options, launch_buttons={})
+        for name in ("repository_url", "use_repository_button", "use_issues_button"):
+            options.pop(name, None)
         config.html_theme_options = options
 
 
