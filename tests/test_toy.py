@@ -220,7 +220,7 @@ def test_kinds_of_curvature(run):
 def test_only_a_norm_over_time_sees_the_future_and_learns_coin_flips():
     ends = {}
     for name, (dims, _) in leak.RUNS.items():
-        losses, model = leak.train(dims, length=8, steps=400)
+        losses, model = leak.train(dims, length=8, steps=200)
         ends[name] = losses[-50:].mean().item()
         assert leak.sees_the_future(model) == (name == "over time and width")
     assert ends["over width"] == pytest.approx(math.log(2), abs=0.005)
@@ -228,7 +228,7 @@ def test_only_a_norm_over_time_sees_the_future_and_learns_coin_flips():
 
 
 def test_leak_draws_its_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(leak, "measure", partial(leak.measure, steps=50))
+    monkeypatch.setattr(leak, "measure", partial(leak.measure, steps=30))
     leak.main(["--out", str(tmp_path / "leak.png")])
     assert (tmp_path / "leak.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("sees the future") == 3

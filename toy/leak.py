@@ -27,7 +27,7 @@ WIDTH = 64
 HEADS = 4
 LAYERS = 2
 BATCH = 128
-STEPS = 1500
+STEPS = 1000
 LR = 2e-3
 LENGTHS = (8, 16, 32)  # tokens that the model sees
 RUNS = {"over width": ((-1,), LENGTHS[:1]), "over time and width": ((-2, -1), LENGTHS)}
@@ -137,14 +137,14 @@ def measure(steps=STEPS):
 
 def draw(numbers):
     plt.rcParams.update(STYLE)
-    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for (name, length), n in numbers.items():
         smooth = n["losses"].unfold(0, 25, 1).mean(1)
         color = COLORS[name][LENGTHS.index(length)]
         ax.plot(smooth, color=color, label=f"{name}, {length} tokens")
     ax.axhline(math.log(2), color=GREY, linestyle=":", label="ln 2: the least without the future")
     ax.set(xlabel="step", ylabel="loss on fresh coin flips (nats)", ylim=(0, 0.8))
-    ax.legend(title="RMS norm")
+    figure.legend(title="RMS norm", loc="outside upper center", ncol=2)
     return figure
 
 
