@@ -1,21 +1,22 @@
 """Evidence and speed of train_cifar.py.
 
-    python ../shared/data/unpack_cifar10.py DIR           # CIFAR-10, JPEG copy; or the official archive in DIR
-    python benchmarks/cifar.py quick --data-dir DIR       # writes results/cifar-quick.json and .png
-    python benchmarks/cifar.py quick --data-dir DIR --minutes 3    # some of it; the next call goes on
-    python benchmarks/cifar.py evidence --data-dir DIR    # the same of ResNet-56; results/cifar-jpeg.json
-    python benchmarks/cifar.py map --data-dir DIR         # kappa x gamma; results/cifar-map.json and .png
-    python benchmarks/cifar.py speed --data-dir DIR       # beside plain loops; results/cifar-speed-cpu.json
+    python ../shared/data/unpack_cifar10.py DIR     # CIFAR-10, JPEG copy; or the official archive
+    python benchmarks/cifar.py quick --data-dir DIR           # results/cifar-quick.json and .png
+    python benchmarks/cifar.py quick --data-dir DIR --minutes 3    # some; the next call goes on
+    python benchmarks/cifar.py evidence --data-dir DIR        # ResNet-56; results/cifar-jpeg.json
+    python benchmarks/cifar.py map --data-dir DIR             # results/cifar-map.json and .png
+    python benchmarks/cifar.py speed --data-dir DIR           # results/cifar-speed-cpu.json
 
-quick: `--preset quick` on 5,000 training pictures. SGD and SAM get three learning rates each; SGD-IRE and SAM-IRE three pairs
-(ire_epoch, kappa) at their base's best one. evidence: ResNet-56 on 2,000, 5 epochs, four trials each. The best trial is that
-with the highest accuracy on 2,000 held-out training pictures, seed 0; it runs with three seeds, and those are tested on the
-test set. Tr(Hessian) is the training loss's on 128 training pictures.
-map: SAM-IRE at quick over kappa (0 is SAM) and gamma, with a decayed and with a constant learning rate.
+quick: `--preset quick` on 5,000 training pictures. SGD and SAM get three learning rates each;
+SGD-IRE and SAM-IRE three pairs (ire_epoch, kappa) at their base's best one. evidence: ResNet-56 on
+2,000, 5 epochs, four trials each. The best trial is that with the highest accuracy on 2,000
+held-out training pictures, seed 0; it runs with three seeds, and those are tested on the test set.
+Tr(Hessian) is the training loss's on 128 training pictures.
+map: SAM-IRE at quick over kappa (0 is SAM) and gamma, with a decayed and a constant learning rate.
+speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -27,8 +28,9 @@ from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import train_cifar
 from step import environment, write_report
+
+import train_cifar
 
 PAIRS = [dict(kappa=k, gamma=g) for k, g in ((1, 0.9), (2, 0.8), (4, 0.8), (4, 0.9))]
 RATES = [dict(lr=lr) for lr in (0.005, 0.01, 0.02, 0.05)]
@@ -61,8 +63,10 @@ STUDIES = {
         },
     ),
 }
+STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"limit_test": 2000}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
 SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
+QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
 KAPPAS, GAMMAS, SCHEDULES = (0.0, 1.0, 2.0, 4.0, 8.0), (0.5, 0.7, 0.8, 0.9), ("cosine", "constant")
 
 
@@ -87,19 +91,12 @@ def best(study, runs, optimizer):
 def trace(c):
     """Tr(Hessian) of a finished run's training loss and its standard error."""
     c = train_cifar.complete(c)
-    data, saved = train_cifar.Data(c), train_cifar.load_checkpoint(c.out)
-    model = train_cifar.MODELS[c.model](data.classes)
-    model.load_state_dict(saved["model"])
-    losses = [
-        lambda x=data.normalized(x), y=y: cross_entropy(
-            model(x), y, label_smoothing=c.label_smoothing
-        )
-        for x, y in zip(
-            data.x[:PICTURES].split(c.batch_size), data.y[:PICTURES].split(c.batch_size)
-        )
-    ]
-    with train_cifar.frozen_batch_norm(model):
-        return train_cifar.hessian_trace(losses, list(model.parameters()), PROBES)
+    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 2
+    data = train_cifar.Data(c)
+    model = train_cifar.make_model(c, data.classes)
+    model.load_state_dict(train_cifar.load_checkpoint(c.out)["model"])
+    values = train_cifar.sharpness(model, data, c)
+    return values["trace"], values["trace_error"]
 
 
 def plan(study, runs):
@@ -111,167 +108,149 @@ def plan(study, runs):
                 return optimizer, trial, 0
     for seed in SEEDS[1:]:
         for optimizer in study["trials"]:
-            if (optimizer, best(study, runs, optimizer), seed) not in done:
-                return optimizer, best(study, runs, optimizer), seed
+            own = best(study, runs, optimizer)
+            if (optimizer, own, seed) not in done:
+                return optimizer, own, seed
+    return None
+
+
+def config(args, optimizer, own, seed, **more):
+    """The settings of a run, which goes on if it was stopped."""
+    name = "-".join(map(str, (optimizer, seed, *own.values())))
+    out = args.scratch / args.what / name
+    return train_cifar.Config(
+        **STUDIES[args.what]["settings"],
+        **own,
+        **more,
+        optimizer=optimizer,
+        seed=seed,
+        data_dir=str(args.data_dir),
+        out=str(out),
+        resume=(out / "checkpoint.pt").exists(),
+    )
 
 
 def evidence(args):
     study = STUDIES[args.what]
-    settings = study["settings"]
     file = args.file or ROOT / f"results/{study['file']}.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     start = time.monotonic()
-
-    def save(**more):
-        write_report(
-            {
-                "command": f"python benchmarks/cifar.py {args.what}",
-                "environment": environment("cpu"),
-                "settings": settings,
-                "pictures": "CIFAR-10, each through JPEG once",
-                "trace_pictures": PICTURES,
-                **more,
-                "runs": runs,
-            },
-            file,
-        )
-
     while time.monotonic() - start < 60 * args.minutes:
-        task = plan(study, runs)
+        task, table = plan(study, runs), {}
+        rows = []
         if task:
-            optimizer, own, seed = task
-            out = (
-                args.scratch / args.what / f"{optimizer}-{seed}-{'-'.join(map(str, own.values()))}"
-            )
-            c = train_cifar.Config(
-                **settings,
-                **own,
-                optimizer=optimizer,
-                seed=seed,
-                data_dir=str(args.data_dir),
-                out=str(out),
-                holdout=5000,
-                limit_test=2000,
-                resume=(out / "checkpoint.pt").exists(),
-            )
-            r = train_cifar.train(c)
-            runs.append(
-                {
-                    "optimizer": optimizer,
-                    "settings": own,
-                    "seed": seed,
-                    "val_acc": r["test_acc"],
-                    "train_loss": r["train_loss"],
-                    "seconds": r["seconds"],
-                }
-            )
-            save()
-            continue
-        rows = [r for r in runs if r["settings"] == best(study, runs, r["optimizer"])]
-        for r in (r for r in rows if "test_acc" not in r):
-            out = (
-                args.scratch
-                / args.what
-                / f"{r['optimizer']}-{r['seed']}-{'-'.join(map(str, r['settings'].values()))}"
-            )
-            c = train_cifar.Config(
-                **settings,
-                **r["settings"],
-                optimizer=r["optimizer"],
-                seed=r["seed"],
-                out=str(out),
-                data_dir=str(args.data_dir),
-                resume=True,
-            )
-            r["test_acc"] = train_cifar.train(c)["test_acc"]
-            r["trace"], r["trace_error"] = trace(c)
-            save()
-            break
+            runs.append(trained(args, *task))
         else:
-            table = {
-                o: {
-                    key: train_cifar.mean_and_error([r[key] for r in rows if r["optimizer"] == o])
-                    for key in ("test_acc", "train_loss", "trace")
-                }
-                | {"settings": best(study, runs, o)}
-                for o in study["trials"]
-            }
-            value = {(r["optimizer"], r["seed"]): r for r in rows}
-            for o, base in BASE.items():  # the same weights and batches until IRE switches on
-                gain = lambda key: train_cifar.mean_and_error(
-                    [value[o, s][key] - value[base, s][key] for s in SEEDS]
-                )
-                table[o]["less_base"] = {
-                    key: gain(key) for key in ("test_acc", "train_loss", "trace")
-                }
-            save(table=table)
-            print(
-                f"\n{'':10}{'test accuracy (%)':>20}{'training loss':>20}{'Tr(Hessian)':>18}   (mean +- standard error)"
-            )
-            for o, row in table.items():
-                print(
-                    f"{o:10}{row['test_acc'][0]:12.2f} +- {row['test_acc'][1]:4.2f}{row['train_loss'][0]:12.4f} +- "
-                    f"{row['train_loss'][1]:.4f}{row['trace'][0]:10.1f} +- {row['trace'][1]:4.1f}   {row['settings']}"
-                )
-            for o, base in BASE.items():
-                gains = [
-                    f"{key} {mean:+.4g} +- {error:.2g}"
-                    for key, (mean, error) in table[o]["less_base"].items()
-                ]
-                print(f"{o} less {base}, seed by seed: {', '.join(gains)}")
-            return draw(rows, table, file.with_suffix(".png"))
+            rows = [r for r in runs if r["settings"] == best(study, runs, r["optimizer"])]
+            untested = [r for r in rows if "test_acc" not in r]
+            if untested:
+                untested[0].update(tested(args, untested[0]))
+            else:
+                table = summary(study, runs, rows)
+        report = {
+            "command": f"python benchmarks/cifar.py {args.what}",
+            "environment": environment("cpu"),
+            "settings": train_cifar.PRESETS[study["settings"].get("preset", "paper")]
+            | study["settings"],
+            "pictures": "CIFAR-10, each through JPEG once",
+            "trace_pictures": PICTURES,
+        }
+        report |= {"table": table} if table else {}
+        write_report(report | {"runs": runs}, file)
+        if table:
+            show(table)
+            draw(rows, table, file.with_suffix(".png"))
+            return
     print(f"{len(runs)} runs, {sum('trace' in r for r in runs)} traces; the same command goes on")
 
 
+def trained(args, optimizer, own, seed):
+    """A run, judged by held-out training pictures."""
+    r = train_cifar.train(config(args, optimizer, own, seed, holdout=5000, limit_test=2000))
+    result = {"val_acc": r["test_acc"], "train_loss": r["train_loss"], "seconds": r["seconds"]}
+    return {"optimizer": optimizer, "settings": own, "seed": seed} | result
+
+
+def tested(args, r):
+    """The same run on the test set."""
+    c = config(args, r["optimizer"], r["settings"], r["seed"], holdout=0, limit_test=10_000)
+    accuracy = train_cifar.train(c)["test_acc"]
+    value, error = trace(c)
+    return {"test_acc": accuracy, "trace": value, "trace_error": error}
+
+
+def summary(study, runs, rows):
+    """Mean and standard error by optimizer, and of IRE less its base, seed by seed: they share
+    weights and batches until IRE switches on."""
+    value = {(r["optimizer"], r["seed"]): r for r in rows}
+    table = {}
+    for optimizer in study["trials"]:
+        table[optimizer] = {"settings": best(study, runs, optimizer)}
+        for key in QUANTITIES:
+            values = [value[optimizer, seed][key] for seed in SEEDS]
+            table[optimizer][key] = train_cifar.mean_and_error(values)
+    for optimizer, base in BASE.items():
+        table[optimizer]["less_base"] = {}
+        for key in QUANTITIES:
+            gains = [value[optimizer, seed][key] - value[base, seed][key] for seed in SEEDS]
+            table[optimizer]["less_base"][key] = train_cifar.mean_and_error(gains)
+    return table
+
+
+def show(table):
+    for optimizer, row in table.items():
+        for label, values in ((optimizer, row), ("  less its base", row.get("less_base", {}))):
+            texts = [
+                f"{key} {values[key][0]:.4g} +- {values[key][1]:.2g}"
+                for key in QUANTITIES
+                if key in values
+            ]
+            if texts:
+                print(f"{label:16}{'   '.join(texts)}   {values.get('settings', '')}")
+
+
 def heat_map(args):
-    """SAM-IRE over kappa and gamma; without a mask to speak of, kappa 0 needs one gamma only."""
+    """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
+    study = STUDIES["map"]
     file = args.file or ROOT / "results/cifar-map.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    start = time.monotonic()
     cells = [
-        dict(schedule=schedule, seed=seed, kappa=kappa, gamma=gamma)
-        for seed in SEEDS[:2]
+        {"kappa": kappa, "gamma": gamma, "schedule": schedule}
         for schedule in SCHEDULES
         for kappa in KAPPAS
-        for gamma in (GAMMAS if kappa else GAMMAS[:1])
+        for gamma in (GAMMAS if kappa else GAMMAS[-1:])  # without kappa gamma does nothing
     ]
-    settings = STUDIES["quick"]["settings"] | dict(optimizer="sam-ire", limit_test=2000)
-    for cell in cells:
+    start = time.monotonic()
+    for seed, own in itertools.product(SEEDS[:2], cells):
         if time.monotonic() - start > 60 * args.minutes:
             break
-        if any(r["cell"] == cell for r in runs):
-            continue
-        out = args.scratch / "map" / "-".join(map(str, cell.values()))
-        resume = (out / "checkpoint.pt").exists()
-        c = train_cifar.Config(
-            **settings, **cell, data_dir=str(args.data_dir), out=str(out), resume=resume
-        )
-        try:
-            r = train_cifar.train(c)
-            row = {
-                "test_acc": r["test_acc"],
-                "train_loss": r["train_loss"],
-                "seconds": r["seconds"],
-            }
-            row["trace"], row["trace_error"] = trace(dataclasses.replace(c, resume=True))
-        except train_cifar.Halt as e:
-            if e.code != 1:
-                raise
-            row = {"diverged": str(e)}
-        runs.append({"cell": cell, **row})
-        write_report(
-            {
+        if not any((r["settings"], r["seed"]) == (own, seed) for r in runs):
+            runs.append({"settings": own, "seed": seed} | cell(args, own, seed))
+            report = {
                 "command": "python benchmarks/cifar.py map",
                 "environment": environment("cpu"),
-                "settings": settings,
+                "settings": train_cifar.PRESETS["quick"] | study["settings"],
                 "pictures": "CIFAR-10, each through JPEG once",
-                "cells": len(cells),
-                "runs": runs,
-            },
-            file,
-        )
+                "trace_pictures": PICTURES,
+                "planned": 2 * len(cells),
+            }
+            write_report(report | {"runs": runs}, file)
     draw_map(runs, file.with_suffix(".png"))
-    print(f"{len(runs)} of {len(cells)} runs; the same command goes on")
+    print(f"{len(runs)} of {2 * len(cells)} runs; the same command goes on")
+
+
+def cell(args, own, seed):
+    """One run of the map; a run that diverges is a result too."""
+    c = config(args, "sam-ire", own, seed)
+    try:
+        r = train_cifar.train(c)
+    except train_cifar.Halt as e:
+        if e.code != 1:
+            raise
+        return {"diverged": str(e)}
+    value, error = trace(dataclasses.replace(c, resume=True))
+    result = {key: r[key] for key in ("test_acc", "train_loss", "seconds")}
+    return result | {"trace": value, "trace_error": error}
 
 
 def draw_map(runs, path):
@@ -280,34 +259,23 @@ def draw_map(runs, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    quantities = {
-        "trace": "Tr(Hessian)",
-        "train_loss": "training loss",
-        "test_acc": "test accuracy (%)",
-    }
-    figure, axes = plt.subplots(
-        len(SCHEDULES), len(quantities), figsize=(10, 6), layout="constrained"
-    )
-    for row, schedule in zip(axes, SCHEDULES):
-        for ax, (key, label) in zip(row, quantities.items()):
-
-            def mean(kappa, gamma):
-                gamma = gamma if kappa else GAMMAS[0]
-                found = [
-                    r[key]
-                    for r in runs
-                    if key in r
-                    and r["cell"]["schedule"] == schedule
-                    and (r["cell"]["kappa"], r["cell"]["gamma"]) == (kappa, gamma)
-                ]
-                return statistics.mean(found) if found else float("nan")
-
-            values = [[mean(kappa, gamma) for kappa in KAPPAS] for gamma in GAMMAS]
+    labels = {"trace": "Tr(Hessian)", "train_loss": "training loss", "test_acc": "test accuracy, %"}
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for row, schedule in zip(axes, SCHEDULES, strict=True):
+        for ax, (key, label) in zip(row, labels.items(), strict=True):
+            values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]
             figure.colorbar(ax.imshow(values, origin="lower", aspect="auto"), ax=ax)
             ax.set_xticks(range(len(KAPPAS)), KAPPAS)
             ax.set_yticks(range(len(GAMMAS)), GAMMAS)
             ax.set(title=f"{label}, {schedule} lr", xlabel="kappa (0 is SAM)", ylabel="gamma")
     figure.savefig(path, dpi=110)
+
+
+def mean_of(runs, key, kappa, gamma, schedule):
+    """Over the seeds of a cell; NaN is not measured, or diverged."""
+    own = {"kappa": kappa, "gamma": gamma if kappa else GAMMAS[-1], "schedule": schedule}
+    found = [r[key] for r in runs if key in r and r["settings"] == own]
+    return statistics.mean(found) if found else float("nan")
 
 
 def draw(rows, table, path):
@@ -317,9 +285,8 @@ def draw(rows, table, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
-    for ax, key, label in zip(
-        axes, ("test_acc", "trace"), ("test accuracy (%)", "Tr(Hessian) of the training loss")
-    ):
+    labels = {"test_acc": "test accuracy (%)", "trace": "Tr(Hessian) of the training loss"}
+    for ax, (key, label) in zip(axes, labels.items(), strict=True):
         for i, (optimizer, row) in enumerate(table.items()):
             color = "#D55E00" if "ire" in optimizer else "#0072B2"
             ax.plot(
@@ -370,11 +337,14 @@ class PlainLoop:
         )
         self.batches = iter(loader)
 
+    def batch(self):
+        return next(self.batches)
+
     def backward(self, x, y):
         cross_entropy(self.model(x), y, label_smoothing=self.c.label_smoothing).backward()
 
     def step(self):
-        x, y = next(self.batches)
+        x, y = self.batch()
         self.sgd.zero_grad()
         self.backward(x, y)
         if self.sam:
@@ -391,8 +361,17 @@ class PlainLoop:
         self.sgd.zero_grad()
         with torch.enable_grad(), train_cifar.frozen_batch_norm(self.model):
             self.backward(x, y)
-        for p, before in zip(params, old):
+        for p, before in zip(params, old, strict=True):
             p.copy_(before)
+
+
+class OurLoop:
+    def __init__(self, c, data):
+        self.run = train_cifar.set_up(c, data)
+
+    def step(self):
+        train_cifar.train_step(self.run)
+        self.run.step += 1
 
 
 def seconds(step, count):
@@ -402,43 +381,42 @@ def seconds(step, count):
     return time.perf_counter() - start
 
 
+def interleaved(c, args):
+    """Times of rounds of a few steps of the two loops in turn, without the first, and the share of
+    each that its batches take."""
+    data = train_cifar.Data(c)
+    plain, ours = PlainLoop(c, data), OurLoop(c, data)
+    times, share = {"plain": [], "ours": []}, {}
+    for _ in range(args.rounds + 1):
+        times["plain"].append(seconds(plain.step, args.steps))
+        times["ours"].append(seconds(ours.step, args.steps))
+    batches = {"plain": plain.batch, "ours": functools.partial(data.batch, 0)}
+    for name, batch in batches.items():
+        share[name] = seconds(batch, args.steps) / statistics.median(times[name][1:])
+    return {name: values[1:] for name, values in times.items()}, share
+
+
 def speed(args):
-    """Rounds of a few steps, the two loops in turn; float32, one process."""
+    """SGD and SAM; float32, one process."""
     report = {
         "command": " ".join(["python", "benchmarks/cifar.py", *sys.argv[1:]]),
         "environment": environment("cpu"),
         "rounds": args.rounds,
-        "model": args.model,
         "rows": {},
     }
     for optimizer in ("sgd", "sam"):
-        c = train_cifar.Config(
-            data_dir=str(args.data_dir), optimizer=optimizer, model=args.model, device="cpu"
-        )
+        c = train_cifar.Config(data_dir=str(args.data_dir), optimizer=optimizer, device="cpu")
         c = train_cifar.complete(c)
-        data = train_cifar.Data(c)
-        run, plain, times = (
-            train_cifar.set_up(c, data),
-            PlainLoop(c, data),
-            {"plain": [], "ours": []},
-        )
-
-        def our_step():
-            train_cifar.train_step(run)
-            run.step += 1
-
-        for _ in range(args.rounds + 1):  # the first warms up
-            times["plain"].append(seconds(plain.step, args.steps))
-            times["ours"].append(seconds(our_step, args.steps))
-        ratios = [a / b for a, b in zip(times["plain"][1:], times["ours"][1:])]
+        times, share = interleaved(c, args)
+        for name, values in times.items():
+            rate = args.steps * c.batch_size / statistics.median(values)
+            row = {"images_per_second": rate, "loader_share": share[name]}
+            report["rows"][name if optimizer == "sgd" else f"{name}, SAM"] = row
+        ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)
-        rates = {
-            f"{name}_images_per_second": args.steps * c.batch_size / statistics.median(values[1:])
-            for name, values in times.items()
-        }
-        report["rows"][optimizer] = rates | {"ours_of_plain": ratio, "quartiles": [low, high]}
         print(f"{optimizer}: ours / plain {ratio:.3f}, quartiles {low:.3f} to {high:.3f}")
-    report |= {key: report["rows"]["sgd"][key] for key in ("ours_of_plain", "quartiles")}
+        prefix = "" if optimizer == "sgd" else "sam_"
+        report |= {f"{prefix}ours_of_plain": ratio, f"{prefix}quartiles": [low, high]}
     write_report(report, args.file or ROOT / "results/cifar-speed-cpu.json")
 
 
@@ -456,7 +434,6 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=7, help="speed: rounds")
     parser.add_argument("--steps", type=int, default=4, help="speed: steps in a round")
-    parser.add_argument("--model", default="resnet56", help="speed: network")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--mark", help="ignored: a word to find the process by")
     args = parser.parse_args()
