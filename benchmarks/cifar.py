@@ -17,6 +17,9 @@ speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
 
 import argparse
+import dataclasses
+import functools
+import itertools
 import json
 import statistics
 import sys

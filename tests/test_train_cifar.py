@@ -468,7 +468,7 @@ def poison(opt):
         opt.param_groups[0]["params"][0].fill_(math.nan)
 
 
-@pytest.mark.parametrize("step, says", ((1, "no checkpoint"), (6, "step 4")))
+@pytest.mark.parametrize("step, says", ((1, "last checkpoint: none"), (6, "last checkpoint: step 4")))
 def test_a_loss_that_is_not_finite_stops_the_run(step, says):
     with in_step(step, poison):
         code, _, err = cifar("--optimizer sgd")
@@ -542,7 +542,7 @@ def batch(n, classes, seed, key):
 
 
 def unpacked(name="cifar10", n=20):
-    _, _, folder, names, key, classes = train_cifar.CIFAR[name]
+    archive = train_cifar.CIFAR[name]
     (Path("data") / folder).mkdir(parents=True)
     for i, file in enumerate(names):
         (Path("data") / folder / file).write_bytes(
@@ -553,7 +553,7 @@ def unpacked(name="cifar10", n=20):
 
 def official(monkeypatch, name="cifar10"):
     """An archive of the official layout; its bytes. The script takes it for the official one."""
-    folder, entry = unpacked(name), list(train_cifar.CIFAR[name])
+    folder, archive = unpacked(name), train_cifar.CIFAR[name]
     with tarfile.open("made.tar.gz", "w:gz") as tar:
         tar.add(folder, folder.name)
     content = Path("made.tar.gz").read_bytes()
