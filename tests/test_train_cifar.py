@@ -1,4 +1,4 @@
-"""train_cifar.py as a user runs it: tiny models on a few digits, in this process where a new one proves no more."""
+"""train_cifar.py as a user runs it: tiny models on a few digits, most of them in this process."""
 
 import contextlib
 import dataclasses
@@ -35,8 +35,8 @@ from ire import SAM
 SCRIPT = Path(train_cifar.__file__).resolve()
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
 TINY = (
-    "--data digits --model tiny --limit-train 70 --limit-test 20 --epochs 3 --batch-size 16 --interval 3 --ire-epoch 1 "
-    "--lr 0.005 --log-interval 2 "
+    "--data digits --model tiny --limit-train 70 --limit-test 20 --epochs 3 --batch-size 16 "
+    "--interval 3 --ire-epoch 1 --lr 0.005 --log-interval 2 "
 )  # 12 steps, 4 an epoch
 RUN = Path("runs/cifar")
 train_cifar.MODELS.update(
@@ -47,7 +47,7 @@ train_cifar.MODELS.update(
 )
 
 
-# ------------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -74,9 +74,12 @@ def trained(flags="", tiny=TINY):
     return out
 
 
+def tree():
+    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
+
+
 def refused(flags, *says, tiny=TINY):
     """Exit code 2, one line that says all of this, and no file was touched."""
-    tree = lambda: {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
     before = tree()
     code, _, err = cifar(flags, tiny)
     assert code == 2 and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
@@ -143,7 +146,7 @@ def data(flags=""):
     return train_cifar.Data(train_cifar.complete(train_cifar.parse(shlex.split(TINY + flags))))
 
 
-# ------------------------------------------------------------------------------------------------ models
+# -------------------------------------------------------------------------------- models
 @pytest.mark.parametrize(
     "name, count",
     {
@@ -178,7 +181,7 @@ def test_initialisation():
             assert not p.any(), name
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------ training
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_epoch_falls(optimizer):
     trained(
@@ -197,6 +200,8 @@ def test_one_epoch_falls(optimizer):
         "--optimizer sgd",
         "--optimizer sgd-ire --probe fresh --no-decay-norms --augment basic",
         "--optimizer sam-ire --base adamw --kappa-decay --warmup 1",
+        "--optimizer sam --adaptive",
+        "--optimizer sam --average",
     ),
 )
 def test_training_is_this_loop(flags):
@@ -229,13 +234,20 @@ def test_training_is_this_loop(flags):
         if c.base == "adamw"
         else torch.optim.SGD(groups, c.lr, momentum=0.9)
     )
-    opt = SAM(base, rho=c.rho) if "sam" in c.optimizer else base
+    opt = (
+        SAM(base, rho=c.rho, adaptive=c.adaptive, average=c.average)
+        if "sam" in c.optimizer
+        else base
+    )
     opt = (
         train_cifar.IRE(opt, kappa=c.kappa, gamma=c.gamma, interval=3, warmup=4)
         if "ire" in c.optimizer
         else opt
     )
-    buffers = lambda: [b.clone() for b in model.buffers()]
+
+    def buffers():
+        return [b.clone() for b in model.buffers()]
+
     for step in range(12):
         warmup = 4 * c.warmup
         lr = c.lr * (
@@ -339,7 +351,7 @@ def test_seeds_print_mean_and_error():
     assert same(checkpoint(RUN / "seed-7"), checkpoint("again"))
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# -------------------------------------------------------------------------------- resume
 @pytest.mark.parametrize(
     "flags, step",
     (
@@ -348,6 +360,7 @@ def test_seeds_print_mean_and_error():
         ("--optimizer admire --curvature second_moment --kappa-decay", 7),
         ("--optimizer adamw --model vit_tiny --augment mixup", 4),
         ("--optimizer sam", 1),
+        ("--optimizer sam-ire --average", 6),
         ("--optimizer sgd --dtype bfloat16 --augment basic", 9),
     ),
 )
@@ -382,6 +395,7 @@ def test_full_disk_while_it_writes_a_checkpoint(size, small_disk):
     )  # for one checkpoint of 650 KB, not for two; torch.save then ends with an error of its own
     code, _, err = cifar()
     assert code == 1 and err.count("\n") == 1 and "No space left" in err, err
+    assert re.search("runs/cifar/checkpoint.pt.*last good checkpoint: step 4", err), err
     assert checkpoint()["step"] == 4 and not list(RUN.glob(".*"))
 
 
@@ -468,7 +482,9 @@ def poison(opt):
         opt.param_groups[0]["params"][0].fill_(math.nan)
 
 
-@pytest.mark.parametrize("step, says", ((1, "last checkpoint: none"), (6, "last checkpoint: step 4")))
+@pytest.mark.parametrize(
+    "step, says", ((1, "last checkpoint: none"), (6, "last checkpoint: step 4"))
+)
 def test_a_loss_that_is_not_finite_stops_the_run(step, says):
     with in_step(step, poison):
         code, _, err = cifar("--optimizer sgd")
@@ -476,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(step, says):
     assert re.search(rf"step {step + 1}\b.*nan.*{says}.*--lr.*--kappa", err), err
 
 
-# ------------------------------------------------------------------------------------------------ errors: settings
+# ---------------------------------------------------------------------- errors: settings
 @pytest.mark.parametrize(
     "flags, says",
     (
@@ -516,14 +532,12 @@ def test_help_shows_every_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     code, text, err = cifar("--help", tiny="")
     assert (code, err) == (0, "")
-    for f in dataclasses.fields(train_cifar.Config):
-        line = re.search(rf"^  --{f.name.replace('_', '-')}[ ,].*(\n    .*)*", text, re.M).group()
+    cases = (train_cifar.SUITED | train_cifar.PRESETS).values()
+    for name, default in train_cifar.DEFAULTS.items():
+        line = re.search(rf"^  --{name.replace('_', '-')}[ ,].*(\n    .*)*", text, re.M).group()
         shown = line.rpartition("(default ")[2].split(")")[0]
-        values = [
-            value
-            for value in f.metadata["cases"].values()
-            if value is not None and not callable(value)
-        ]
+        values = [default] if default is not None else []
+        values += [row[name] for row in cases if name in row]
         assert shown and all(str(value) in shown for value in values), line
 
 
@@ -532,7 +546,7 @@ def test_a_missing_package_is_named(monkeypatch):
     refused("", "pip install scikit-learn")
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------- data
 def batch(n, classes, seed, key):
     rng = np.random.default_rng(seed)
     return {
@@ -543,12 +557,12 @@ def batch(n, classes, seed, key):
 
 def unpacked(name="cifar10", n=20):
     archive = train_cifar.CIFAR[name]
-    (Path("data") / folder).mkdir(parents=True)
-    for i, file in enumerate(names):
-        (Path("data") / folder / file).write_bytes(
-            pickle.dumps(batch(n, classes, i, key), protocol=2)
-        )
-    return Path("data") / folder
+    folder = Path("data") / archive.folder
+    folder.mkdir(parents=True)
+    for i, file in enumerate(archive.files):
+        content = batch(n, archive.classes, i, archive.labels)
+        (folder / file).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
 
 
 def official(monkeypatch, name="cifar10"):
@@ -558,9 +572,8 @@ def official(monkeypatch, name="cifar10"):
         tar.add(folder, folder.name)
     content = Path("made.tar.gz").read_bytes()
     shutil.rmtree(folder)
-    monkeypatch.setitem(
-        train_cifar.CIFAR, name, (entry[0], hashlib.sha256(content).hexdigest(), *entry[2:])
-    )
+    made = dataclasses.replace(archive, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(train_cifar.CIFAR, name, made)
     return content
 
 
@@ -571,10 +584,10 @@ def load(name="cifar10"):
 @pytest.mark.parametrize("name, classes", (("cifar10", 10), ("cifar100", 100)))
 def test_folder_and_archive_hold_the_same(name, classes, monkeypatch):
     content = official(monkeypatch, name)
-    (Path("data") / train_cifar.CIFAR[name][0]).write_bytes(content)
+    (Path("data") / train_cifar.CIFAR[name].name).write_bytes(content)
     packed = load(name)
     folder = unpacked(name)
-    (train, test), files = zip(*load(name)[:2]), train_cifar.CIFAR[name][3]
+    files = train_cifar.CIFAR[name].files
     assert packed[2] == classes
     for a, b in zip(itertools.chain(*packed[:2]), itertools.chain(*load(name)[:2])):
         assert np.array_equal(a, b)
@@ -586,21 +599,13 @@ def test_folder_and_archive_hold_the_same(name, classes, monkeypatch):
     assert np.array_equal(x[3], raw.reshape(3, 32, 32).transpose(1, 2, 0)) and y[3] == 3
 
 
+COUNTS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # of the ten digits
+
+
 def test_class_counts():
     (_, y), (_, test_y), classes = train_cifar.load_digits()
     assert classes == 10 and len(y) + len(test_y) == 1797
-    assert np.bincount(np.concatenate((y, test_y))).tolist() == [
-        178,
-        182,
-        177,
-        183,
-        181,
-        182,
-        181,
-        179,
-        174,
-        180,
-    ]
+    assert np.bincount(np.concatenate((y, test_y))).tolist() == COUNTS
     assert len(test_y) == 360 and np.bincount(test_y).min() > 25
     pictures = data("--limit-train 1437")
     x = pictures.normalized(pictures.x)
@@ -615,6 +620,7 @@ def test_class_counts():
         ("empty", "3"),
         ("shape", "3.*3072"),
         ("labels", "3.*0 to 9"),
+        ("float", "3.*whole labels"),
     ),
 )
 def test_wrong_folder(damage, says):
@@ -623,6 +629,7 @@ def test_wrong_folder(damage, says):
     bad = {
         "cut": path.read_bytes()[:1000],
         "empty": b"",
+        "float": pickle.dumps(good | {b"labels": [1.5] * 20}, protocol=2),
         "labels": pickle.dumps(good | {b"labels": [10] * 20}, protocol=2),
         "shape": pickle.dumps(good | {b"data": good[b"data"][:, :100]}, protocol=2),
     }
@@ -719,7 +726,7 @@ def test_no_network():
     )
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
+# -------------------------------------------------------------------------- augmentation
 @pytest.mark.parametrize("kind", ("none", "shift", "basic", "cutout", "mixup"))
 def test_a_batch_is_a_function_of_seed_and_step(kind):
     a, b, other = (
@@ -768,7 +775,7 @@ def test_shift_and_flip_by_hand():
     assert holes.max() == 3 * 256 and holes.min() >= 3 * 64
 
 
-# ------------------------------------------------------------------------------------------------ sharpness
+# ----------------------------------------------------------------------------- sharpness
 @pytest.mark.parametrize(
     "norm, hessian",
     ((nn.Identity, torch.func.hessian), (nn.BatchNorm1d, torch.autograd.functional.hessian)),
@@ -827,7 +834,7 @@ def test_sharpness_of_a_run(model):
     assert same(checkpoint(), checkpoint("without"))
 
 
-# ------------------------------------------------------------------------------------------------ ranks
+# --------------------------------------------------------------------------------- ranks
 def test_two_ranks():
     """The same batches, so the same weights within float error. The labels of the probe are each rank's own: kappa is 0."""
     flags = (
@@ -858,3 +865,160 @@ def test_two_ranks():
         torch.testing.assert_close(two["model"][name], w, rtol=1e-3, atol=1e-5, msg=name)
     for a, b in zip(log("one"), log("two"), strict=True):
         assert a == pytest.approx(b, rel=1e-2)
+
+
+# -------------------------------------------------------------------------------- second edition
+def settings(**typed):
+    return train_cifar.complete(train_cifar.Config(**typed))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, compiles",
+    (((6, 1), "float16", False), ((7, 5), "float16", True), ((8, 0), "bfloat16", True)),
+)
+def test_dtype_and_compile_by_capability(capability, dtype, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(train_cifar, "compiler_error", lambda device: "")
+    for optimizer in OPTIMIZERS:
+        c = settings(optimizer=optimizer)
+        sam_without_scaler = optimizer.startswith("sam") and dtype == "float16"
+        assert (c.device, c.compile) == ("cuda", compiles)
+        assert c.dtype == ("float32" if sam_without_scaler else dtype)
+        assert (c.sharpness_images, c.sharpness_probes, c.sharpness_products) == (1024, 16, 60)
+
+
+def test_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(train_cifar, "compiler_error", lambda device: "no C++ compiler")
+    refused("--compile", "--compile.*no C.. compiler")
+    monkeypatch.setattr(train_cifar, "abilities", lambda device: ("float32", True))
+    assert not settings().compile
+    assert capsys.readouterr().err.count("no C++ compiler") == 1
+
+
+def test_presets_and_what_suits():
+    c = settings(preset="quick")
+    assert (c.model, c.epochs, c.ire_epoch, c.batch_size, c.lr) == ("resnet8", 8, 4, 64, 0.1)
+    assert settings(preset="quick", model="vit_t").optimizer == "admire"
+    vit, digits = settings(model="vit_t", epochs=30), settings(data="digits", model="vit_t")
+    assert (vit.augment, vit.lr, vit.base, vit.warmup) == ("mixup", 1e-3, "adamw", 3)
+    assert (digits.augment, digits.lr, digits.epochs) == ("shift", 1e-3, 10)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--optimizer sgd --adaptive", "--adaptive"),
+        ("--average", "--average"),
+        ("--optimizer sam --average --adaptive", "--average.*--adaptive"),
+        ("--batch-size 1000000000000", "--batch-size.*2.20"),
+        ("--lr 1e308", "--lr.*1e9"),
+        ("--epochs " + "9" * 400, "--epochs"),
+        ("--seeds 2 --resume --out nowhere", "--out.*nowhere.*seed-0"),
+    ),
+)
+def test_more_wrong_settings(flags, says):
+    refused(flags, says)
+
+
+def test_constant_rate_and_best_accuracy():
+    trained("--schedule constant --warmup 1")
+    assert {r["lr"] for r in log(key="lr") if r["step"] >= 4} == {0.005}
+    tests = log(key="test_acc")
+    for i, r in enumerate(tests, 1):
+        assert r["best_acc"] == max(t["test_acc"] for t in tests[:i])
+
+
+def test_checkpoints_are_not_of_every_epoch():
+    trained("--checkpoint-interval 2 --out some")
+    assert checkpoint("some")["step"] == 12 and settings(epochs=200).checkpoint_interval == 10
+    with in_step(11, poison):
+        _, _, err = cifar("--checkpoint-interval 2")
+    assert "last checkpoint: step 8" in err
+
+
+@pytest.mark.parametrize(
+    "error", (torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory"), MemoryError())
+)
+def test_out_of_memory(error, monkeypatch):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(train_cifar, "train_step", fail)
+    code, _, err = cifar()
+    assert code == 1 and err.count("\n") == 1 and "out of memory: lower --batch-size" in err
+
+
+@pytest.mark.parametrize("content", (b'{"step": 4}\nno json\n\xff\n{"st', None))
+def test_a_broken_log_does_not_stop_a_resume(content):
+    stopped("", 7)
+    (RUN / "log.jsonl").unlink()
+    if content:
+        (RUN / "log.jsonl").write_bytes(content)
+    trained("--resume --device auto", tiny="")
+    assert [r["step"] for r in log()] == [4, 8, 10, 12][0 if content else 1 :]
+
+
+def test_signals_outside_of_steps(monkeypatch):
+    trace = train_cifar.hessian_trace
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return trace(*args)
+
+    monkeypatch.setattr(train_cifar, "hessian_trace", interrupted)
+    code, _, err = cifar("--sharpness --sharpness-images 16")
+    assert (code, err.count("\n")) == (143, 1) and "--resume --sharpness" in err
+    monkeypatch.setattr(train_cifar, "load_digits", lambda: signal.raise_signal(signal.SIGINT))
+    code, _, err = cifar("--out other")
+    assert (code, err) == (130, "train_cifar.py: stopped\n")
+
+
+def test_messages(monkeypatch, tmp_path):
+    trained("--seeds 2 --epochs 2")
+    refused("--resume", "runs/cifar is of --seeds: add --seeds 2.*seed-0", tiny="")
+    code, _, err = cifar("--resume --out runs/cifar/seed-0 --lr nan", tiny="")
+    assert code == 2
+    path = RUN / "seed-0/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["model"].popitem()
+    torch.save(saved, path)
+    refused("--resume --out runs/cifar/seed-0", "--resume: model.*does not fit", tiny="")
+    torch.save({"model": Evil()}, path)
+    refused("--resume --out runs/cifar/seed-0", "no file of tensors", tiny="")
+    _, _, err = cifar("--resume --out runs/cifar/seed-0", tiny="")
+    assert "weights_only" not in err and not Path("evil").exists()
+    monkeypatch.setattr(train_cifar, "RANK", 1)
+    _, _, err = cifar("--resume --out nowhere", tiny="")
+    assert err.startswith("train_cifar.py: rank 1: --resume: nowhere/checkpoint.pt")
+    copy = shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run([sys.executable, "-I", copy], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "ire.py" in done.stderr
+
+
+@pytest.mark.parametrize("products", (1, 2, 4))
+def test_lanczos_keeps_to_its_products(products):
+    A = torch.randn(12, 12, dtype=torch.float64)
+    H, x, ticks = A + A.T, torch.zeros(12, dtype=torch.float64, requires_grad=True), []
+    largest, residual = train_cifar.largest_eigenvalue(
+        [lambda: x @ H @ x / 2], [x], 1e-9, products, tick=lambda: ticks.append(1)
+    )
+    assert len(ticks) == products
+    assert (torch.linalg.eigvalsh(H) - largest).abs().min() <= residual < 100
+
+
+def test_sharpness_is_of_true_float32(monkeypatch):
+    seen = []
+
+    def look(*args):
+        precision = torch.get_float32_matmul_precision()
+        seen.append((precision, torch.backends.cudnn.allow_tf32))
+        return 0.0, 0.0
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(train_cifar, "hessian_trace", look)
+    c = settings(data="digits", model="tiny", limit_train=70, sharpness_images=16, batch_size=16)
+    pictures = train_cifar.Data(c)
+    train_cifar.sharpness(train_cifar.make_model(c, 10), pictures, c)
+    assert seen == [("highest", False)]
+    assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
