@@ -856,7 +856,8 @@ class Run:
     c: Config
     data: Data
     model: nn.Module
-    forward: nn.Module  # the model, or DDP around it
+    compiled: nn.Module  # the same weights, where --compile is on
+    forward: nn.Module  # compiled, or DDP around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
@@ -991,13 +992,13 @@ def set_up(c, data):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(c.deterministic)
     torch.backends.cudnn.benchmark = not c.deterministic
-    model = forward = make_model(c, data.classes)
-    if c.compile:
-        model.compile()  # in place: names of weights stay, and tests are compiled too
+    model = make_model(c, data.classes)
+    compiled = torch.compile(model) if c.compile else model
+    forward = compiled
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(model)
+        forward = nn.parallel.DistributedDataParallel(compiled)
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-    return Run(c, data, model, forward, make_optimizer(model, c), scaler)
+    return Run(c, data, model, compiled, forward, make_optimizer(model, c), scaler)
 
 
 def restore(run):
@@ -1128,7 +1129,7 @@ def loop(run, record, caught):
 
 
 def test(run):
-    values = evaluate(run.model, run.data, run.c)
+    values = evaluate(run.compiled, run.data, run.c)
     check_finite(run, [values["test_loss"]])
     run.best_acc = max(run.best_acc, values["test_acc"])
     return values | {"best_acc": run.best_acc}
@@ -1247,13 +1248,14 @@ def true_float32():
 
 def sharpness(model, data, c, tick=None):
     """Trace and largest eigenvalue of the Hessian of the training loss, in float32, of pictures
-    that are not augmented; batch norm takes each batch's statistics."""
+    that are not augmented; batch norm takes each batch's statistics. The model is not a compiled
+    one, which has no second derivative."""
     images = min(c.sharpness_images, len(data.x))
     size = min(c.batch_size, images)
     images -= images % size  # whole batches
 
-    def loss(x, y):  # forward: a compiled model has no second derivative
-        logits = model.forward(data.normalized(x))
+    def loss(x, y):
+        logits = model(data.normalized(x))
         return F.cross_entropy(logits, y, label_smoothing=c.label_smoothing)
 
     batches = zip(data.x[:images].split(size), data.y[:images].split(size), strict=True)

@@ -185,7 +185,8 @@ def test_initialisation():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_epoch_falls(optimizer):
     trained(
-        f"--optimizer {optimizer} --limit-train 480 --epochs 1 --ire-epoch 0 --lr {0.003 if 'ad' in optimizer else 0.05} "
+        f"--optimizer {optimizer} --limit-train 480 --epochs 1 --ire-epoch 0 "
+        f"--lr {0.003 if 'ad' in optimizer else 0.05} "
         f"--log-interval 1"
     )
     losses = [r["train_loss"] for r in log(key="train_loss")]
@@ -661,7 +662,7 @@ def test_corrupt_archive(monkeypatch):
 
 @contextlib.contextmanager
 def server(content, drops, ranges=True):
-    """Serves content, breaking each of the first `drops` connections half-way; the Range headers it saw."""
+    """Serves content, breaking the first `drops` connections half-way; the Range headers it saw."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -781,7 +782,8 @@ def test_shift_and_flip_by_hand():
     ((nn.Identity, torch.func.hessian), (nn.BatchNorm1d, torch.autograd.functional.hessian)),
 )
 def test_sharpness_against_the_exact_hessian(norm, hessian):
-    """Of a batch norm in training torch.func's Hessian is wrong (not even symmetric; torch 2.13), torch.autograd's is right."""
+    """Of a batch norm in training torch.func's Hessian is wrong (not even symmetric; torch 2.13),
+    torch.autograd's is right."""
     model = nn.Sequential(nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 3)).double()
     x, y = torch.randn(2, 32, 4, dtype=torch.float64), torch.randint(3, (2, 32))
     params = dict(model.named_parameters())
@@ -819,14 +821,15 @@ def test_sharpness_against_the_exact_hessian(norm, hessian):
 
 @pytest.mark.parametrize("model", ("tiny", "vit_tiny"))
 def test_sharpness_of_a_run(model):
-    flags = f"--model {model} --sharpness --sharpness-images 16 --sharpness-probes 2 --epochs 2 --augment basic"
+    flags = f"--model {model} --sharpness --sharpness-images 16 --sharpness-probes 2 --epochs 2 "
+    flags += "--augment basic"
     out = trained(flags)
     last = log()[-1]
     assert last["trace_error"] > 0 and last["sharpness_images"] == 16
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
     assert (
-        f"trace {last['trace']:.4g}  trace_error {last['trace_error']:.4g}  lambda_max {last['lambda_max']:.4g}"
-        in out
+        f"trace {last['trace']:.4g}  trace_error {last['trace_error']:.4g}  "
+        f"lambda_max {last['lambda_max']:.4g}" in out
     )
     trained(
         flags.replace(" --sharpness ", " ") + " --out without"
@@ -836,9 +839,11 @@ def test_sharpness_of_a_run(model):
 
 # --------------------------------------------------------------------------------- ranks
 def test_two_ranks():
-    """The same batches, so the same weights within float error. The labels of the probe are each rank's own: kappa is 0."""
+    """The same batches, so the same weights within float error. The labels of the probe are each
+    rank's own: kappa is 0."""
     flags = (
-        "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 --optimizer sam-ire "
+        "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 "
+        "--optimizer sam-ire "
         "--base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic "
     )
     command = [
