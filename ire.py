@@ -302,8 +302,7 @@ class IRE(_Wrapper):
             new = [_piece(*x) for x in where]
             parts = step.split([p.numel() for p in new])
             back = [x.view_as(p) for x, p in zip(parts, new, strict=True)]
-            masks = [_piece(self._mask_as(p), *at).reshape(-1) for p, *at in where]
-            factor = torch.cat(masks) if len(masks) > 1 else masks[0]
+            factor = _joined([_piece(self._mask_as(p), *at) for p, *at in where])
             if factor.dtype == torch.bool:
                 factor = factor.view(torch.uint8)  # multiplies faster
             torch._foreach_sub_(back, new)
@@ -328,8 +327,9 @@ class IRE(_Wrapper):
                 f"after step {self._t}: are the gradients averaged? DDP does that once a forward "
                 "pass, so the probe wants one of its own",
             )
+        t = self._t
         for group in self.param_groups:
-            group["ire_step"] += 1
+            group["ire_step"] = t + 1
 
     def _second_moments(self):
         """{p: exp_avg_sq}. Raises ValueError where a parameter that IRE amplifies has none."""
@@ -400,7 +400,7 @@ class IRE(_Wrapper):
             if key in masks:
                 shape = tuple(masks[key].shape)
                 _require(shape == tuple(p.shape), "flat", shape, f"of {tuple(p.shape)}, as p is")
-                self.masks[p] = torch.empty_like(p, dtype=torch.bool).copy_(masks[key])
+                self.masks[p] = torch.empty_like(p, dtype=masks[key].dtype).copy_(masks[key])
 
     def _keys(self, saved):
         """[(p, its key in a saved state)]"""
@@ -670,19 +670,19 @@ def _histogram(floats, shift, prefix, tensors):
     ints = torch.int64 if floats == torch.float64 else torch.int32
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensors[0].device)
     for where in _batches(tensors):
-        x = torch.cat([_piece(*at).reshape(-1) for at in where])
+        x = _joined([_piece(*at) for at in where])
         x = x.abs() if x.is_complex() else x
-        x = x.to(floats).view(ints) & torch.iinfo(ints).max  # without the sign
+        digits = (x.to(floats).view(ints) & torch.iinfo(ints).max) >> shift  # without the sign
         if prefix is not None:
-            x = x[x >> (shift + 16) == prefix]
-        counts += _bincount(x >> shift & 0xFFFF).to(counts.device)
+            digits = digits[digits >> 16 == prefix] & 0xFFFF
+        counts += _bincount(digits).to(counts.device)
     return counts
 
 
 def _bincount(digits):
-    if digits.is_cpu:
+    if not digits.is_cuda:
         return torch.bincount(digits, minlength=1 << 16)
-    # On a GPU that waits twice for the device; and the many zeros would queue for one counter.
+    # There it waits twice for the device, and the many zeros would queue for one counter.
     live = digits[digits != 0]
     one = torch.ones((), dtype=torch.int64, device=digits.device)
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=digits.device)
@@ -796,6 +796,12 @@ def _piece(x, start, stop):
     return x if line is None else line[start:stop]
 
 
+def _joined(pieces):
+    """Pieces in one dimension; a view where there is but one."""
+    lines = [x.reshape(-1) for x in pieces]
+    return torch.cat(lines) if len(lines) > 1 else lines[0]
+
+
 def _in_a_line(x):
     """A view of x in one dimension, in the order of its memory; None where that has gaps."""
     if x.is_contiguous():
@@ -890,7 +896,7 @@ def _check_alike(values, spreads, device, problem):
 
 # ------------------------------------------------------------------------------------ arguments
 def _is_finite(x):
-    return isinstance(x, numbers.Real) and math.isfinite(x)
+    return isinstance(x, (numbers.Real, torch.Tensor)) and math.isfinite(x)
 
 
 def _require(good, name, value, allowed):
