@@ -1,16 +1,25 @@
 """Evidence and speed of train_cifar.py.
 
-    python ../shared/data/unpack_cifar10.py DIR                    # CIFAR-10, JPEG copy; or the official archive in DIR
-    python benchmarks/cifar.py evidence --data-dir DIR             # writes results/cifar-jpeg.json and .png
-    python benchmarks/cifar.py evidence --data-dir DIR --minutes 3 # some of it; the next call goes on
-    python benchmarks/cifar.py speed --data-dir DIR                # beside a plain loop; writes results/cifar-speed-cpu.json
+    python ../shared/data/unpack_cifar10.py DIR     # CIFAR-10, JPEG copy; or the official archive
+    python benchmarks/cifar.py quick --data-dir DIR           # results/cifar-quick.json and .png
+    python benchmarks/cifar.py quick --data-dir DIR --minutes 3    # some; the next call goes on
+    python benchmarks/cifar.py evidence --data-dir DIR        # ResNet-56; results/cifar-jpeg.json
+    python benchmarks/cifar.py map --data-dir DIR             # results/cifar-map.json and .png
+    python benchmarks/cifar.py speed --data-dir DIR           # results/cifar-speed-cpu.json
 
-Evidence: ResNet-56 on 2,000 training pictures, 5 epochs, bfloat16. SGD and SAM get four learning rates each; SGD-IRE and
-SAM-IRE get four pairs (kappa, gamma) at their base's best one. The best trial is that with the highest accuracy on 2,000
-held-out training pictures, seed 0; it runs with three seeds, and those are tested on the test set. Tr(Hessian) is the training
-loss's on 128 training pictures.
+quick: `--preset quick` on 5,000 training pictures. SGD and SAM get five learning rates each;
+SGD-IRE and SAM-IRE five pairs (ire_epoch, kappa) at their base's best one. evidence: ResNet-56 on
+2,000, 5 epochs, four trials each. The best trial is that with the highest accuracy on 2,000
+held-out training pictures, seed 0; it runs with three seeds, and those are tested on the test set.
+Tr(Hessian) is the training loss's on 128 training pictures.
+map: SAM-IRE at quick over kappa (0 is SAM) and gamma, with a decayed and a constant learning rate.
+speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
+
 import argparse
+import dataclasses
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -22,114 +31,277 @@ from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import train_cifar
 from step import environment, write_report
 
-SETTINGS = dict(data="cifar10", model="resnet56", limit_train=2000, epochs=5, batch_size=32, ire_epoch=3, dtype="bfloat16",
-                device="cpu", eval_interval=100)
-TRIALS = {"sgd": [dict(lr=lr) for lr in (0.005, 0.01, 0.02, 0.05)], "sam": [dict(lr=lr) for lr in (0.005, 0.01, 0.02, 0.05)],
-          "sgd-ire": [dict(kappa=k, gamma=g) for k, g in ((1, 0.9), (2, 0.8), (4, 0.8), (4, 0.9))],
-          "sam-ire": [dict(kappa=k, gamma=g) for k, g in ((1, 0.9), (2, 0.8), (4, 0.8), (4, 0.9))]}
+import train_cifar
+
+PAIRS = [dict(kappa=k, gamma=g) for k, g in ((1, 0.9), (2, 0.8), (4, 0.8), (4, 0.9))]
+RATES = [dict(lr=lr) for lr in (0.005, 0.01, 0.02, 0.05)]
+QUICK_PAIRS = [
+    dict(ire_epoch=e, kappa=k) for e, k in ((4, 1.0), (4, 4.0), (2, 2.0), (2, 1.0), (2, 4.0))
+]
+QUICK_RATES = [dict(lr=lr) for lr in (0.05, 0.1, 0.2, 0.4, 0.8)]
+STUDIES = {
+    "evidence": dict(
+        file="cifar-jpeg",
+        settings=dict(
+            data="cifar10",
+            model="resnet56",
+            limit_train=2000,
+            epochs=5,
+            batch_size=32,
+            ire_epoch=3,
+            dtype="bfloat16",
+            device="cpu",
+            eval_interval=100,
+        ),
+        trials={"sgd": RATES, "sam": RATES, "sgd-ire": PAIRS, "sam-ire": PAIRS},
+    ),
+    "quick": dict(
+        file="cifar-quick",
+        settings=dict(preset="quick", limit_train=5000, device="cpu", eval_interval=100),
+        trials={
+            "sgd": QUICK_RATES,
+            "sgd-ire": QUICK_PAIRS,
+            "sam": QUICK_RATES,
+            "sam-ire": QUICK_PAIRS,
+        },
+    ),
+}
+STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"limit_test": 2000}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
 SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
+QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
+KAPPAS, GAMMAS, SCHEDULES = (0.0, 1.0, 2.0, 4.0, 8.0), (0.5, 0.7, 0.8, 0.9), ("cosine", "constant")
 
 
-def trials(runs, optimizer):
+def trials(study, runs, optimizer):
     """The settings to try, each a dict."""
-    base = {"lr": best(runs, BASE[optimizer])["lr"]} if optimizer in BASE else {}
-    return [base | trial for trial in TRIALS[optimizer]]
+    base = {"lr": best(study, runs, BASE[optimizer])["lr"]} if optimizer in BASE else {}
+    return [base | trial for trial in study["trials"][optimizer]]
 
 
-def best(runs, optimizer):
+def best(study, runs, optimizer):
     """The settings of the trial with the highest held-out accuracy."""
-    done = [r for r in runs if r["optimizer"] == optimizer and r["seed"] == 0 and r["settings"] in trials(runs, optimizer)]
+    done = [
+        r
+        for r in runs
+        if r["optimizer"] == optimizer
+        and r["seed"] == 0
+        and r["settings"] in trials(study, runs, optimizer)
+    ]
     return max(done, key=lambda r: r["val_acc"])["settings"]
 
 
 def trace(c):
     """Tr(Hessian) of a finished run's training loss and its standard error."""
     c = train_cifar.complete(c)
-    data, saved = train_cifar.Data(c), train_cifar.load_checkpoint(c.out)
-    model = train_cifar.MODELS[c.model](data.classes)
-    model.load_state_dict(saved["model"])
-    losses = [lambda x=data.normalized(x), y=y: cross_entropy(model(x), y, label_smoothing=c.label_smoothing)
-              for x, y in zip(data.x[:PICTURES].split(c.batch_size), data.y[:PICTURES].split(c.batch_size))]
-    with train_cifar.frozen_batch_norm(model):
-        return train_cifar.hessian_trace(losses, list(model.parameters()), PROBES)
+    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 2
+    data = train_cifar.Data(c)
+    model = train_cifar.make_model(c, data.classes)
+    model.load_state_dict(train_cifar.load_checkpoint(c.out)["model"])
+    values = train_cifar.sharpness(model, data, c)
+    return values["trace"], values["trace_error"]
 
 
-def plan(runs):
+def plan(study, runs):
     """What to do next: (optimizer, settings, seed), or None when all is done."""
     done = [(r["optimizer"], r["settings"], r["seed"]) for r in runs]
-    for optimizer in TRIALS:
-        for trial in trials(runs, optimizer):
+    for optimizer in study["trials"]:
+        for trial in trials(study, runs, optimizer):
             if (optimizer, trial, 0) not in done:
                 return optimizer, trial, 0
     for seed in SEEDS[1:]:
-        for optimizer in TRIALS:
-            if (optimizer, best(runs, optimizer), seed) not in done:
-                return optimizer, best(runs, optimizer), seed
+        for optimizer in study["trials"]:
+            own = best(study, runs, optimizer)
+            if (optimizer, own, seed) not in done:
+                return optimizer, own, seed
+    return None
+
+
+def config(args, optimizer, own, seed, **more):
+    """The settings of a run, which goes on if it was stopped."""
+    name = "-".join(map(str, (optimizer, seed, *own.values())))
+    out = args.scratch / args.what / name
+    return train_cifar.Config(
+        **STUDIES[args.what]["settings"],
+        **own,
+        **more,
+        optimizer=optimizer,
+        seed=seed,
+        data_dir=str(args.data_dir),
+        out=str(out),
+        resume=(out / "checkpoint.pt").exists(),
+    )
 
 
 def evidence(args):
-    file = args.file or ROOT / "results/cifar-jpeg.json"
+    study = STUDIES[args.what]
+    file = args.file or ROOT / f"results/{study['file']}.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     start = time.monotonic()
-
-    def save(**more):
-        write_report({"command": "python benchmarks/cifar.py evidence", "environment": environment("cpu"), "settings": SETTINGS,
-                      "pictures": "CIFAR-10, each through JPEG once", "trace_pictures": PICTURES, **more, "runs": runs}, file)
-
     while time.monotonic() - start < 60 * args.minutes:
-        task = plan(runs)
+        task, table = plan(study, runs), {}
+        rows = []
         if task:
-            optimizer, own, seed = task
-            out = args.scratch / f"{optimizer}-{seed}-{'-'.join(map(str, own.values()))}"
-            c = train_cifar.Config(**SETTINGS, **own, optimizer=optimizer, seed=seed, data_dir=str(args.data_dir), out=str(out),
-                                   holdout=5000, limit_test=2000, resume=(out / "checkpoint.pt").exists())
-            r = train_cifar.train(c)
-            runs.append({"optimizer": optimizer, "settings": own, "seed": seed, "val_acc": r["test_acc"],
-                         "train_loss": r["train_loss"], "seconds": r["seconds"]})
-            save()
-            continue
-        rows = [r for r in runs if r["settings"] == best(runs, r["optimizer"])]
-        for r in (r for r in rows if "test_acc" not in r):
-            out = args.scratch / f"{r['optimizer']}-{r['seed']}-{'-'.join(map(str, r['settings'].values()))}"
-            c = train_cifar.Config(**SETTINGS, **r["settings"], optimizer=r["optimizer"], seed=r["seed"], out=str(out),
-                                   data_dir=str(args.data_dir), resume=True)
-            r["test_acc"] = train_cifar.train(c)["test_acc"]
-            r["trace"], r["trace_error"] = trace(c)
-            save()
-            break
+            runs.append(trained(args, *task))
         else:
-            table = {o: {key: train_cifar.mean_and_error([r[key] for r in rows if r["optimizer"] == o])
-                         for key in ("test_acc", "train_loss", "trace")} | {"settings": best(runs, o)} for o in TRIALS}
-            value = {(r["optimizer"], r["seed"]): r for r in rows}
-            for o, base in BASE.items():  # the same weights and batches until IRE switches on
-                gain = lambda key: train_cifar.mean_and_error([value[o, s][key] - value[base, s][key] for s in SEEDS])
-                table[o]["less_base"] = {key: gain(key) for key in ("test_acc", "train_loss", "trace")}
-            save(table=table)
-            print(f"\n{'':10}{'test accuracy (%)':>20}{'training loss':>20}{'Tr(Hessian)':>18}   (mean +- standard error)")
-            for o, row in table.items():
-                print(f"{o:10}{row['test_acc'][0]:12.2f} +- {row['test_acc'][1]:4.2f}{row['train_loss'][0]:12.4f} +- "
-                      f"{row['train_loss'][1]:.4f}{row['trace'][0]:10.1f} +- {row['trace'][1]:4.1f}   {row['settings']}")
-            for o, base in BASE.items():
-                gains = [f"{key} {mean:+.4g} +- {error:.2g}" for key, (mean, error) in table[o]["less_base"].items()]
-                print(f"{o} less {base}, seed by seed: {', '.join(gains)}")
-            return draw(rows, table, file.with_suffix(".png"))
+            rows = [r for r in runs if r["settings"] == best(study, runs, r["optimizer"])]
+            untested = [r for r in rows if "test_acc" not in r]
+            if untested:
+                untested[0].update(tested(args, untested[0]))
+            else:
+                table = summary(study, runs, rows)
+        report = {
+            "command": f"python benchmarks/cifar.py {args.what}",
+            "environment": environment("cpu"),
+            "settings": train_cifar.PRESETS[study["settings"].get("preset", "paper")]
+            | study["settings"],
+            "pictures": "CIFAR-10, each through JPEG once",
+            "trace_pictures": PICTURES,
+        }
+        report |= {"table": table} if table else {}
+        write_report(report | {"runs": runs}, file)
+        if table:
+            show(table)
+            draw(rows, table, file.with_suffix(".png"))
+            return
     print(f"{len(runs)} runs, {sum('trace' in r for r in runs)} traces; the same command goes on")
+
+
+def trained(args, optimizer, own, seed):
+    """A run, judged by held-out training pictures."""
+    r = train_cifar.train(config(args, optimizer, own, seed, holdout=5000, limit_test=2000))
+    result = {"val_acc": r["test_acc"], "train_loss": r["train_loss"], "seconds": r["seconds"]}
+    return {"optimizer": optimizer, "settings": own, "seed": seed} | result
+
+
+def tested(args, r):
+    """The same run on the test set."""
+    c = config(args, r["optimizer"], r["settings"], r["seed"], holdout=0, limit_test=10_000)
+    accuracy = train_cifar.train(c)["test_acc"]
+    value, error = trace(c)
+    return {"test_acc": accuracy, "trace": value, "trace_error": error}
+
+
+def summary(study, runs, rows):
+    """Mean and standard error by optimizer, and of IRE less its base, seed by seed: they share
+    weights and batches until IRE switches on."""
+    value = {(r["optimizer"], r["seed"]): r for r in rows}
+    table = {}
+    for optimizer in study["trials"]:
+        table[optimizer] = {"settings": best(study, runs, optimizer)}
+        for key in QUANTITIES:
+            values = [value[optimizer, seed][key] for seed in SEEDS]
+            table[optimizer][key] = train_cifar.mean_and_error(values)
+    for optimizer, base in BASE.items():
+        table[optimizer]["less_base"] = {}
+        for key in QUANTITIES:
+            gains = [value[optimizer, seed][key] - value[base, seed][key] for seed in SEEDS]
+            table[optimizer]["less_base"][key] = train_cifar.mean_and_error(gains)
+    return table
+
+
+def show(table):
+    for optimizer, row in table.items():
+        for label, values in ((optimizer, row), ("  less its base", row.get("less_base", {}))):
+            texts = [
+                f"{key} {values[key][0]:.4g} +- {values[key][1]:.2g}"
+                for key in QUANTITIES
+                if key in values
+            ]
+            if texts:
+                print(f"{label:16}{'   '.join(texts)}   {values.get('settings', '')}")
+
+
+def heat_map(args):
+    """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
+    study = STUDIES["map"]
+    file = args.file or ROOT / "results/cifar-map.json"
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    cells = [
+        {"kappa": kappa, "gamma": gamma, "schedule": schedule}
+        for schedule in SCHEDULES
+        for kappa in KAPPAS
+        for gamma in (GAMMAS if kappa else GAMMAS[-1:])  # without kappa gamma does nothing
+    ]
+    start = time.monotonic()
+    for seed, own in itertools.product(SEEDS[:2], cells):
+        if time.monotonic() - start > 60 * args.minutes:
+            break
+        if not any((r["settings"], r["seed"]) == (own, seed) for r in runs):
+            runs.append({"settings": own, "seed": seed} | cell(args, own, seed))
+            report = {
+                "command": "python benchmarks/cifar.py map",
+                "environment": environment("cpu"),
+                "settings": train_cifar.PRESETS["quick"] | study["settings"],
+                "pictures": "CIFAR-10, each through JPEG once",
+                "trace_pictures": PICTURES,
+                "planned": 2 * len(cells),
+            }
+            write_report(report | {"runs": runs}, file)
+    draw_map(runs, file.with_suffix(".png"))
+    print(f"{len(runs)} of {2 * len(cells)} runs; the same command goes on")
+
+
+def cell(args, own, seed):
+    """One run of the map; a run that diverges is a result too."""
+    c = config(args, "sam-ire", own, seed)
+    try:
+        r = train_cifar.train(c)
+    except train_cifar.Halt as e:
+        if e.code != 1:
+            raise
+        return {"diverged": str(e)}
+    value, error = trace(dataclasses.replace(c, resume=True))
+    result = {key: r[key] for key in ("test_acc", "train_loss", "seconds")}
+    return result | {"trace": value, "trace_error": error}
+
+
+def draw_map(runs, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {"trace": "Tr(Hessian)", "train_loss": "training loss", "test_acc": "test accuracy, %"}
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for row, schedule in zip(axes, SCHEDULES, strict=True):
+        for ax, (key, label) in zip(row, labels.items(), strict=True):
+            values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]
+            figure.colorbar(ax.imshow(values, origin="lower", aspect="auto"), ax=ax)
+            ax.set_xticks(range(len(KAPPAS)), KAPPAS)
+            ax.set_yticks(range(len(GAMMAS)), GAMMAS)
+            ax.set(title=f"{label}, {schedule} lr", xlabel="kappa (0 is SAM)", ylabel="gamma")
+    figure.savefig(path, dpi=110)
+
+
+def mean_of(runs, key, kappa, gamma, schedule):
+    """Over the seeds of a cell; NaN is not measured, or diverged."""
+    own = {"kappa": kappa, "gamma": gamma if kappa else GAMMAS[-1], "schedule": schedule}
+    found = [r[key] for r in runs if key in r and r["settings"] == own]
+    return statistics.mean(found) if found else float("nan")
 
 
 def draw(rows, table, path):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
-    for ax, key, label in zip(axes, ("test_acc", "trace"), ("test accuracy (%)", "Tr(Hessian) of the training loss")):
+    labels = {"test_acc": "test accuracy (%)", "trace": "Tr(Hessian) of the training loss"}
+    for ax, (key, label) in zip(axes, labels.items(), strict=True):
         for i, (optimizer, row) in enumerate(table.items()):
             color = "#D55E00" if "ire" in optimizer else "#0072B2"
-            ax.plot([i] * len(SEEDS), [r[key] for r in rows if r["optimizer"] == optimizer], "o", color=color, alpha=0.4, ms=5)
+            ax.plot(
+                [i] * len(SEEDS),
+                [r[key] for r in rows if r["optimizer"] == optimizer],
+                "o",
+                color=color,
+                alpha=0.4,
+                ms=5,
+            )
             ax.errorbar(i + 0.15, *row[key], fmt="s", color=color, capsize=4)
         ax.set_xticks(range(len(table)), table)
         ax.set(ylabel=label)
@@ -151,62 +323,126 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i):
         x = torch.nn.functional.pad(self.x[i], (4, 4, 4, 4))
         top, left = torch.randint(9, (2,)).tolist()
-        x = x[:, top:top + 32, left:left + 32]
+        x = x[:, top : top + 32, left : left + 32]
         x = x.flip(2) if torch.rand(()) < 0.5 else x
         return (x - self.mean) / self.std, self.y[i]
 
 
-def speed(args):
-    """Rounds of a few steps, the two loops in turn; SGD, float32, one process."""
-    c = train_cifar.complete(train_cifar.Config(data="cifar10", data_dir=str(args.data_dir), optimizer="sgd", device="cpu"))
+class PlainLoop:
+    """SGD, or SAM as davda54/sam has it, over a DataLoader: the loop that one writes first."""
+
+    def __init__(self, c, data):
+        self.c, self.sam = c, c.optimizer == "sam"
+        self.model = train_cifar.MODELS[c.model](data.classes)
+        self.sgd = torch.optim.SGD(
+            self.model.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay
+        )
+        loader = torch.utils.data.DataLoader(
+            Pictures(data), c.batch_size, shuffle=True, drop_last=True
+        )
+        self.batches = iter(loader)
+
+    def batch(self):
+        return next(self.batches)
+
+    def backward(self, x, y):
+        cross_entropy(self.model(x), y, label_smoothing=self.c.label_smoothing).backward()
+
+    def step(self):
+        x, y = self.batch()
+        self.sgd.zero_grad()
+        self.backward(x, y)
+        if self.sam:
+            self.second_pass(x, y)
+        self.sgd.step()
+
+    @torch.no_grad()
+    def second_pass(self, x, y):
+        params = list(self.model.parameters())
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        old = [p.clone() for p in params]
+        for p in params:
+            p.add_(p.grad * (self.c.rho / (norm + 1e-12)))
+        self.sgd.zero_grad()
+        with torch.enable_grad(), train_cifar.frozen_batch_norm(self.model):
+            self.backward(x, y)
+        for p, before in zip(params, old, strict=True):
+            p.copy_(before)
+
+
+class OurLoop:
+    def __init__(self, c, data):
+        self.run = train_cifar.set_up(c, data)
+
+    def step(self):
+        train_cifar.train_step(self.run)
+        self.run.step += 1
+
+
+def seconds(step, count):
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return time.perf_counter() - start
+
+
+def interleaved(c, args):
+    """Times of rounds of a few steps of the two loops in turn, without the first, and the share of
+    each that its batches take."""
     data = train_cifar.Data(c)
-    report = {"command": " ".join(["python", "benchmarks/cifar.py", *sys.argv[1:]]), "environment": environment("cpu"),
-              "rounds": args.rounds, "rows": {}}
-    plain = train_cifar.MODELS[c.model](data.classes)
-    ours = train_cifar.MODELS[c.model](data.classes).to(memory_format=torch.channels_last)
-    plain_sgd = torch.optim.SGD(plain.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-    our_sgd = train_cifar.make_optimizer(ours, c)
-    scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
-    batches = iter(torch.utils.data.DataLoader(Pictures(data), c.batch_size, shuffle=True, drop_last=True))
-    times, loader, step = {"plain": [], "ours": []}, {"plain": [], "ours": []}, 0
+    plain, ours = PlainLoop(c, data), OurLoop(c, data)
+    times, share = {"plain": [], "ours": []}, {}
     for _ in range(args.rounds + 1):
-        for name in times:
-            start, waited = time.perf_counter(), 0.0
-            for k in range(args.steps):
-                before = time.perf_counter()
-                batch = next(batches) if name == "plain" else data.batch(step + k)
-                waited += time.perf_counter() - before
-                if name == "plain":
-                    plain_sgd.zero_grad()
-                    cross_entropy(plain(batch[0]), batch[1], label_smoothing=c.label_smoothing).backward()
-                    plain_sgd.step()
-                else:
-                    train_cifar.train_step(ours, ours, our_sgd, batch, None, c, scaler, autocast)
-            times[name].append(time.perf_counter() - start)
-            loader[name].append(waited / times[name][-1])
-        step += args.steps
-    ratios = [a / b for a, b in zip(times["plain"][1:], times["ours"][1:])]
-    for name in times:
-        report["rows"][name] = {"images_per_second": args.steps * c.batch_size / statistics.median(times[name][1:]),
-                                "loader_share": statistics.median(loader[name][1:])}
-        print("{:6}{images_per_second:8.1f} images/s, {loader_share:.1%} for batches".format(name, **report["rows"][name]))
-    low, report["ours_of_plain"], high = statistics.quantiles(ratios, n=4)
-    report["quartiles"] = [low, high]
-    print(f"ours / plain: {report['ours_of_plain']:.3f}, quartiles {low:.3f} to {high:.3f}")
+        times["plain"].append(seconds(plain.step, args.steps))
+        times["ours"].append(seconds(ours.step, args.steps))
+    batches = {"plain": plain.batch, "ours": functools.partial(data.batch, 0)}
+    for name, batch in batches.items():
+        share[name] = seconds(batch, args.steps) / statistics.median(times[name][1:])
+    return {name: values[1:] for name, values in times.items()}, share
+
+
+def speed(args):
+    """SGD and SAM; float32, one process."""
+    report = {
+        "command": " ".join(["python", "benchmarks/cifar.py", *sys.argv[1:]]),
+        "environment": environment("cpu"),
+        "rounds": args.rounds,
+        "rows": {},
+    }
+    for optimizer in ("sgd", "sam"):
+        c = train_cifar.Config(data_dir=str(args.data_dir), optimizer=optimizer, device="cpu")
+        c = train_cifar.complete(c)
+        times, share = interleaved(c, args)
+        for name, values in times.items():
+            rate = args.steps * c.batch_size / statistics.median(values)
+            row = {"images_per_second": rate, "loader_share": share[name]}
+            report["rows"][name if optimizer == "sgd" else f"{name}, SAM"] = row
+        ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        print(f"{optimizer}: ours / plain {ratio:.3f}, quartiles {low:.3f} to {high:.3f}")
+        prefix = "" if optimizer == "sgd" else "sam_"
+        report |= {f"{prefix}ours_of_plain": ratio, f"{prefix}quartiles": [low, high]}
     write_report(report, args.file or ROOT / "results/cifar-speed-cpu.json")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("evidence", "speed"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("quick", "evidence", "map", "speed"))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/evidence-cifar"), help="evidence: checkpoints")
-    parser.add_argument("--minutes", type=float, default=1e9, help="evidence: begin nothing new after so long")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path("runs/evidence-cifar"), help="evidence: checkpoints"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="evidence: begin nothing new after so long"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="speed: rounds")
     parser.add_argument("--steps", type=int, default=4, help="speed: steps in a round")
     parser.add_argument("--file", type=Path)
+    parser.add_argument("--mark", help="ignored: a word to find the process by")
     args = parser.parse_args()
-    {"evidence": evidence, "speed": speed}[args.what](args)
+    {"evidence": evidence, "quick": evidence, "map": heat_map, "speed": speed}[args.what](args)
 
 
 if __name__ == "__main__":

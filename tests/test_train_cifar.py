@@ -1,4 +1,5 @@
-"""train_cifar.py as a user runs it: tiny models on a few digits, in this process where a new one proves no more."""
+"""train_cifar.py as a user runs it: tiny models on a few digits, most of them in this process."""
+
 import contextlib
 import dataclasses
 import hashlib
@@ -33,18 +34,26 @@ from ire import SAM
 
 SCRIPT = Path(train_cifar.__file__).resolve()
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
-TINY = ("--data digits --model tiny --limit-train 70 --limit-test 20 --epochs 3 --batch-size 16 --interval 3 --ire-epoch 1 "
-        "--lr 0.005 --log-interval 2 ")  # 12 steps, 4 an epoch
+TINY = (
+    "--data digits --model tiny --limit-train 70 --limit-test 20 --epochs 3 --batch-size 16 "
+    "--interval 3 --ire-epoch 1 --lr 0.005 --log-interval 2 "
+)  # 12 steps, 4 an epoch
 RUN = Path("runs/cifar")
-train_cifar.MODELS.update({"tiny": lambda classes: train_cifar.resnet(8, classes),
-                           "vit_tiny": lambda classes: train_cifar.ViT(16, 2, classes, depth=2, patch=8)})
+train_cifar.MODELS.update(
+    {
+        "tiny": lambda classes: train_cifar.resnet(8, classes),
+        "vit_tiny": lambda classes: train_cifar.ViT(16, 2, classes, depth=2, patch=8),
+    }
+)
 
 
-# ------------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_cifar, "URL", "http://127.0.0.1:9/")  # nothing is fetched from elsewhere
+    monkeypatch.setattr(
+        train_cifar, "URL", "http://127.0.0.1:9/"
+    )  # nothing is fetched from elsewhere
     return tmp_path
 
 
@@ -65,9 +74,12 @@ def trained(flags="", tiny=TINY):
     return out
 
 
+def tree():
+    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
+
+
 def refused(flags, *says, tiny=TINY):
     """Exit code 2, one line that says all of this, and no file was touched."""
-    tree = lambda: {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
     before = tree()
     code, _, err = cifar(flags, tiny)
     assert code == 2 and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
@@ -79,7 +91,7 @@ def refused(flags, *says, tiny=TINY):
 def checkpoint(folder=RUN):
     """What must not depend on where a run was stopped."""
     saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
-    return {k: v for k, v in saved.items() if k not in ("config", "seconds")}
+    return {k: v for k, v in saved.items() if k not in ("config", "seconds", "best_acc")}
 
 
 def same(a, b):
@@ -92,12 +104,18 @@ def same(a, b):
 
 
 def accuracies(folder=RUN):
-    return [(r["step"], r["test_acc"], r["test_loss"]) for r in log(folder, "test_acc")]
+    return [
+        (r["step"], r["test_acc"], r["test_loss"], r["best_acc"]) for r in log(folder, "test_acc")
+    ]
 
 
 def log(folder=RUN, key=None):
     lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in lines if key is None or key in r]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")}
+        for r in lines
+        if key is None or key in r
+    ]
 
 
 @contextlib.contextmanager
@@ -105,7 +123,12 @@ def in_step(number, act):
     """Calls act(optimizer) inside that step of the base optimizer, counted from 1."""
     count = itertools.count(1)
     handle = register_optimizer_step_post_hook(
-        lambda opt, *_: act(opt) if type(opt) in (torch.optim.SGD, torch.optim.AdamW) and next(count) == number else None)
+        lambda opt, *_: (
+            act(opt)
+            if type(opt) in (torch.optim.SGD, torch.optim.AdamW) and next(count) == number
+            else None
+        )
+    )
     try:
         yield
     finally:
@@ -123,9 +146,17 @@ def data(flags=""):
     return train_cifar.Data(train_cifar.complete(train_cifar.parse(shlex.split(TINY + flags))))
 
 
-# ------------------------------------------------------------------------------------------------ models
-@pytest.mark.parametrize("name, count", {"resnet56": 855_770, "wrn28_10": 36_479_194, "wrn16_8": 10_961_370, "vit_t": 5_362_762,
-                                         "vit_s": 21_342_346}.items())
+# -------------------------------------------------------------------------------- models
+@pytest.mark.parametrize(
+    "name, count",
+    {
+        "resnet56": 855_770,
+        "wrn28_10": 36_479_194,
+        "wrn16_8": 10_961_370,
+        "vit_t": 5_362_762,
+        "vit_s": 21_342_346,
+    }.items(),
+)
 def test_parameter_counts(name, count):
     """The published 0.86M, 36.5M, 11.0M, 5.4M and 21.3M."""
     with torch.device("meta"):
@@ -140,7 +171,9 @@ def test_initialisation():
     for m in model.modules():
         if isinstance(m, nn.Conv2d) and m.weight.numel() > 2000:
             fan_in = m.weight[0].numel()
-            assert m.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)  # He et al. 2015
+            assert m.weight.std().item() == pytest.approx(
+                (2 / fan_in) ** 0.5, rel=0.1
+            )  # He et al. 2015
     for name, p in train_cifar.ViT(64, 2, 10, depth=2).named_parameters():
         if p.dim() > 1 and p.numel() > 1000:
             assert p.std().item() == pytest.approx(0.02, rel=0.1), name
@@ -148,35 +181,81 @@ def test_initialisation():
             assert not p.any(), name
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------ training
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_epoch_falls(optimizer):
-    trained(f"--optimizer {optimizer} --limit-train 480 --epochs 1 --ire-epoch 0 --lr {0.003 if 'ad' in optimizer else 0.05} "
-            f"--log-interval 1")
+    trained(
+        f"--optimizer {optimizer} --limit-train 480 --epochs 1 --ire-epoch 0 "
+        f"--lr {0.003 if 'ad' in optimizer else 0.05} "
+        f"--log-interval 1"
+    )
     losses = [r["train_loss"] for r in log(key="train_loss")]
     assert len(losses) == 30 and sum(losses[-8:]) < 0.9 * sum(losses[:8]), losses
     flat = [r["flat"] for r in log(key="flat")]
     assert ("ire" in optimizer) == bool(flat) and all(0.89 < share < 0.95 for share in flat)
 
 
-@pytest.mark.parametrize("flags", ("--optimizer sgd", "--optimizer sgd-ire --probe fresh --no-decay-norms --augment basic",
-                                   "--optimizer sam-ire --base adamw --kappa-decay --warmup 1"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--optimizer sgd",
+        "--optimizer sgd-ire --probe fresh --no-decay-norms --augment basic",
+        "--optimizer sam-ire --base adamw --kappa-decay --warmup 1",
+        "--optimizer sam --adaptive",
+        "--optimizer sam --average",
+    ),
+)
 def test_training_is_this_loop(flags):
     trained(flags)
-    c = train_cifar.Config(**json.loads((RUN / "config.json").read_text(), object_hook=lambda d: {
-        k: v for k, v in d.items() if k in {f.name for f in dataclasses.fields(train_cifar.Config)}}))
+    c = train_cifar.Config(
+        **json.loads(
+            (RUN / "config.json").read_text(),
+            object_hook=lambda d: {
+                k: v
+                for k, v in d.items()
+                if k in {f.name for f in dataclasses.fields(train_cifar.Config)}
+            },
+        )
+    )
     torch.manual_seed(c.seed)
-    model, pictures = train_cifar.MODELS["tiny"](10).to(memory_format=torch.channels_last), train_cifar.Data(c)
+    model, pictures = (
+        train_cifar.MODELS["tiny"](10).to(memory_format=torch.channels_last),
+        train_cifar.Data(c),
+    )
     norms = {id(p) for p in model.parameters() if p.dim() == 1}
-    groups = [{"params": [p for p in model.parameters() if (id(p) in norms) == b], "weight_decay":
-               0.0 if b and not c.decay_norms else c.weight_decay} for b in (False, True)]
-    base = torch.optim.AdamW(groups, c.lr, fused=True) if c.base == "adamw" else torch.optim.SGD(groups, c.lr, momentum=0.9)
-    opt = SAM(base, rho=c.rho) if "sam" in c.optimizer else base
-    opt = train_cifar.IRE(opt, kappa=c.kappa, gamma=c.gamma, interval=3, warmup=4) if "ire" in c.optimizer else opt
-    buffers = lambda: [b.clone() for b in model.buffers()]
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (id(p) in norms) == b],
+            "weight_decay": 0.0 if b and not c.decay_norms else c.weight_decay,
+        }
+        for b in (False, True)
+    ]
+    base = (
+        torch.optim.AdamW(groups, c.lr, fused=True)
+        if c.base == "adamw"
+        else torch.optim.SGD(groups, c.lr, momentum=0.9)
+    )
+    opt = (
+        SAM(base, rho=c.rho, adaptive=c.adaptive, average=c.average)
+        if "sam" in c.optimizer
+        else base
+    )
+    opt = (
+        train_cifar.IRE(opt, kappa=c.kappa, gamma=c.gamma, interval=3, warmup=4)
+        if "ire" in c.optimizer
+        else opt
+    )
+
+    def buffers():
+        return [b.clone() for b in model.buffers()]
+
     for step in range(12):
         warmup = 4 * c.warmup
-        lr = c.lr * ((step + 1) / 4 if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (12 - warmup)))
+        lr = c.lr * (
+            (step + 1) / 4
+            if step < warmup
+            else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (12 - warmup))
+        )
         for group in opt.param_groups:
             group["lr"] = lr
             if c.kappa_decay:
@@ -197,6 +276,7 @@ def test_training_is_this_loop(flags):
             loss.backward()
             saved.append(buffers())
             return loss
+
         opt.step(closure)
         for b, first in zip(model.buffers(), saved[0]):  # SAM's second pass left no trace
             b.copy_(first)
@@ -218,7 +298,9 @@ def test_it_learns():
     assert accuracy > 60 and f"{accuracy:.2f}%" in out.splitlines()[-2]
 
 
-@pytest.mark.parametrize("flags", ("--dtype bfloat16", "--deterministic", "--augment cutout", "--augment none --tta"))
+@pytest.mark.parametrize(
+    "flags", ("--dtype bfloat16", "--deterministic", "--augment cutout", "--augment none --tta")
+)
 def test_other_settings_run(flags):
     trained(flags)
     assert log(key="train_loss")[-1]["train_loss"] < log(key="train_loss")[0]["train_loss"] + 0.2
@@ -228,14 +310,22 @@ def test_other_settings_run(flags):
 def test_outputs():
     out = trained()
     config = json.loads((RUN / "config.json").read_text())
-    assert config["torch"] == torch.__version__ and config["device"] in ("cpu", "cuda", "mps") and None not in {
-        v for k, v in config.items() if k not in ("compile",)}
+    assert (
+        config["torch"] == torch.__version__
+        and config["device"] in ("cpu", "cuda", "mps")
+        and None not in {v for k, v in config.items() if k not in ("compile",)}
+    )
     lines = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
     assert all({"step", "seconds"} <= set(r) for r in lines)
     assert all({"lr", "images_per_second"} <= set(r) for r in lines if "train_loss" in r)
     assert [r["step"] for r in lines if "test_acc" in r] == [4, 8, 12]
     assert [r["step"] for r in lines if "flat" in r] == [6, 8, 10, 12]
-    assert {p.name for p in RUN.iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl", "loss.png"}
+    assert {p.name for p in RUN.iterdir()} == {
+        "checkpoint.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+    }
     assert (RUN / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for part in ("parameters", "digits: 70 training and 20 test", "sgd-ire", "loss.png"):
         assert part in out
@@ -247,17 +337,34 @@ def test_seeds_print_mean_and_error():
     mean, error = np.mean(runs), np.std(runs, ddof=1) / 3**0.5
     line = next(line for line in out.splitlines() if line.startswith("test_acc"))
     assert f"{mean:.4g} +- {error:.2g}" in line and "3 seeds" in line
-    assert [json.loads((RUN / f"seed-{seed}/config.json").read_text())["seed"] for seed in (5, 6, 7)] == [5, 6, 7]
+    assert [
+        json.loads((RUN / f"seed-{seed}/config.json").read_text())["seed"] for seed in (5, 6, 7)
+    ] == [5, 6, 7]
     (RUN / "seed-7").rename("again")
-    assert next(line for line in trained("--seeds 3 --resume", tiny="").splitlines() if line.startswith("test_acc")) == line
+    assert (
+        next(
+            line
+            for line in trained("--seeds 3 --resume", tiny="").splitlines()
+            if line.startswith("test_acc")
+        )
+        == line
+    )
     assert same(checkpoint(RUN / "seed-7"), checkpoint("again"))
 
 
-# ------------------------------------------------------------------------------------------------ resume
-@pytest.mark.parametrize("flags, step", (("--optimizer sgd-ire --augment cutout", 6), ("--optimizer sam-ire --probe fresh", 5),
-                                         ("--optimizer admire --curvature second_moment --kappa-decay", 7),
-                                         ("--optimizer adamw --model vit_tiny --augment mixup", 4), ("--optimizer sam", 1),
-                                         ("--optimizer sgd --dtype bfloat16 --augment basic", 9)))
+# -------------------------------------------------------------------------------- resume
+@pytest.mark.parametrize(
+    "flags, step",
+    (
+        ("--optimizer sgd-ire --augment cutout", 6),
+        ("--optimizer sam-ire --probe fresh", 5),
+        ("--optimizer admire --curvature second_moment --kappa-decay", 7),
+        ("--optimizer adamw --model vit_tiny --augment mixup", 4),
+        ("--optimizer sam", 1),
+        ("--optimizer sam-ire --average", 6),
+        ("--optimizer sgd --dtype bfloat16 --augment basic", 9),
+    ),
+)
 def test_resume_ends_with_the_same_bits(flags, step):
     trained(flags + " --out whole")
     stopped(flags, step)
@@ -275,21 +382,35 @@ def test_resume_needs_no_setting_and_may_change_the_report():
     assert same(checkpoint(), checkpoint("whole"))
     lines = len(log())
     trained("--resume", tiny="")  # finished: tested anew
-    assert same(checkpoint(), checkpoint("whole")) and len(log()) == lines + 1 and accuracies()[-1] == accuracies()[-2]
+    assert (
+        same(checkpoint(), checkpoint("whole"))
+        and len(log()) == lines + 1
+        and accuracies()[-1] == accuracies()[-2]
+    )
 
 
 @pytest.mark.parametrize("size", (800, 920))
 def test_full_disk_while_it_writes_a_checkpoint(size, small_disk):
-    small_disk(size)  # for one checkpoint of 650 KB, not for two; torch.save then ends with an error of its own
+    small_disk(
+        size
+    )  # for one checkpoint of 650 KB, not for two; torch.save then ends with an error of its own
     code, _, err = cifar()
     assert code == 1 and err.count("\n") == 1 and "No space left" in err, err
+    assert re.search("runs/cifar/checkpoint.pt.*last good checkpoint: step 4", err), err
     assert checkpoint()["step"] == 4 and not list(RUN.glob(".*"))
 
 
 def test_sigterm_to_a_real_process():
-    flags = "--data digits --limit-train 9 --limit-test 9 --epochs 200 --batch-size 2 --log-interval 10"
-    process = subprocess.Popen([sys.executable, SCRIPT, *shlex.split(flags)], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    flags = (
+        "--data digits --limit-train 9 --limit-test 9 --epochs 200 --batch-size 2 --log-interval 10"
+    )
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *shlex.split(flags)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 60
     while not ((RUN / "log.jsonl").exists() and b'"step": 20' in (RUN / "log.jsonl").read_bytes()):
         assert process.poll() is None and time.monotonic() < deadline
@@ -300,8 +421,22 @@ def test_sigterm_to_a_real_process():
     assert 20 <= checkpoint()["step"] < 800
 
 
-@pytest.mark.parametrize("flag", ("--lr 0.1", "--epochs 4", "--optimizer sam", "--model vit_tiny", "--seed 1", "--batch-size 8",
-                                  "--kappa 3", "--augment none", "--limit-train 60", "--ire-epoch 2", "--weight-decay 0"))
+@pytest.mark.parametrize(
+    "flag",
+    (
+        "--lr 0.1",
+        "--epochs 4",
+        "--optimizer sam",
+        "--model vit_tiny",
+        "--seed 1",
+        "--batch-size 8",
+        "--kappa 3",
+        "--augment none",
+        "--limit-train 60",
+        "--ire-epoch 2",
+        "--weight-decay 0",
+    ),
+)
 def test_changes_are_refused_by_name(flag, finished):
     refused(f"--resume {flag}", flag.split()[0], "on --resume", tiny="")
 
@@ -348,7 +483,9 @@ def poison(opt):
         opt.param_groups[0]["params"][0].fill_(math.nan)
 
 
-@pytest.mark.parametrize("step, says", ((1, "no checkpoint"), (6, "step 4")))
+@pytest.mark.parametrize(
+    "step, says", ((1, "last checkpoint: none"), (6, "last checkpoint: step 4"))
+)
 def test_a_loss_that_is_not_finite_stops_the_run(step, says):
     with in_step(step, poison):
         code, _, err = cifar("--optimizer sgd")
@@ -356,20 +493,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(step, says):
     assert re.search(rf"step {step + 1}\b.*nan.*{says}.*--lr.*--kappa", err), err
 
 
-# ------------------------------------------------------------------------------------------------ errors: settings
-@pytest.mark.parametrize("flags, says", (
-    ("--no-such-flag 1", "--no-such-flag.*--help"), ("--epochs many", "--epochs.*int.*many"), ("--epoch 3", "--epoch"),
-    ("--model resnet18", "--model.*resnet18.*resnet56.*vit_s"), ("--optimizer lion", "--optimizer.*lion.*sgd-ire"),
-    ("--data mnist", "--data.*mnist.*cifar10.*digits"), ("--device tpu", "--device.*tpu.*cpu"), ("--dtype int8", "--dtype"),
-    *((f"--{name} 0", f"--{name}.*0.*1 or more") for name in ("epochs", "batch-size", "interval", "seeds", "limit-train")),
-    ("--gamma 1", "--gamma.*below 1"), ("--kappa -1", "--kappa.*0 or more"), ("--rho nan", "--rho.*nan"),
-    ("--lr inf", "--lr.*inf"),
-    ("--label-smoothing 1", "--label-smoothing"), ("--warmup 3", "--warmup.*3.*0 to --epochs - 1, 2"), ("--seed -1", "--seed"),
-    ("--ire-epoch 3", "--ire-epoch.*3.*2"), ("--optimizer sgd --base adamw", "--base.*adamw.*--optimizer sgd"),
-    ("--curvature second_moment", "--curvature.*fisher.*sgd"), ("--dtype float16", "--dtype.*float16.*CPU"),
-    ("--batch-size 71", "--batch-size.*71.*70"), ("--holdout 1437", "--holdout.*1437"),
-    ("--sharpness-probes 1", "--sharpness-probes"),
-))
+# ---------------------------------------------------------------------- errors: settings
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--no-such-flag 1", "--no-such-flag.*--help"),
+        ("--epochs many", "--epochs.*int.*many"),
+        ("--epoch 3", "--epoch"),
+        ("--model resnet18", "--model.*resnet18.*resnet56.*vit_s"),
+        ("--optimizer lion", "--optimizer.*lion.*sgd-ire"),
+        ("--data mnist", "--data.*mnist.*cifar10.*digits"),
+        ("--device tpu", "--device.*tpu.*cpu"),
+        ("--dtype int8", "--dtype"),
+        *(
+            (f"--{name} 0", f"--{name}.*0.*1 or more")
+            for name in ("epochs", "batch-size", "interval", "seeds", "limit-train")
+        ),
+        ("--gamma 1", "--gamma.*below 1"),
+        ("--kappa -1", "--kappa.*0 or more"),
+        ("--rho nan", "--rho.*nan"),
+        ("--lr inf", "--lr.*inf"),
+        ("--label-smoothing 1", "--label-smoothing"),
+        ("--warmup 3", "--warmup.*3.*0 to --epochs - 1, 2"),
+        ("--seed -1", "--seed"),
+        ("--ire-epoch 3", "--ire-epoch.*3.*2"),
+        ("--optimizer sgd --base adamw", "--base.*adamw.*--optimizer sgd"),
+        ("--curvature second_moment", "--curvature.*fisher.*sgd"),
+        ("--dtype float16", "--dtype.*float16.*CPU"),
+        ("--batch-size 71", "--batch-size.*71.*70"),
+        ("--holdout 1437", "--holdout.*1437"),
+        ("--sharpness-probes 1", "--sharpness-probes"),
+    ),
+)
 def test_wrong_settings(flags, says):
     refused(flags, says)
 
@@ -378,10 +533,12 @@ def test_help_shows_every_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     code, text, err = cifar("--help", tiny="")
     assert (code, err) == (0, "")
-    for f in dataclasses.fields(train_cifar.Config):
-        line = re.search(rf"^  --{f.name.replace('_', '-')}[ ,].*(\n    .*)*", text, re.M).group()
+    cases = (train_cifar.SUITED | train_cifar.PRESETS).values()
+    for name, default in train_cifar.DEFAULTS.items():
+        line = re.search(rf"^  --{name.replace('_', '-')}[ ,].*(\n    .*)*", text, re.M).group()
         shown = line.rpartition("(default ")[2].split(")")[0]
-        values = [value for value in f.metadata["cases"].values() if value is not None and not callable(value)]
+        values = [default] if default is not None else []
+        values += [row[name] for row in cases if name in row]
         assert shown and all(str(value) in shown for value in values), line
 
 
@@ -390,28 +547,34 @@ def test_a_missing_package_is_named(monkeypatch):
     refused("", "pip install scikit-learn")
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------- data
 def batch(n, classes, seed, key):
     rng = np.random.default_rng(seed)
-    return {b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), key: [i % classes for i in range(n)]}
+    return {
+        b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+        key: [i % classes for i in range(n)],
+    }
 
 
 def unpacked(name="cifar10", n=20):
-    _, _, folder, names, key, classes = train_cifar.CIFAR[name]
-    (Path("data") / folder).mkdir(parents=True)
-    for i, file in enumerate(names):
-        (Path("data") / folder / file).write_bytes(pickle.dumps(batch(n, classes, i, key), protocol=2))
-    return Path("data") / folder
+    archive = train_cifar.CIFAR[name]
+    folder = Path("data") / archive.folder
+    folder.mkdir(parents=True)
+    for i, file in enumerate(archive.files):
+        content = batch(n, archive.classes, i, archive.labels)
+        (folder / file).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
 
 
 def official(monkeypatch, name="cifar10"):
     """An archive of the official layout; its bytes. The script takes it for the official one."""
-    folder, entry = unpacked(name), list(train_cifar.CIFAR[name])
+    folder, archive = unpacked(name), train_cifar.CIFAR[name]
     with tarfile.open("made.tar.gz", "w:gz") as tar:
         tar.add(folder, folder.name)
     content = Path("made.tar.gz").read_bytes()
     shutil.rmtree(folder)
-    monkeypatch.setitem(train_cifar.CIFAR, name, (entry[0], hashlib.sha256(content).hexdigest(), *entry[2:]))
+    made = dataclasses.replace(archive, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(train_cifar.CIFAR, name, made)
     return content
 
 
@@ -422,36 +585,55 @@ def load(name="cifar10"):
 @pytest.mark.parametrize("name, classes", (("cifar10", 10), ("cifar100", 100)))
 def test_folder_and_archive_hold_the_same(name, classes, monkeypatch):
     content = official(monkeypatch, name)
-    (Path("data") / train_cifar.CIFAR[name][0]).write_bytes(content)
+    (Path("data") / train_cifar.CIFAR[name].name).write_bytes(content)
     packed = load(name)
     folder = unpacked(name)
-    (train, test), files = zip(*load(name)[:2]), train_cifar.CIFAR[name][3]
+    files = train_cifar.CIFAR[name].files
     assert packed[2] == classes
     for a, b in zip(itertools.chain(*packed[:2]), itertools.chain(*load(name)[:2])):
         assert np.array_equal(a, b)
     (x, y), (test_x, _), _ = packed
-    assert x.shape == (20 * (len(files) - 1), 32, 32, 3) and x.dtype == np.uint8 and len(test_x) == 20
+    assert (
+        x.shape == (20 * (len(files) - 1), 32, 32, 3) and x.dtype == np.uint8 and len(test_x) == 20
+    )
     raw = pickle.loads((folder / files[0]).read_bytes())[b"data"][3]
     assert np.array_equal(x[3], raw.reshape(3, 32, 32).transpose(1, 2, 0)) and y[3] == 3
+
+
+COUNTS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # of the ten digits
 
 
 def test_class_counts():
     (_, y), (_, test_y), classes = train_cifar.load_digits()
     assert classes == 10 and len(y) + len(test_y) == 1797
-    assert np.bincount(np.concatenate((y, test_y))).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(np.concatenate((y, test_y))).tolist() == COUNTS
     assert len(test_y) == 360 and np.bincount(test_y).min() > 25
     pictures = data("--limit-train 1437")
     x = pictures.normalized(pictures.x)
     assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("damage, says", (("missing", "3.*unpacked whole"), ("cut", "3"), ("empty", "3"), ("shape", "3.*3072"),
-                                          ("labels", "3.*0 to 9")))
+@pytest.mark.parametrize(
+    "damage, says",
+    (
+        ("missing", "3.*unpacked whole"),
+        ("cut", "3"),
+        ("empty", "3"),
+        ("shape", "3.*3072"),
+        ("labels", "3.*0 to 9"),
+        ("float", "3.*whole labels"),
+    ),
+)
 def test_wrong_folder(damage, says):
     path = unpacked() / "data_batch_3"
     good = batch(20, 10, 3, b"labels")
-    bad = {"cut": path.read_bytes()[:1000], "empty": b"", "labels": pickle.dumps(good | {b"labels": [10] * 20}, protocol=2),
-           "shape": pickle.dumps(good | {b"data": good[b"data"][:, :100]}, protocol=2)}
+    bad = {
+        "cut": path.read_bytes()[:1000],
+        "empty": b"",
+        "float": pickle.dumps(good | {b"labels": [1.5] * 20}, protocol=2),
+        "labels": pickle.dumps(good | {b"labels": [10] * 20}, protocol=2),
+        "shape": pickle.dumps(good | {b"data": good[b"data"][:, :100]}, protocol=2),
+    }
     path.unlink() if damage == "missing" else path.write_bytes(bad[damage])
     refused("--data cifar10", f"--data-dir.*data_batch_{says}")
 
@@ -461,7 +643,11 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-@pytest.mark.parametrize("value", (Evil(), {b"data": Evil()}, np.array([Evil()], dtype=object)), ids=("bare", "in", "array"))
+@pytest.mark.parametrize(
+    "value",
+    (Evil(), {b"data": Evil()}, np.array([Evil()], dtype=object)),
+    ids=("bare", "in", "array"),
+)
 def test_a_pickle_that_runs_code_is_refused(value):
     (unpacked() / "data_batch_2").write_bytes(pickle.dumps(value, protocol=2))
     refused("--data cifar10", "--data-dir.*data_batch_2.*system.*arrays")
@@ -476,7 +662,7 @@ def test_corrupt_archive(monkeypatch):
 
 @contextlib.contextmanager
 def server(content, drops, ranges=True):
-    """Serves content, breaking each of the first `drops` connections half-way; the Range headers it saw."""
+    """Serves content, breaking the first `drops` connections half-way; the Range headers it saw."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -489,7 +675,7 @@ def server(content, drops, ranges=True):
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             rest = content[start:]
-            self.wfile.write(rest[:len(rest) // 2] if len(seen) <= drops else rest)
+            self.wfile.write(rest[: len(rest) // 2] if len(seen) <= drops else rest)
 
         def log_message(self, *_):
             pass
@@ -516,7 +702,12 @@ def test_download_goes_on_in_a_later_run(monkeypatch):
     with server(content, 5) as (url, seen):
         monkeypatch.setattr(train_cifar, "URL", url)
         code, _, err = cifar("--data cifar10")
-        assert code == 2 and err.count("\n") == 1 and "run again" in err and not Path("data/cifar-10-python.tar.gz").exists()
+        assert (
+            code == 2
+            and err.count("\n") == 1
+            and "run again" in err
+            and not Path("data/cifar-10-python.tar.gz").exists()
+        )
         load()
     assert len(seen) == 6 and int(seen[-1][6:-1]) > 0.9 * len(content)
 
@@ -531,16 +722,26 @@ def test_download_of_something_else(monkeypatch):
 
 def test_no_network():
     code, _, err = cifar("--data cifar10")
-    assert code == 2 and err.count("\n") == 1 and re.search("--data-dir.*cifar-10-python.tar.gz", err)
+    assert (
+        code == 2 and err.count("\n") == 1 and re.search("--data-dir.*cifar-10-python.tar.gz", err)
+    )
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
+# -------------------------------------------------------------------------- augmentation
 @pytest.mark.parametrize("kind", ("none", "shift", "basic", "cutout", "mixup"))
 def test_a_batch_is_a_function_of_seed_and_step(kind):
-    a, b, other = data(f"--augment {kind}"), data(f"--augment {kind}"), data(f"--augment {kind} --seed 1")
+    a, b, other = (
+        data(f"--augment {kind}"),
+        data(f"--augment {kind}"),
+        data(f"--augment {kind} --seed 1"),
+    )
     batches = [a.batch(step) for step in range(9)]
-    assert all(map(torch.equal, batches[6], b.batch(6))) and not torch.equal(batches[6][0], other.batch(6)[0])
-    assert not torch.equal(batches[6][0], batches[5][0]) and all(x.shape == (16, 3, 32, 32) for x, _ in batches)
+    assert all(map(torch.equal, batches[6], b.batch(6))) and not torch.equal(
+        batches[6][0], other.batch(6)[0]
+    )
+    assert not torch.equal(batches[6][0], batches[5][0]) and all(
+        x.shape == (16, 3, 32, 32) for x, _ in batches
+    )
     if kind == "none":  # an epoch shows each picture at most once
         shown = torch.cat([x for x, _ in batches[:4]]).flatten(1)
         assert len(shown.unique(dim=0)) == 64
@@ -550,12 +751,16 @@ def test_each_picture_is_augmented_by_itself():
     x = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
     u = torch.rand(8, 4)
     floats = x.permute(0, 3, 1, 2) / 255
-    for name, result in (("shift", lambda s: train_cifar.shift_and_flip(x[s], u[s], True)),
-                         ("cutout", lambda s: train_cifar.cutout(floats[s], u[s], 16))):
+    for name, result in (
+        ("shift", lambda s: train_cifar.shift_and_flip(x[s], u[s], True)),
+        ("cutout", lambda s: train_cifar.cutout(floats[s], u[s], 16)),
+    ):
         whole = result(slice(None))
         for i in range(8):
-            torch.testing.assert_close(whole[i:i + 1], result(slice(i, i + 1)), msg=name)
-        assert not any(torch.equal(whole[i], (x if name == "shift" else floats)[i]) for i in range(8)), name
+            torch.testing.assert_close(whole[i : i + 1], result(slice(i, i + 1)), msg=name)
+        assert not any(
+            torch.equal(whole[i], (x if name == "shift" else floats)[i]) for i in range(8)
+        ), name
 
 
 def test_shift_and_flip_by_hand():
@@ -565,15 +770,20 @@ def test_shift_and_flip_by_hand():
     assert torch.equal(moved[0], x[0])
     assert torch.equal(moved[1, 4:], x[1, :-4]) and not moved[1, :4].any()
     assert torch.equal(moved[2, :-4].flip(1), x[2, 4:]) and not moved[2, -4:].any()
-    holes = (train_cifar.cutout(torch.ones(50, 3, 32, 32), torch.rand(50, 2), 16) == 0).sum((1, 2, 3))
+    holes = (train_cifar.cutout(torch.ones(50, 3, 32, 32), torch.rand(50, 2), 16) == 0).sum(
+        (1, 2, 3)
+    )
     assert holes.max() == 3 * 256 and holes.min() >= 3 * 64
 
 
-# ------------------------------------------------------------------------------------------------ sharpness
-@pytest.mark.parametrize("norm, hessian", ((nn.Identity, torch.func.hessian),
-                                           (nn.BatchNorm1d, torch.autograd.functional.hessian)))
+# ----------------------------------------------------------------------------- sharpness
+@pytest.mark.parametrize(
+    "norm, hessian",
+    ((nn.Identity, torch.func.hessian), (nn.BatchNorm1d, torch.autograd.functional.hessian)),
+)
 def test_sharpness_against_the_exact_hessian(norm, hessian):
-    """Of a batch norm in training torch.func's Hessian is wrong (not even symmetric; torch 2.13), torch.autograd's is right."""
+    """Of a batch norm in training torch.func's Hessian is wrong (not even symmetric; torch 2.13),
+    torch.autograd's is right."""
     model = nn.Sequential(nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 3)).double()
     x, y = torch.randn(2, 32, 4, dtype=torch.float64), torch.randint(3, (2, 32))
     params = dict(model.named_parameters())
@@ -582,42 +792,76 @@ def test_sharpness_against_the_exact_hessian(norm, hessian):
     def whole(theta):
         parts = dict(zip(params, theta.split([p.numel() for p in params.values()])))
         parts = {k: v.view_as(params[k]) for k, v in parts.items()}
-        return sum(F.cross_entropy(functional_call(model, parts, (x[i],)), y[i], label_smoothing=0.1) for i in (0, 1)) / 2
+        return (
+            sum(
+                F.cross_entropy(functional_call(model, parts, (x[i],)), y[i], label_smoothing=0.1)
+                for i in (0, 1)
+            )
+            / 2
+        )
 
     with train_cifar.frozen_batch_norm(model):
         theta = torch.cat([p.detach().flatten() for p in params.values()])
         H = hessian(whole)(theta) if norm is nn.Identity else hessian(whole, theta)
         values = torch.linalg.eigvalsh(H)
         for tolerance in (0.1, 1e-8):
-            largest, residual = train_cifar.largest_eigenvalue(losses, list(params.values()), tolerance)
-            assert residual <= tolerance * largest and (values - largest).abs().min() <= residual + 1e-9
+            largest, residual = train_cifar.largest_eigenvalue(
+                losses, list(params.values()), tolerance
+            )
+            assert (
+                residual <= tolerance * largest
+                and (values - largest).abs().min() <= residual + 1e-9
+            )
         assert largest == pytest.approx(values[-1].item(), rel=1e-6)
         trace, error = train_cifar.hessian_trace(losses, list(params.values()), 400)
         assert abs(trace - H.trace().item()) < 4 * error
-        spread = (2 * (H**2).sum() - 2 * (H.diagonal()**2).sum()).item() ** 0.5  # of one v H v
+        spread = (2 * (H**2).sum() - 2 * (H.diagonal() ** 2).sum()).item() ** 0.5  # of one v H v
         assert error == pytest.approx(spread / 400**0.5, rel=0.2) and error < 0.2 * trace
 
 
 @pytest.mark.parametrize("model", ("tiny", "vit_tiny"))
 def test_sharpness_of_a_run(model):
-    flags = f"--model {model} --sharpness --sharpness-images 16 --sharpness-probes 2 --epochs 2 --augment basic"
+    flags = f"--model {model} --sharpness --sharpness-images 16 --sharpness-probes 2 --epochs 2 "
+    flags += "--augment basic"
     out = trained(flags)
     last = log()[-1]
     assert last["trace_error"] > 0 and last["sharpness_images"] == 16
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
-    assert f"trace {last['trace']:.4g}  trace_error {last['trace_error']:.4g}  lambda_max {last['lambda_max']:.4g}" in out
-    trained(flags.replace(" --sharpness ", " ") + " --out without")  # it changes nothing, neither weights nor statistics
+    assert (
+        f"trace {last['trace']:.4g}  trace_error {last['trace_error']:.4g}  "
+        f"lambda_max {last['lambda_max']:.4g}" in out
+    )
+    trained(
+        flags.replace(" --sharpness ", " ") + " --out without"
+    )  # it changes nothing, neither weights nor statistics
     assert same(checkpoint(), checkpoint("without"))
 
 
-# ------------------------------------------------------------------------------------------------ ranks
+# --------------------------------------------------------------------------------- ranks
 def test_two_ranks():
-    """The same batches, so the same weights within float error. The labels of the probe are each rank's own: kappa is 0."""
-    flags = ("--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 --optimizer sam-ire "
-             "--base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic ")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
-    done = subprocess.run([*command, *shlex.split(flags + "--out two")], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """The same batches, so the same weights within float error. The labels of the probe are each
+    rank's own: kappa is 0."""
+    flags = (
+        "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 "
+        "--optimizer sam-ire "
+        "--base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic "
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        SCRIPT,
+    ]
+    done = subprocess.run(
+        [*command, *shlex.split(flags + "--out two")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test_acc") == 2 and "2 x cpu" in done.stdout and log("two", "flat")
     trained(flags + "--out one", tiny="")
@@ -626,3 +870,160 @@ def test_two_ranks():
         torch.testing.assert_close(two["model"][name], w, rtol=1e-3, atol=1e-5, msg=name)
     for a, b in zip(log("one"), log("two"), strict=True):
         assert a == pytest.approx(b, rel=1e-2)
+
+
+# -------------------------------------------------------------------------------- second edition
+def settings(**typed):
+    return train_cifar.complete(train_cifar.Config(**typed))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, compiles",
+    (((6, 1), "float16", False), ((7, 5), "float16", True), ((8, 0), "bfloat16", True)),
+)
+def test_dtype_and_compile_by_capability(capability, dtype, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(train_cifar, "compiler_error", lambda device: "")
+    for optimizer in OPTIMIZERS:
+        c = settings(optimizer=optimizer)
+        sam_without_scaler = optimizer.startswith("sam") and dtype == "float16"
+        assert (c.device, c.compile) == ("cuda", compiles)
+        assert c.dtype == ("float32" if sam_without_scaler else dtype)
+        assert (c.sharpness_images, c.sharpness_probes, c.sharpness_products) == (1024, 16, 60)
+
+
+def test_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(train_cifar, "compiler_error", lambda device: "no C++ compiler")
+    refused("--compile", "--compile.*no C.. compiler")
+    monkeypatch.setattr(train_cifar, "abilities", lambda device: ("float32", True))
+    assert not settings().compile
+    assert capsys.readouterr().err.count("no C++ compiler") == 1
+
+
+def test_presets_and_what_suits():
+    c = settings(preset="quick")
+    assert (c.model, c.epochs, c.ire_epoch, c.batch_size, c.lr) == ("resnet8", 8, 4, 64, 0.1)
+    assert settings(preset="quick", model="vit_t").optimizer == "admire"
+    vit, digits = settings(model="vit_t", epochs=30), settings(data="digits", model="vit_t")
+    assert (vit.augment, vit.lr, vit.base, vit.warmup) == ("mixup", 1e-3, "adamw", 3)
+    assert (digits.augment, digits.lr, digits.epochs) == ("shift", 1e-3, 10)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--optimizer sgd --adaptive", "--adaptive"),
+        ("--average", "--average"),
+        ("--optimizer sam --average --adaptive", "--average.*--adaptive"),
+        ("--batch-size 1000000000000", "--batch-size.*2.20"),
+        ("--lr 1e308", "--lr.*1e9"),
+        ("--epochs " + "9" * 400, "--epochs"),
+        ("--seeds 2 --resume --out nowhere", "--out.*nowhere.*seed-0"),
+    ),
+)
+def test_more_wrong_settings(flags, says):
+    refused(flags, says)
+
+
+def test_constant_rate_and_best_accuracy():
+    trained("--schedule constant --warmup 1")
+    assert {r["lr"] for r in log(key="lr") if r["step"] >= 4} == {0.005}
+    tests = log(key="test_acc")
+    for i, r in enumerate(tests, 1):
+        assert r["best_acc"] == max(t["test_acc"] for t in tests[:i])
+
+
+def test_checkpoints_are_not_of_every_epoch():
+    trained("--checkpoint-interval 2 --out some")
+    assert checkpoint("some")["step"] == 12 and settings(epochs=200).checkpoint_interval == 10
+    with in_step(11, poison):
+        _, _, err = cifar("--checkpoint-interval 2")
+    assert "last checkpoint: step 8" in err
+
+
+@pytest.mark.parametrize(
+    "error", (torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory"), MemoryError())
+)
+def test_out_of_memory(error, monkeypatch):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(train_cifar, "train_step", fail)
+    code, _, err = cifar()
+    assert code == 1 and err.count("\n") == 1 and "out of memory: lower --batch-size" in err
+
+
+@pytest.mark.parametrize("content", (b'{"step": 4}\nno json\n\xff\n{"st', None))
+def test_a_broken_log_does_not_stop_a_resume(content):
+    stopped("", 7)
+    (RUN / "log.jsonl").unlink()
+    if content:
+        (RUN / "log.jsonl").write_bytes(content)
+    trained("--resume --device auto", tiny="")
+    assert [r["step"] for r in log()] == [4, 8, 10, 12][0 if content else 1 :]
+
+
+def test_signals_outside_of_steps(monkeypatch):
+    trace = train_cifar.hessian_trace
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return trace(*args)
+
+    monkeypatch.setattr(train_cifar, "hessian_trace", interrupted)
+    code, _, err = cifar("--sharpness --sharpness-images 16")
+    assert (code, err.count("\n")) == (143, 1) and "--resume --sharpness" in err
+    monkeypatch.setattr(train_cifar, "load_digits", lambda: signal.raise_signal(signal.SIGINT))
+    code, _, err = cifar("--out other")
+    assert (code, err) == (130, "train_cifar.py: stopped\n")
+
+
+def test_messages(monkeypatch, tmp_path):
+    trained("--seeds 2 --epochs 2")
+    refused("--resume", "runs/cifar is of --seeds: add --seeds 2.*seed-0", tiny="")
+    code, _, err = cifar("--resume --out runs/cifar/seed-0 --lr nan", tiny="")
+    assert code == 2
+    path = RUN / "seed-0/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["model"].popitem()
+    torch.save(saved, path)
+    refused("--resume --out runs/cifar/seed-0", "--resume: model.*does not fit", tiny="")
+    torch.save({"model": Evil()}, path)
+    refused("--resume --out runs/cifar/seed-0", "no file of tensors", tiny="")
+    _, _, err = cifar("--resume --out runs/cifar/seed-0", tiny="")
+    assert "weights_only" not in err and not Path("evil").exists()
+    monkeypatch.setattr(train_cifar, "RANK", 1)
+    _, _, err = cifar("--resume --out nowhere", tiny="")
+    assert err.startswith("train_cifar.py: rank 1: --resume: nowhere/checkpoint.pt")
+    copy = shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run([sys.executable, "-I", copy], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "ire.py" in done.stderr
+
+
+@pytest.mark.parametrize("products", (1, 2, 4))
+def test_lanczos_keeps_to_its_products(products):
+    A = torch.randn(12, 12, dtype=torch.float64)
+    H, x, ticks = A + A.T, torch.zeros(12, dtype=torch.float64, requires_grad=True), []
+    largest, residual = train_cifar.largest_eigenvalue(
+        [lambda: x @ H @ x / 2], [x], 1e-9, products, tick=lambda: ticks.append(1)
+    )
+    assert len(ticks) == products
+    assert (torch.linalg.eigvalsh(H) - largest).abs().min() <= residual < 100
+
+
+def test_sharpness_is_of_true_float32(monkeypatch):
+    seen = []
+
+    def look(*args):
+        precision = torch.get_float32_matmul_precision()
+        seen.append((precision, torch.backends.cudnn.allow_tf32))
+        return 0.0, 0.0
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(train_cifar, "hessian_trace", look)
+    c = settings(data="digits", model="tiny", limit_train=70, sharpness_images=16, batch_size=16)
+    pictures = train_cifar.Data(c)
+    train_cifar.sharpness(train_cifar.make_model(c, 10), pictures, c)
+    assert seen == [("highest", False)]
+    assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
