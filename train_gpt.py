@@ -1,297 +1,716 @@
-"""Pre-train a Llama with AdamW or AdmIRE, on a laptop or on eight GPUs. The smallest command first:
+"""Pre-train a Llama with AdamW, Muon, or IRE over either, on a laptop or on eight GPUs:
 
-    python train_gpt.py                              # about 1M parameters on Python's own source, minutes on a laptop
+    python train_gpt.py                              # about 1M parameters on Python's own source
     python train_gpt.py --compare                    # AdamW, then AdmIRE, on the same batches
     python train_gpt.py --data my.txt --steps 2000   # your text: a file or a folder of files
-    python train_gpt.py --resume                     # go on after Ctrl-C, to the same bits
+    python train_gpt.py --resume                     # go on after Ctrl-C
     python train_gpt.py --sample runs/gpt --prompt "def "
+    python train_gpt.py --init runs/gpt --data my.txt --out runs/mine    # its weights, your text
     python train_gpt.py --preset 119m                # a row of the paper, on one GPU
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 229m
 
-Top to bottom: settings, model, data, files, training, sampling, command line.
+A resumed run ends with the same bits on a CPU, and on CUDA with --deterministic.
+Top to bottom: settings, model, data, files, optimizers, training, sampling, command line.
 """
-import argparse, contextlib, dataclasses, datetime, hashlib, importlib.util, itertools, json, math, os, random, shutil
-import signal, subprocess, sys, sysconfig, time
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
 from pathlib import Path
 
-import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ire import AdmIRE, sampled_cross_entropy
+if importlib.util.find_spec("ire") is None:
+    sys.exit("train_gpt.py: ire is missing: put ire.py beside this file")
+from ire import IRE
 
-RANK, LOCAL_RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+# torchrun sets all of these; some of them alone are left over from something else
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = all(name in os.environ for name in LAUNCH)
+RANK, LOCAL_RANK, RANKS = (int(os.environ[x]) for x in LAUNCH[:3]) if LAUNCHED else (0, 0, 1)
 
-# ------------------------------------------------------------------------------------------------ settings
-class Halt(Exception): code = 1  # ends the script with one line and this exit code
-class Diverged(Halt): pass  # the loss is not finite
-class BadInput(Halt, ValueError): code = 2  # what the user can mend
 
-PRESETS, OUT = ("tiny", "60m", "119m", "229m"), "runs/gpt"
-COUNT, POSITIVE = (lambda x: x >= 1, "1 or more"), (lambda x: 0 < x < math.inf, "a finite number above 0")
-NOT_NEGATIVE, FRACTION = (lambda x: 0 <= x < math.inf, "0 or more"), (lambda x: 0 <= x < 1, "0 or more and below 1")
+# ------------------------------------------------------------------------------------ settings
+class Halt(Exception):
+    """Ends the script with one line and this exit code."""
 
-def setting(default, text, allowed=(lambda x: True, "")):
-    """default: a value, or a tuple with that of each preset. allowed: names, or a test and its words."""
-    if isinstance(allowed, str): allowed = allowed.split().__contains__, allowed.replace(" ", ", ")
-    default = default if isinstance(default, tuple) else (default,)
-    return dataclasses.field(default=None, metadata={"help": text, "allowed": allowed, "default": default})
+    code = 1
+
+
+class Diverged(Halt):
+    """The loss is not finite."""
+
+
+class BadInput(Halt, ValueError):
+    """What the user can mend."""
+
+    code = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be, and the words for them."""
+
+    low: float
+    high: float
+    words: str
+
+    def __contains__(self, x):
+        return self.low <= x <= self.high  # not NaN
+
+
+COUNT = Range(1, 2**31 - 1, "1 or more, below 2^31")
+STEPS = Range(0, 2**31 - 1, "0 or more, below 2^31")
+BATCH = Range(1, 2**20, "1 or more, up to 2^20")
+SEED = Range(0, 2**63 - 1, "0 to 2^63 - 1")
+POSITIVE = Range(1e-30, 1e9, "a number above 0, from 1e-30 to 1e9")
+NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
+DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
+FRACTION = Range(math.nextafter(0, 1), math.nextafter(1, 0), "above 0 and below 1")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire")
+SCHEDULES = ("cosine", "wsd", "constant")
+
+# Rows of the paper as Llamas, close to its models (its 60M has width 410 and 10 heads). "tiny" is
+# the defaults of Config, tuned alike for both optimizers (results/sweep-tiny.json).
+PAPER = dict(tokenizer="gpt2", lr=6e-4, eps=1e-16)
+PRESETS = {
+    "tiny": {},
+    "60m": PAPER
+    | dict(data="wikitext-103", steps=50_000, warmup=500, batch_size=240, context=150)
+    | dict(layers=16, width=384, heads=6, ffn=1024, kappa=2.0, gamma=0.7)
+    | dict(checkpoint_interval=2000),
+    "119m": PAPER
+    | dict(data="minipile", steps=30_000, warmup=300, batch_size=300, context=512)
+    | dict(layers=6, width=768, heads=12, ffn=2048, kappa=4.0, gamma=0.6)
+    | dict(checkpoint_interval=1000),
+    "229m": PAPER
+    | dict(data="openwebtext", steps=50_000, warmup=1000, batch_size=480, context=1024)
+    | dict(layers=16, width=768, heads=12, ffn=3072, kappa=4.0, gamma=0.6)
+    | dict(checkpoint_interval=1000),
+}
+
+
+def setting(default, help, allowed=None, resume=False, command=False):
+    """A field that complete() fills in where it was not given. allowed: names or a Range.
+    resume: it may change on --resume. command: what to do now, which no run hands on."""
+    words = allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
+    about = {"default": default, "help": help, "allowed": allowed, "words": words}
+    marks = {"resume": resume or command, "command": command}
+    return dataclasses.field(default=None, metadata=about | marks)
+
 
 @dataclasses.dataclass
 class Config:
-    """None is what was not given: complete() fills it in. Four defaults are those of the presets: the paper's rows as Llamas,
-    close to its models (60M has width 410, 10 heads there); tiny is tuned alike for both optimizers (results/sweep-tiny.json)."""
-    preset: str = setting("tiny", "model, data, schedule and IRE of a row of the paper", " ".join(PRESETS))
-    data: str = setting(("stdlib", "wikitext-103", "minipile", "openwebtext"), "stdlib (Python's own source), shakespeare, "
-                        "wikitext-2, another of these, a text file, a folder of them, or one with train.bin, val.bin, meta.json")
-    tokenizer: str = setting(("bytes", "gpt2", "gpt2", "gpt2"), "what a token is", "bytes gpt2")
-    layers: int = setting((4, 16, 6, 16), "transformer blocks", COUNT)
-    width: int = setting((128, 384, 768, 768), "size of the residual stream", COUNT)
-    heads: int = setting((4, 6, 12, 12), "attention heads; width / heads is even", COUNT)
-    ffn: int = setting((336, 1024, 2048, 3072), "hidden size of the SwiGLU feed-forward", COUNT)
-    context: int = setting((128, 150, 512, 1024), "tokens in a sequence", COUNT)
-    batch_size: int = setting((16, 240, 300, 480), "sequences in a step, over all ranks", COUNT)
-    steps: int = setting((1000, 50_000, 30_000, 50_000), "optimizer steps", COUNT)
-    warmup: int = setting((500, 500, 300, 1000), "steps to the peak learning rate, by default at most half of them", NOT_NEGATIVE)
-    lr: float = setting((2e-3, 6e-4, 6e-4, 6e-4), "peak learning rate", POSITIVE)
-    eps: float = setting((1e-8, 1e-16, 1e-16, 1e-16), "AdamW's epsilon", POSITIVE)
-    kappa: float = setting((1.0, 2.0, 4.0, 4.0), "IRE: steps along flat coordinates are 1 + kappa times as long", NOT_NEGATIVE)
-    gamma: float = setting((0.7, 0.7, 0.6, 0.6), "IRE: flat fraction of coordinates", (lambda x: 0 < x < 1, "above 0 and below 1"))
-    # as in all of the paper's rows
-    interval: int = setting(10, "IRE: steps from one mask to the next (K)", COUNT)
-    ire_warmup: int = setting(None, "IRE: steps before it switches on (default: --warmup)", NOT_NEGATIVE)
-    optimizer: str = setting("admire", "adamw, or admire, which is IRE over it", "adamw admire")
-    beta1: float = setting(0.9, "AdamW's decay of the mean", FRACTION)
-    beta2: float = setting(0.95, "AdamW's decay of the second moment", FRACTION)
-    weight_decay: float = setting(0.1, "AdamW's, on matrices only", NOT_NEGATIVE)
-    min_lr: float = setting(0.05, "last learning rate as a fraction of the peak (cosine)", (lambda x: 0 <= x <= 1, "0 to 1"))
-    clip: float = setting(1.0, "largest norm of the gradient", POSITIVE)
-    # ours
-    curvature: str = setting("fisher", "IRE: source of the mask", "fisher second_moment")
-    kappa_decay: bool = setting(False, "IRE: kappa follows the learning rate down")
-    probe_batches: int = setting(None, "IRE: micro-batches of the step, on each rank, that feed the probe (default all)", COUNT)
-    micro_batch: int = setting(None, "sequences in a forward pass (default: what divides the batch, up to 32,768 tokens)", COUNT)
-    seed: int = setting(0, "of weights, batches and probes", (lambda x: 0 <= x < 2**63, "0 to 2^63 - 1"))
-    device: str = setting("auto", "where to train", "auto cpu cuda mps")
-    dtype: str = setting(None, "of the forward pass (default float32, on CUDA bfloat16)", "float32 bfloat16 float16")
-    compile: bool = setting(None, "torch.compile the blocks and the loss (default on CUDA)")
+    """Every setting. None is what was not given."""
+
+    # the model and its text
+    preset: str = setting("tiny", "a row of the paper, model to IRE", tuple(PRESETS))
+    data: str = setting(
+        "stdlib",
+        "stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile, "
+        "openwebtext, a text file, a folder of them, or one with train.bin, val.bin, meta.json",
+        resume=True,  # from another place; the text must be the same
+    )
+    tokenizer: str = setting("bytes", "what a token is", ("bytes", "gpt2"))
+    layers: int = setting(4, "transformer blocks", COUNT)
+    width: int = setting(128, "size of the residual stream", COUNT)
+    heads: int = setting(4, "attention heads; width / heads is even", COUNT)
+    ffn: int = setting(336, "hidden size of the SwiGLU feed-forward", COUNT)
+    context: int = setting(128, "tokens in a sequence", COUNT)
+    init: str = setting(None, "begin with the weights of this run, or folder hf of one")
+    # the schedule
+    batch_size: int = setting(16, "sequences in a step, over all ranks", BATCH)
+    steps: int = setting(1000, "optimizer steps", COUNT)
+    warmup: int = setting(500, "steps to the peak, by default at most half of them", STEPS)
+    lr: float = setting(2e-3, "peak learning rate", POSITIVE)
+    schedule: str = setting("cosine", "after it; wsd falls in the last fifth", SCHEDULES)
+    min_lr: float = setting(0.05, "last lr as a fraction of the peak", Range(0, 1, "0 to 1"))
+    clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
+    # the optimizer
+    optimizer: str = setting("admire", "admire is IRE over AdamW", OPTIMIZERS)
+    beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
+    beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
+    eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
+    weight_decay: float = setting(0.1, "on matrices only", NOT_NEGATIVE)
+    # IRE over it
+    kappa: float = setting(1.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE)
+    gamma: float = setting(0.7, "flat fraction of the coordinates", FRACTION)
+    interval: int = setting(10, "steps from one mask to the next (K)", COUNT)
+    ire_warmup: int = setting(None, "steps before IRE switches on (default --warmup)", STEPS)
+    curvature: str = setting("fisher", "source of the mask", ("fisher", "second_moment"))
+    kappa_decay: bool = setting(False, "kappa follows the learning rate down")
+    probe_batches: int = setting(None, "micro-batches a rank for the probe (default all)", COUNT)
+    # how to compute it
+    micro_batch: int = setting(None, "sequences in a pass (default up to 32,768 tokens)", COUNT)
+    seed: int = setting(0, "of weights, batches and probes", SEED)
+    device: str = setting("auto", "where to train", DEVICES)
+    dtype: str = setting(None, "of the passes (default: what the device is fast at)", DTYPES)
+    compile: bool = setting(None, "torch.compile (default on CUDA from sm_70)", resume=True)
     deterministic: bool = setting(False, "deterministic CUDA kernels, slower")
-    fsdp: bool = setting(False, "shard model and optimizer over torchrun's ranks (FSDP2) instead of copying them (DDP)")
-    # from here on, what may change on --resume
-    out: str = setting(OUT, "folder for config, log, checkpoint, figure and Hugging Face model")
-    resume: bool = setting(False, "go on from the checkpoint in --out")
-    overwrite: bool = setting(False, "delete the run in --out first")
-    compare: bool = setting(False, "train with adamw, then with admire, and draw both")
-    eval_only: bool = setting(False, "print the validation loss of the run, or of the Hugging Face folder, in --out")
-    data_dir: str = setting("data", "folder for prepared data")
-    stop_at: float = setting(None, "end the run at a validation loss this low", POSITIVE)
-    log_interval: int = setting(20, "steps between lines of the log", COUNT)
-    eval_interval: int = setting(100, "steps between validations", COUNT)
-    eval_sequences: int = setting(512, "validation sequences, evenly spaced", COUNT)
-    checkpoint_interval: int = setting(100, "steps between checkpoints", COUNT)
-    wandb: bool = setting(False, "send the log to Weights & Biases too")
-    tensorboard: bool = setting(False, "write the log for TensorBoard too, into --out")
-    sample: str = setting(None, "print text from the run, or Hugging Face folder, here instead of training")
-    prompt: str = setting("", "how the text begins")
-    tokens: int = setting(300, "how long it is", COUNT)
-    temperature: float = setting(0.8, "0 takes the likeliest token", NOT_NEGATIVE)
-    top_k: int = setting(50, "choose among so many tokens", COUNT)
+    fsdp: bool = setting(False, "shard over torchrun's ranks (FSDP2), not DDP", resume=True)
+    # the run's folder and reports
+    out: str = setting("runs/gpt", "folder of the run", command=True)
+    data_dir: str = setting("data", "folder for prepared data", resume=True)
+    stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
+    log_interval: int = setting(20, "steps between lines of the log", COUNT, resume=True)
+    eval_interval: int = setting(100, "steps between validations", COUNT, resume=True)
+    eval_sequences: int = setting(512, "validation: so many, whole batches", COUNT, resume=True)
+    checkpoint_interval: int = setting(100, "steps between checkpoints", COUNT, resume=True)
+    keep_best: bool = setting(False, "the best checkpoint too, in OUT/best", resume=True)
+    wandb: bool = setting(False, "send the log to Weights & Biases too", resume=True)
+    # what to do
+    config: str = setting(None, "take the settings of a run's config.json", command=True)
+    resume: bool = setting(False, "go on from the checkpoint in --out", command=True)
+    overwrite: bool = setting(False, "delete the run in --out first", command=True)
+    compare: bool = setting(False, "train with adamw, then with admire", command=True)
+    eval_only: bool = setting(False, "print the validation loss of --out", command=True)
+    sample: str = setting(None, "print text from this run, or folder hf of one", command=True)
+    prompt: str = setting("", "how it begins; FILE:name is a file with that", command=True)
+    num_samples: int = setting(1, "how many texts", COUNT, command=True)
+    tokens: int = setting(300, "how long they are", COUNT, command=True)
+    temperature: float = setting(0.8, "0 takes the likeliest token", NOT_NEGATIVE, command=True)
+    top_k: int = setting(50, "choose among so many tokens", COUNT, command=True)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+OUT = Path(FIELDS["out"].metadata["default"])
+SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
+
 
 def check(c, name, good, allowed):
-    if not good: raise BadInput(f"--{name.replace('_', '-')}: got {getattr(c, name)}, allowed is {allowed}")
+    if not good:
+        flag = "--" + name.replace("_", "-")
+        raise BadInput(f"{flag}: got {str(getattr(c, name)):.60}, allowed is {allowed}")
+
+
+def note(text):
+    """One line beside the output, from one rank."""
+    if RANK == 0:
+        print(f"train_gpt.py: {text}", file=sys.stderr)
+
 
 def complete(given: Config) -> Config:
-    """Fills in what was not given, on resume from the run in c.out; raises BadInput on values out of range, and on those that
-    would change the run that goes on."""
-    c, fixed = dataclasses.replace(given, out=given.out or OUT), True
-    run = load_checkpoint(c.out, mmap=True)["config"] | {"overwrite": False} if c.resume else {}
-    for f in dataclasses.fields(c):
-        value, row, (good, allowed) = getattr(c, f.name), f.metadata["default"], f.metadata["allowed"]
-        check(c, f.name, value is None or good(value), allowed)
-        fixed = fixed and f.name != "out"
-        if value is None: setattr(c, f.name, run.get(f.name, row[PRESETS.index(c.preset) if len(row) > 1 else 0]))
-        elif c.resume and fixed and f.name != "data":
-            check(c, f.name, value == run.get(f.name), f"{run.get(f.name)} on --resume, as {c.out} began: it keeps its schedule")
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if c.device == "auto": c.device = here[0]
-    if c.dtype is None: c.dtype = "bfloat16" if c.device == "cuda" else "float32"
-    if c.compile is None: c.compile = c.device == "cuda"
-    if given.warmup is None and not c.resume: c.warmup = min(c.warmup, c.steps // 2)
-    if c.ire_warmup is None: c.ire_warmup = c.warmup
-    share = c.batch_size // RANKS
-    check(c, "batch_size", share * RANKS == c.batch_size, f"a multiple of the {RANKS} ranks")
-    if not c.micro_batch or c.resume and share % c.micro_batch:  # the run may go on with other ranks
-        c.micro_batch = max(n for n in range(1, share + 1) if share % n == 0 and n * c.context <= 2**15 or n == 1)
-    check(c, "micro_batch", share % c.micro_batch == 0, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
-    check(c, "probe_batches", (c.probe_batches or 1) * c.micro_batch <= share, f"1 to {share // c.micro_batch}, those of a step")
+    """Fills in what was not given: from the run that goes on, the weights to begin with, or the
+    preset. Raises BadInput on values out of range or that would change the run that goes on."""
+    c = dataclasses.replace(given, out=given.out or str(OUT))
+    c.device = None if c.device == "auto" else c.device
+    known = {}
+    if c.resume:
+        saved = load_checkpoint(c.out, mmap=True)
+        known = handed_on(saved["config"])
+        check_unchanged(c, known, c.out, but=("steps",))
+        check_steps(c, known, saved["step"])
+    elif c.init:
+        settings = read_weights(c.init)[0]["config"]
+        known = {name: settings[name] for name in SHAPE}
+        check_unchanged(c, known, c.init)
+    defaults = {name: f.metadata["default"] for name, f in FIELDS.items()}
+    preset = PRESETS.get(c.preset or known.get("preset", "tiny"), {})
+    for name, value in (defaults | preset | known).items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+    check_values(c)
+    choose(c, given)
+    check_settings(c)
+    return c
+
+
+def handed_on(config):
+    """The settings of an earlier run that hold for another start; an older run has not all."""
+    kept = {name: f.metadata["default"] for name, f in FIELDS.items() if not f.metadata["command"]}
+    return {name: config.get(name, default) for name, default in kept.items()}
+
+
+def check_unchanged(c, known, source, but=()):
+    """Raises BadInput where c was given something else than the run in `source` has."""
+    for name, value in known.items():
+        given = getattr(c, name)
+        free = given is None or FIELDS[name].metadata["resume"] or name in but
+        check(c, name, free or given == value, f"{value}, as {source} began")
+
+
+def check_steps(c, known, done):
+    """--steps may change on --resume if the learning rate of the steps that were made does not."""
+    before = Config(**known)
+    check_values(before)
+    after = dataclasses.replace(before, steps=c.steps or before.steps)
+    check_values(after)
+    same = after.steps == before.steps or all(
+        learning_rate(before, step) == learning_rate(after, step) for step in range(done)
+    )
+    began = f"{before.steps} on --resume, as {c.out} began: it keeps its {before.schedule} schedule"
+    check(c, "steps", same and after.steps >= done, began)
+
+
+def check_values(c):
+    """Each value alone."""
+    for name, f in FIELDS.items():
+        value, allowed = getattr(c, name), f.metadata["allowed"]
+        if value is not None:
+            right = type(value) is f.type or (f.type is float and type(value) is int)
+            check(c, name, right, f"a value of type {f.type.__name__}")
+            check(c, name, allowed is None or value in allowed, f.metadata["words"])
+
+
+def abilities(device):
+    """(dtype, compile) that suit it: before sm_80 bfloat16 is slow, before sm_70 Triton fails."""
+    if device != "cuda":
+        return "float32", False
+    capability = torch.cuda.get_device_capability()
+    return "bfloat16" if capability >= (8, 0) else "float16", capability >= (7, 0)
+
+
+@functools.cache
+def compiler_error(device):
+    """Why torch.compile does not work here (no C++ compiler, no Triton, ...), or an empty text."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as e:  # it raises many kinds
+        return " ".join(str(e).split()[:16])
+    return ""
+
+
+def choose(c, given):
+    """Settings that depend on the machine, or on others."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here = [name for name, found in there.items() if found] + ["cpu"]
+    c.device = here[0] if c.device == "auto" else c.device
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
+    dtype, compiles = abilities(c.device)
+    if c.dtype is None:
+        c.dtype = "float32" if c.fsdp and dtype == "float16" else dtype
+    c.compile = compiles if c.compile is None else c.compile
+    if c.compile and compiler_error(c.device):
+        check(c, "compile", not given.compile, f"--no-compile here: {compiler_error(c.device)}")
+        note(f"goes on without torch.compile: {compiler_error(c.device)}")
+        c.compile = False
+    c.fsdp = c.fsdp and (LAUNCHED or bool(given.fsdp))  # one process can go on with it
+    if given.warmup is None and not c.resume:
+        c.warmup = min(c.warmup, c.steps // 2)
+    c.ire_warmup = c.warmup if c.ire_warmup is None else c.ire_warmup
+    share = c.batch_size // RANKS
+    if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
+        sizes = range(min(share, max(1, 2**15 // c.context)), 0, -1)
+        c.micro_batch = next((n for n in sizes if share % n == 0), 1)
+
+
+def check_settings(c):
+    """What must fit together."""
+    near = max(1, round(c.batch_size / RANKS)) * RANKS
+    whole = c.batch_size % RANKS == 0
+    check(c, "batch_size", whole, f"a multiple of the {RANKS} ranks, such as {near}")
+    share, muon = c.batch_size // RANKS, c.optimizer.startswith("muon")
+    whole = share % c.micro_batch == 0
+    check(c, "micro_batch", whole, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
+    most = share // c.micro_batch
+    check(c, "probe_batches", (c.probe_batches or 1) <= most, f"1 to {most}, those of a step")
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
-    check(c, "dtype", c.dtype != "float16" or c.device != "cpu" and not c.fsdp, "float32 or bfloat16 on a CPU or with --fsdp")
-    check(c, "fsdp", not c.fsdp or "RANK" in os.environ, "--fsdp under torchrun")
+    fits = c.dtype != "float16" or (c.device != "cpu" and not c.fsdp)
+    check(c, "dtype", fits, "float32 or bfloat16 on a CPU or with --fsdp")
+    check(c, "fsdp", not c.fsdp or LAUNCHED, "--fsdp under torchrun")
+    old = muon and not hasattr(torch.optim, "Muon")
+    check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
+    check(c, "curvature", c.curvature == "fisher" or not muon, "fisher over Muon")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
-    for name in ("out", "data_dir"): check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
+    for name in ("out", "data_dir"):
+        check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
+
+
+def keep_runs(c: Config):
+    """c, if it does not lose a run unasked."""
+    kept = c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists()
+    ways = "a folder without a run, or --resume to go on with it, or --overwrite to lose it"
+    check(c, "out", kept, ways)
     return c
 
-def keep_runs(c: Config):  # c, if it does not lose a run unasked
-    check(c, "out", c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists(), "a folder without a run, or --resume to "
-          "go on with it, or --overwrite to lose it")
-    return c
 
-# ------------------------------------------------------------------------------------------------ model
-def rotate(x, cos, sin):  # the halves of a head are the pairs, as in Hugging Face's Llama
+# --------------------------------------------------------------------------------------- model
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (batch, heads, time, size); as in Hugging Face's Llama the
+    halves of a head are the pairs. cos, sin: (time, size / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def linears(**sizes):
+    return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        linears = lambda **sizes: nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        self.heads, d = c.heads, c.width
+        self.heads = c.heads
+        d = c.width
         self.input_layernorm = nn.RMSNorm(d, eps=1e-6)
         self.self_attn = linears(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), o_proj=(d, d))
         self.post_attention_layernorm = nn.RMSNorm(d, eps=1e-6)
         self.mlp = linears(gate_proj=(d, c.ffn), up_proj=(d, c.ffn), down_proj=(c.ffn, d))
 
-    def forward(self, x, rotary, past=None):  # x: (batch, time, width)
-        h, attention, mlp, first = self.input_layernorm(x), self.self_attn, self.mlp, not past
-        q, k, v = (project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, time, width / heads)
-                   for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if past: k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v)))
-        if past is not None: past[:] = k, v  # of the text first, then of one token at a time, which sees all before it
-        x = x + attention.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2).flatten(-2))
+    def forward(self, x, cos, sin):  # x: (batch, time, width)
+        x = x + self.attend(self.input_layernorm(x), cos, sin)
         h = self.post_attention_layernorm(x)
+        mlp = self.mlp
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
+    def attend(self, h, cos, sin):
+        layer = self.self_attn
+        q, k, v = (  # (batch, heads, time, width / heads)
+            project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
 def true_loss(weight, x, targets):
+    """Mean cross entropy of the next tokens. weight: (vocab, width), x: (batch, time, width)."""
     return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
 
-def drawn_loss(weight, x, key):  # the probe's of one sequence; its labels depend on its key, not on neighbours, rank or re-run
-    return sampled_cross_entropy(F.linear(x, weight).float(), generator=torch.Generator(x.device).manual_seed(int(key)))
+
+def drawn_loss(classes, weight, x, seeds):
+    """The probe's loss (Eq. 6): the same against labels drawn from softmax(logits)."""
+    logits = F.linear(x, weight).flatten(0, 1).float()
+    with torch.no_grad():
+        labels = drawn_labels(logits, seeds.flatten(), classes)
+    return F.cross_entropy(logits, labels)
+
+
+def drawn_labels(logits, seeds, classes):
+    """The arg max of logits (n, vocab) + Gumbel noise, whose bits are a hash of seeds (n,), which
+    are one of key and position, and classes (vocab,): a label does not depend on its neighbours in
+    the batch, the rank, or how often it is drawn."""
+    bits = mix(seeds[:, None] + classes) & 0x7FFFFFFF
+    uniform = (bits.float() + 0.5) * 2.0**-31
+    return (logits - (-torch.log1p(-uniform)).log()).argmax(-1)
+
+
+def mix(x):
+    """Scrambles int32 numbers one to one (Wellons' lowbias32); products wrap around."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
 
 class Llama(nn.Module):
     """Names and arithmetic of Hugging Face's LlamaForCausalLM, untied embeddings."""
-    LOGITS = 2**26  # how many may exist at once
 
     def __init__(self, c, vocab):
         super().__init__()
-        self.true_loss, half = true_loss, c.width // c.heads // 2
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocab, c.width), "layers": nn.ModuleList(
-            Block(c) for _ in range(c.layers)), "norm": nn.RMSNorm(c.width, eps=1e-6)})
+        self.dtype = getattr(torch, c.dtype)
+        self.logits = 2**26  # how many may exist at once, see mean()
+        self.true_loss = true_loss
+        self.drawn_loss = drawn_loss
+        blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        embed, norm = nn.Embedding(vocab, c.width), nn.RMSNorm(c.width, eps=1e-6)
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": blocks, "norm": norm})
         self.lm_head = nn.Linear(c.width, vocab, bias=False)
+        half = c.width // c.heads // 2
         angles = torch.outer(torch.arange(c.context), 10000.0 ** (-torch.arange(half) / half))
-        for f in (torch.cos, torch.sin): self.register_buffer(f.__name__, f(angles), persistent=False)  # (context, head / 2)
-        for name, p in self.named_parameters():  # what writes to the residual stream starts smaller (GPT-2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (context, head / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        classes = mix(torch.arange(vocab, dtype=torch.int32))
+        self.register_buffer("classes", classes, persistent=False)
+        for name, p in self.named_parameters():  # what writes to the residual stream starts smaller
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.layers) if writes else 0.02)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.layers) if writes else 0.02)
 
-    def forward(self, tokens, targets=None, keys=None, past=None):
-        """Logits (batch, time, vocab) of tokens (batch, time); with targets (batch, time) their mean cross entropy; with keys
-        (batch) the probe's loss, Eq. 6. past: a list for each block, of what it keeps of earlier tokens."""
-        start = past[0][0].shape[2] if past and past[0] else 0
-        rotary = [angle[start:start + tokens.shape[1]] for angle in (self.cos, self.sin)]
+    def forward(self, tokens, targets=None, keys=None):
+        """Logits (batch, time, vocab) of tokens (batch, time); with targets (batch, time) their
+        mean cross entropy; with keys (batch) the probe's loss, whose labels depend on them."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(tokens.device.type, self.dtype, enabled=enabled):
+            x = self.hidden(tokens)
+            if targets is not None:
+                return self.mean(self.true_loss, x, targets)
+            if keys is None:
+                return self.lm_head(x)
+            time = torch.arange(tokens.shape[1], dtype=torch.int32, device=x.device)
+            seeds = mix(mix(keys.int())[:, None] + mix(~time))  # ~: positions are not classes
+            return self.mean(functools.partial(self.drawn_loss, self.classes), x, seeds)
+
+    def hidden(self, tokens):
+        """(batch, time, width), what the head reads."""
         x = self.model.embed_tokens(tokens)
-        for block, own in zip(self.model.layers, past or itertools.repeat(None)): x = block(x, rotary, own)
-        x = self.model.norm(x)
-        if targets is not None: return self.mean(self.true_loss, x, targets)
-        return self.lm_head(x) if keys is None else self.mean(drawn_loss, x, keys)
+        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        for block in self.model.layers:
+            x = block(x, cos, sin)
+        return self.model.norm(x)
 
     def mean(self, loss, x, y):
-        """The mean loss. Where all logits are too many at once, some sequences at a time, made again in the backward."""
-        a_sequence = x.shape[1] * self.lm_head.out_features
-        small, size = len(x) * a_sequence <= self.LOGITS, 1 if loss is drawn_loss else max(1, self.LOGITS // a_sequence)
-        run = loss if small else lambda *a: checkpoint(loss, *a, use_reentrant=False, preserve_rng_state=False)
-        return sum(run(self.lm_head.weight, h, t) * len(h) for h, t in zip(x.split(size), y.split(size))) / len(x)
+        """The mean loss. Where all logits are too many at once, in pieces of as many sequences
+        each, made again in the backward."""
+        most = max(1, self.logits // (x.shape[1] * self.lm_head.out_features))
+        pieces = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) // n <= most)
+        if pieces == 1:
+            return loss(self.lm_head.weight, x, y)
+        total = 0
+        for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+            total = total + checkpoint(
+                loss, self.lm_head.weight, *part, use_reentrant=False, preserve_rng_state=False
+            )
+        return total / pieces
 
-# ------------------------------------------------------------------------------------------------ data
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-       "minipile": ("JeanKaddour/minipile", None), "openwebtext": ("Skylion007/openwebtext", None)}
 
-def text_files(c: Config) -> list[Path]:  # behind --data, in a fixed order
-    path = Path({"stdlib": sysconfig.get_paths()["stdlib"], "shakespeare": f"{c.data_dir}/shakespeare.txt"}.get(c.data, c.data))
-    if c.data == "shakespeare" and not path.exists():
+def make_model(c: Config, vocab):
+    """A model compiled, and sharded over the ranks, as the settings say."""
+    model = Llama(c, vocab).to(c.device)
+    if c.device == "cuda" and c.compile:  # fused, a logit takes its own bytes and its gradient's
+        model.logits = min(2**31 - 1, torch.cuda.get_device_properties().total_memory // 32)
+    if c.compile:  # block by block, which are alike: one compilation serves all of them
+        model.true_loss = torch.compile(true_loss, dynamic=False)
+        model.drawn_loss = torch.compile(drawn_loss, dynamic=False)
+        for block in model.model.layers:
+            block.compile(dynamic=False)
+    if c.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(c.device, (RANKS,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    return model
+
+
+def flops_per_token(c: Config, model):
+    """Of one training step, forward and backward (PaLM, appendix B)."""
+    embedding = model.model.embed_tokens.weight.numel()
+    matrices = sum(p.numel() for p in model.parameters()) - embedding
+    return 6 * matrices + 12 * c.layers * c.width * c.context
+
+
+# ---------------------------------------------------------------------------------------- data
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+HUB = {  # Hugging Face: name and configuration
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "minipile": ("JeanKaddour/minipile", None),
+    "openwebtext": ("Skylion007/openwebtext", None),
+}
+NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # in Python's library
+
+
+def text_files(c: Config) -> list[Path]:
+    """The text files behind --data, in a fixed order."""
+    path, pattern, skip = Path(c.data), "*", set()
+    if c.data == "stdlib":
+        path, pattern, skip = Path(sysconfig.get_paths()["stdlib"]), "*.py", NO_SOURCE
+    elif c.data == "shakespeare":
+        path = fetch_shakespeare(Path(c.data_dir) / "shakespeare.txt")
+    for name in ("out", "data_dir") if path.is_dir() else ():  # would become the run's text
+        folder = Path(getattr(c, name)).resolve()
+        inside = path.resolve() in (folder, *folder.parents)
+        check(c, "data", not inside, f"a folder that does not hold --{name.replace('_', '-')}")
+    found = [path] if path.is_file() else sorted(p for p in path.rglob(pattern) if p.is_file())
+    found = [p for p in found if not skip & set(p.relative_to(path).parts)]
+    names = ", ".join(HUB)
+    check(c, "data", found, f"an existing file or folder of files, or stdlib, shakespeare, {names}")
+    other = [p for p in found if not is_text(p)]
+    check(c, "data", len(other) < len(found), f"text, in UTF-8 or the like; {other[:1]} is none")
+    if other:
+        note(
+            f"--data: {len(other)} of {len(found)} files are left out, as no text: {other[0]}, ..."
+        )
+    return [p for p in found if p not in set(other)]
+
+
+def is_text(path):
+    """Not UTF-16, an archive, a picture or a program: by its zeros and control characters."""
+    with open(path, "rb") as f:
+        start = f.read(1 << 16)
+    control = sum(start.count(code) for code in (*range(9), *range(14, 27), *range(28, 32)))
+    utf16 = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return 0 not in start and control <= len(start) // 100 and not utf16
+
+
+def fetch_shakespeare(path):
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try: torch.hub.download_url_to_file(SHAKESPEARE[0], str(path), hash_prefix=SHAKESPEARE[1], progress=False)
-        except Exception as e: raise BadInput(f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}") from None
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if c.data == "stdlib" else set()
-    files = [p for p in sorted(path.rglob("*.py" if skip else "*")) if p.is_file() and not skip & set(p.relative_to(path).parts)]
-    check(c, "data", files or path.is_file(), f"an existing file or folder of files, or stdlib, shakespeare, {', '.join(HUB)}")
-    return files or [path]
+        url, sha256 = SHAKESPEARE
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except Exception as e:  # the network raises many kinds
+            text = f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}"
+            raise BadInput(text) from None
+    return path
+
 
 def from_files(files):
-    """Pieces of text (part, bytes, whether a document begins). Of twenty files or more each twentieth is held out, of fewer
-    the last tenth of each."""
-    random.Random(0).shuffle(files := list(files))
+    """Pieces of text (part, bytes, whether a document begins). Of twenty files or more each
+    twentieth is held out, of fewer the last tenth of each."""
+    files = list(files)
+    random.Random(0).shuffle(files)
     for i, path in enumerate(files):
         size = path.stat().st_size
-        cut = size * 9 // 10 if len(files) < 20 else size if i % 20 else 0
+        cut = size if i % 20 else 0
+        cut = size * 9 // 10 if len(files) < 20 else cut
         with open(path, "rb") as f:
             for part, end in (("train", cut), ("val", size)):
-                begins, piece = True, lambda read: read(min(1 << 19, end - f.tell()))
-                while text := piece(f.read):  # and the rest of the line, as gpt2 takes no half words
-                    yield part, text + piece(f.readline), begins
+                begins = True
+                while text := f.read(min(1 << 19, end - f.tell())):
+                    rest = f.readline(min(1 << 19, end - f.tell()))  # as gpt2 takes no half words
+                    yield part, text + rest, begins
                     begins = False
 
-def from_hub(c: Config):  # the same, streamed from the hub, its cache or a local copy; WikiText's rows are lines of one document
+
+def from_hub(c: Config):
+    """The same, streamed from the hub, its cache or a local copy."""
     from datasets import load_dataset
+
+    lines = c.data.startswith("wikitext")  # whose rows are lines of one document
     try:
         splits = load_dataset(*HUB[c.data], streaming=True)
         for split in ("train", "validation"):
             for i, row in enumerate(splits.get(split, ())):
-                held_out = split != "train" or "validation" not in splits and i % 2000 == 0
-                yield "val" if held_out else "train", row["text"].encode(), i == 0 or not c.data.startswith("wikitext")
+                held_out = split != "train" or ("validation" not in splits and i % 2000 == 0)
+                yield "val" if held_out else "train", row["text"].encode(), i == 0 or not lines
     except Exception as e:  # the library and its network raise many kinds
-        raise BadInput(f"--data: datasets can't read {HUB[c.data][0]} ({e!r:.300}); name a text file or folder") from None
+        text = f"--data: datasets can't read {HUB[c.data][0]} ({e!r:.300})"
+        raise BadInput(f"{text}; name a text file or folder") from None
 
-def codec(tokenizer):  # encoder of texts (bytes), decoder of a list of tokens, size of the vocabulary, token between documents
-    if tokenizer == "bytes":
-        return (lambda texts: [np.frombuffer(t, np.uint8) for t in texts],
-                lambda tokens: bytes(tokens).decode(errors="replace"), 256, ord("\n"))
-    import tiktoken
-    try: gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as e: raise BadInput(f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__}); use bytes or "
-                                          "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
-    return (lambda texts: gpt2.encode_ordinary_batch([t.decode(errors="replace") for t in texts], num_threads=os.cpu_count()),
-            gpt2.decode, gpt2.n_vocab, gpt2.eot_token)
+
+class Bytes:
+    vocab = 256
+    between = ord("\n")  # documents
+
+    def encode(self, texts):
+        return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def decode(self, tokens):
+        return bytes(tokens).decode(errors="replace")
+
+
+class GPT2:
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # the network raises many kinds
+            text = f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__})"
+            way = "use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            raise BadInput(f"{text}; {way}") from None
+        self.vocab, self.between, self.decode = (
+            self.bpe.n_vocab,
+            self.bpe.eot_token,
+            self.bpe.decode,
+        )
+
+    def encode(self, texts):
+        texts = [text.decode(errors="replace") for text in texts]
+        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+
+class Numbers:
+    """The tokens of a prepared folder, whose meaning is not known here."""
+
+    between = 0
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def encode(self, texts):
+        if any(texts):
+            raise BadInput("--prompt: allowed is none for tokens that are neither bytes nor gpt2's")
+        return [[] for _ in texts]
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def codec(tokenizer, vocab=None):
+    known = {"bytes": Bytes, "gpt2": GPT2}
+    return known[tokenizer]() if tokenizer in known else Numbers(vocab)
+
 
 def prepare(c: Config) -> Path:
-    """The folder with train.bin, val.bin (uint16 tokens) and meta.json behind --data; made once, and whole or not."""
-    if (Path(c.data) / "train.bin").exists(): return Path(c.data)
+    """The folder with train.bin, val.bin (uint16 tokens) and meta.json behind --data; made once,
+    and whole or not."""
+    if (Path(c.data) / "train.bin").exists():
+        return Path(c.data)
     files = [] if c.data in HUB else text_files(c)
-    version = hashlib.sha256(repr([(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]).encode()).hexdigest()[:12]
-    name = f"{Path(c.data).stem}-{c.tokenizer}" + f"-{version}" * bool(files)
-    folder, half = Path(c.data_dir) / name, Path(c.data_dir) / f".{name}.{os.getpid()}"
-    if (folder / "meta.json").exists(): return folder
+    name = f"{Path(c.data).stem}-{c.tokenizer}"
+    if files:
+        stats = [(str(p), p.stat()) for p in files]
+        known = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+        name += f"-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    folder = Path(c.data_dir) / name
+    if (folder / "meta.json").exists():
+        return folder
     shutil.rmtree(folder, ignore_errors=True)  # without meta.json it is half of one
-    (encode, _, vocab, between), pieces = codec(c.tokenizer), from_files(files) if files else from_hub(c)
-    source = " ".join(filter(None, HUB.get(c.data, [c.data])))
-    meta = {"tokenizer": c.tokenizer, "vocab_size": vocab, "source": source, "sha256": {}}
+    half = folder.with_name(f".{name}.{os.getpid()}")
     half.mkdir(parents=True, exist_ok=True)
     try:
-        with open(half / "train.bin", "wb") as train, open(half / "val.bin", "wb") as val:
-            bins, batches = {"train": train, "val": val}, iter(lambda: list(itertools.islice(pieces, 64)), [])
-            for batch in tqdm(batches, f"tokens of {c.data}", unit=" batches", disable=not sys.stderr.isatty()):
-                for (part, _, begins), tokens in zip(batch, encode([text for _, text, _ in batch])):
-                    separator = [between] if begins and bins[part].tell() else []
-                    bins[part].write(np.concatenate((separator, tokens)).astype("<u2").tobytes())
-            for part, f in bins.items():
-                f.flush()
-                os.fsync(f.fileno())
-                meta[f"{part}_tokens"] = n = f.tell() // 2
-                check(c, "data", n > c.context, f"more text: {part} has {n} tokens, no more than one --context of {c.context}")
-                meta["sha256"][part] = hashlib.sha256(np.memmap(f.name, "u1", "r")).hexdigest()
-        write_json(half / "meta.json", meta)
-        with contextlib.suppress(OSError): half.rename(folder)  # another run was first
+        write_tokens(c, half, from_files(files) if files else from_hub(c))
+        with contextlib.suppress(OSError):  # another run was first
+            half.rename(folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
-        with contextlib.suppress(OSError): half.parent.rmdir()  # where nothing is in it
+        with contextlib.suppress(OSError):  # where something is in it
+            half.parent.rmdir()
     return folder
 
+
+def write_tokens(c, folder, pieces):
+    kind = codec(c.tokenizer)
+    source = " ".join(filter(None, HUB.get(c.data, [c.data])))
+    meta = {"tokenizer": c.tokenizer, "vocab_size": kind.vocab, "source": source, "sha256": {}}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        bins = {"train": train, "val": val}
+        batches = iter(lambda: list(itertools.islice(pieces, 64)), [])
+        quiet = not sys.stderr.isatty()
+        for batch in tqdm(batches, f"tokens of {c.data}", unit=" batches", disable=quiet):
+            encoded = kind.encode([text for _, text, _ in batch])
+            for (part, _, begins), tokens in zip(batch, encoded, strict=True):
+                separator = [kind.between] if begins and bins[part].tell() else []
+                bins[part].write(np.concatenate((separator, tokens)).astype("<u2").tobytes())
+        for part, f in bins.items():
+            f.flush()
+            os.fsync(f.fileno())
+            n = f.tell() // 2
+            more = f"more text: {part} has {n} tokens, no more than one --context of {c.context}"
+            check(c, "data", n > c.context, more)
+            meta[f"{part}_tokens"] = n
+            meta["sha256"][part] = hashlib.sha256(np.memmap(f.name, "u1", "r")).hexdigest()
+    write_json(folder / "meta.json", meta)
+
+
 class Data:
-    """Memory-mapped tokens. A batch is a function of seed and step, so a resumed run sees what it would have."""
+    """Memory-mapped tokens. A batch is a function of seed and step, so a resumed run sees what it
+    would have."""
 
     def __init__(self, c: Config):
         folder = prepare(c) if LOCAL_RANK == 0 else None
@@ -301,39 +720,63 @@ class Data:
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}") from None
-        self.vocab = -(-self.tokens["vocab"] // 64) * 64  # padded, 50257 to 50304, which GPUs multiply faster
-        for part in ("train", "val"):
-            size = path.stat().st_size if (path := folder / f"{part}.bin").exists() else 0
-            whole = 2 * meta.get(f"{part}_tokens", size // 2)
-            check(c, "data", size == whole > 2 * c.context, f"{path} of 2 bytes for each token of meta.json, {whole} bytes, and "
-                  f"more than one --context of {c.context} tokens; it has {size} bytes")
-            setattr(self, part, np.memmap(path, "<u2", "r"))
-            top = 0 if "sha256" in meta else int(getattr(self, part).max())  # what prepare() made is in range
-            check(c, "data", top < self.tokens["vocab"], f"{path} of tokens below vocab_size, {self.tokens['vocab']}; it has {top}")
-        self.sha256 = meta["sha256"]["train"] if "sha256" in meta else hashlib.sha256(self.train).hexdigest()
+            text = f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}"
+            raise BadInput(text) from None
+        fits = 2 <= self.tokens["vocab"] <= 2**16
+        check(c, "data", fits, f"a vocab_size of 2 to 65,536 in {folder / 'meta.json'}")
+        self.vocab = -(-self.tokens["vocab"] // 64) * 64  # 50257 to 50304: GPUs multiply it faster
+        self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
+        known = meta.get("sha256", {}).get("train")
+        self.sha256 = known or hashlib.sha256(self.train).hexdigest()
 
-    def windows(self, tokens, starts):  # inputs, targets: (sequences, context)
-        rows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64))
-        rows = (rows.pin_memory() if self.c.device == "cuda" else rows).to(self.c.device, non_blocking=True)
+    def read(self, folder, meta, part):
+        c, path, vocab = self.c, folder / f"{part}.bin", self.tokens["vocab"]
+        check(c, "data", path.exists(), f"a folder that has {path}")
+        size = path.stat().st_size
+        whole = 2 * meta.get(f"{part}_tokens", size // 2)
+        text = f"{path} of 2 bytes for each token of meta.json, {whole} bytes, and more than one"
+        text = f"{text} --context of {c.context} tokens; it has {size} bytes"
+        check(c, "data", size == whole > 2 * c.context, text)
+        tokens = np.memmap(path, "<u2", "r")
+        top = 0 if "sha256" in meta else int(tokens.max())  # what prepare() made is in range
+        text = f"{path} of tokens below vocab_size, {vocab}; it has {top}"
+        check(c, "data", top < vocab, text)
+        return tokens
+
+    def to_device(self, x):
+        x = x.pin_memory() if self.c.device == "cuda" else x
+        return x.to(self.c.device, non_blocking=True)
+
+    def windows(self, tokens, starts):
+        """Inputs and targets, (sequences, context) each."""
+        rows = tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64)
+        rows = self.to_device(torch.from_numpy(rows))
         return rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):
-        """This rank's micro-batches of a step: inputs, targets, keys. Which sequences form one does not depend on RANKS."""
+        """This rank's micro-batches of a step: inputs, targets, keys of the probe's labels. Which
+        sequences form one does not depend on the number of ranks."""
         c, rng = self.c, np.random.default_rng((self.c.seed, step))
         starts = rng.integers(len(self.train) - c.context, size=c.batch_size)
         keys = torch.from_numpy(rng.integers(2**31, size=c.batch_size))
-        own = [slice(i, i + c.micro_batch) for i in range(RANK * c.micro_batch, c.batch_size, RANKS * c.micro_batch)]
-        return [(*self.windows(self.train, starts[s]), keys[s]) for s in own]
+        firsts = range(RANK * c.micro_batch, c.batch_size, RANKS * c.micro_batch)
+        own = [slice(first, first + c.micro_batch) for first in firsts]
+        return [(*self.windows(self.train, starts[s]), self.to_device(keys[s])) for s in own]
 
-    def validation(self):  # as many micro-batches on each rank, since ranks that share a model go through it together
-        count = max(RANKS, min(self.c.eval_sequences, (len(self.val) - 1) // self.c.context))
-        starts = np.linspace(0, len(self.val) - self.c.context - 1, count).astype(np.int64)
-        parts = np.array_split(starts, RANKS * math.ceil(count / RANKS / self.c.micro_batch))
-        return (self.windows(self.val, s) for s in parts[RANK::RANKS])
+    def validation(self):
+        """This rank's micro-batches of sequences that do not depend on the number of ranks, in the
+        shapes of training, for which the model is compiled."""
+        c = self.c
+        count = min(c.eval_sequences, (len(self.val) - 1) // c.context)
+        count = max(1, count // c.batch_size) * c.batch_size
+        starts = np.linspace(0, len(self.val) - c.context - 1, count).astype(np.int64)
+        for first in range(RANK * c.micro_batch, count, RANKS * c.micro_batch):
+            yield self.windows(self.val, starts[first : first + c.micro_batch])
 
-# ------------------------------------------------------------------------------------------------ files
-def write_atomically(path: Path, write):  # whole or not at all, also when the power goes
+
+# --------------------------------------------------------------------------------------- files
+def write_atomically(path: Path, write):
+    """Whole or not at all, also when the power goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -342,328 +785,754 @@ def write_atomically(path: Path, write):  # whole or not at all, also when the p
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except RuntimeError as e: raise e.__context__ or e  # torch.save's own, over the disk's
-    finally: part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:
+        disk = e if isinstance(e, OSError) else e.__context__  # torch.save hides the disk's
+        if not isinstance(disk, OSError):
+            raise
+        raise OSError(disk.errno, disk.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
 
-def write_json(path: Path, value): write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
-def load_checkpoint(folder, mmap=False):  # mmap: where its tensors are not read
+def write_json(path: Path, value):
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+def load_checkpoint(folder, mmap=False):
+    """The checkpoint in a run's folder; mmap where its tensors are not read."""
+    path = Path(folder) / "checkpoint.pt"
     try:
-        saved = torch.load(path := Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=mmap)
-        return {key: saved[key] for key in ("config", "data", "step", "seconds", "val_loss", "model", "optimizer", "scaler")}
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        for key in ("config", "data", "seconds", "val_loss", "model", "optimizer", "scaler"):
+            saved[key]
+        return saved | {"step": int(saved["step"])}
+    except pickle.UnpicklingError:  # whose own words advise to trust it
+        why = "it is no file of tensors, numbers and texts"
     except Exception as e:  # torch.load raises many kinds
-        raise BadInput(f"{path} can't be read as a checkpoint: {e!r:.300}; is {folder} the --out of a run?") from None
+        why = f"{e!r:.300}"
+    raise BadInput(f"{path} can't be read as a checkpoint: {why}; {which_run(folder)}")
 
-def save(model, optimizer, c: Config, data, **progress):
-    """DIR/checkpoint.pt, whole also where it is sharded, so that any number of ranks can go on with it; and DIR/hf, which
-    transformers opens with AutoModelForCausalLM.from_pretrained."""
+
+def which_run(folder):
+    runs = [str(p.parent) for p in sorted(Path(folder).glob("ad*/checkpoint.pt"))]
+    if runs:
+        return f"{folder} is of --compare: name {' or '.join(runs)}, or add --compare"
+    return f"is {folder} the --out of a run?"
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """Keeps a second run out of the folder while this one goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = (
+                    (folder / "pid").read_text() if (folder / "pid").exists() else "another process"
+                )
+                text = f"--out: got {folder}, allowed is a folder where no run goes on"
+                raise BadInput(f"{text}; {who} trains there") from None
+            except OSError:  # a network folder without locks
+                pass
+        yield
+
+
+def save(run, folder: Path):
+    """checkpoint.pt, whole also where it is sharded, so that any number of ranks can go on with it;
+    and hf, which transformers opens with AutoModelForCausalLM.from_pretrained."""
     from safetensors.torch import save
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if RANK: return
-    saved = dict(config=dataclasses.asdict(c), data=data.sha256, model=weights, optimizer=state, **progress)
-    write_atomically(Path(c.out) / "checkpoint.pt", lambda f: torch.save(saved, f))
-    hf, nothing = Path(c.out) / "hf", dict.fromkeys(("bos_token_id", "eos_token_id"))
+
+    c, data, hf = run.c, run.data, folder / "hf"
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(run.model, run.optimizer, options=options)
+    if RANK:
+        return
+    config = dataclasses.asdict(c)
+    saved = {"config": config, "data": data.sha256, "model": weights, "optimizer": state}
+    saved |= {"scaler": run.scaler.state_dict()} | {name: getattr(run, name) for name in REACHED}
+    write_atomically(folder / "checkpoint.pt", lambda f: torch.save(saved, f))
     weights = {name: w.contiguous() for name, w in weights.items()}
     write_atomically(hf / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
+    nothing = {"bos_token_id": None, "eos_token_id": None}
     write_json(hf / "generation_config.json", nothing)
-    write_json(hf / "config.json", {  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **nothing, "vocab_size": data.vocab,
-        "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-        "max_position_embeddings": c.context, "train_gpt": {"config": saved["config"], "tokens": data.tokens}})
+    about = {  # the rest (rope_theta 10000, rms_norm_eps 1e-6, untied) is LlamaConfig's default
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float32",
+        "vocab_size": data.vocab,
+        "hidden_size": c.width,
+        "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "max_position_embeddings": c.context,
+        "train_gpt": {"config": config, "tokens": data.tokens},
+    }
+    write_json(hf / "config.json", about | nothing)
 
-def load_model(folder, typed):
-    """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
+
+def read_weights(folder):
+    """Weights of a run, or of the folder hf that it wrote, and {"config": ..., "tokens": ...}."""
     from safetensors.torch import load_file
-    path = hf if (hf := Path(folder) / "hf").exists() else Path(folder)
-    try: saved, weights = json.loads((path / "config.json").read_text())["train_gpt"], load_file(path / "model.safetensors")
+
+    path = Path(folder) / "hf" if (Path(folder) / "hf").exists() else Path(folder)
+    try:
+        saved = json.loads((path / "config.json").read_text())["train_gpt"]
+        saved["config"] = handed_on(saved["config"])
+        return load_file(path / "model.safetensors"), saved
     except Exception as e:  # safetensors has errors of its own
-        raise BadInput(f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}") from None
-    anew = dict(device="auto", dtype=None, micro_batch=None, probe_batches=None, compile=False, fsdp=False)
-    c = complete(Config(**saved["config"] | anew | {"resume": False} | typed))
-    model = make_model(c, len(weights["lm_head.weight"]))
-    model.load_state_dict(weights)
-    return model, c, saved["tokens"]
+        text = f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}"
+        raise BadInput(f"{text}; {which_run(folder)}") from None
 
-def read_log(folder):  # whole lines: a kill may leave half of one
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]]
 
-def draw(path, *runs):  # loss over steps of each run
+def same_entries(expected, found, source, name=""):
+    """Raises BadInput unless two state dicts have the same names and shapes."""
+    if isinstance(expected, dict):
+        keys = found.keys() if isinstance(found, dict) else set()
+        for key in expected.keys() ^ keys:
+            raise BadInput(f"{source} does not fit the model: {name}{key} is in one of them only")
+        for key, value in expected.items():
+            same_entries(value, found[key], source, f"{name}{key} ")
+    elif torch.is_tensor(expected):
+        shapes = [tuple(x.shape) if torch.is_tensor(x) else x for x in (found, expected)]
+        if shapes[0] != shapes[1]:
+            text = f"{name}has shape {shapes[0]}, the model's has {shapes[1]}"
+            raise BadInput(f"{source} does not fit the model: {text}")
+
+
+def read_log(folder):
+    """The whole lines of a run's log: a kill may leave half of one."""
+    path, lines = Path(folder) / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            int(entry["step"])
+            lines.append(entry)
+    return lines
+
+
+def draw(path, *runs):
+    """A figure of loss over steps of each run."""
     from matplotlib.figure import Figure  # without pyplot, whose backend may be a notebook's
-    axes = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots()
-    for c, color in zip(runs, ("#0072B2", "#D55E00")):
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for c, color in zip(runs, ("#0072B2", "#D55E00"), strict=False):
         log = read_log(c.out)
-        training, validation = (np.array([(r["step"], r[key]) for r in log if key in r]).T for key in ("train_loss", "val_loss"))
-        axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:2][-1])  # the first fall would hide the rest
-        if c.optimizer == "admire": axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
-        if len(runs) == 1: axes.plot(*training, color=color, alpha=0.35, label="training")
-        axes.plot(*validation, color=color, marker="o", ms=3, label=f"{c.optimizer}, lr {c.lr:g}, validation")
+        training, validation = (
+            np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T
+            for key in ("train_loss", "val_loss")
+        )
+        if validation.size:  # the first fall would hide the rest
+            axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:2][-1])
+        if has_ire(c):
+            axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
+        if len(runs) == 1:
+            axes.plot(*training, color=color, alpha=0.35, label="training")
+        label = f"{c.optimizer}, lr {c.lr:g}, validation"
+        axes.plot(*validation, color=color, marker="o", ms=3, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
 
+
 def environment():
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS, "commit": commit}
+    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    cuda = torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    about = {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS}
+    return about | {"commit": commit.stdout.strip() if commit else ""}
 
-# ------------------------------------------------------------------------------------------------ training
-def over_ranks(values, op=dist.ReduceOp.SUM):  # sums of numbers over all ranks; waits for them
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if dist.is_initialized(): dist.all_reduce(values, op)
-    return values.tolist()
 
-def whole(x): return x.full_tensor() if hasattr(x, "full_tensor") else x  # of FSDP's shards
+# ---------------------------------------------------------------------------------- optimizers
+class MuonAndAdamW(torch.optim.Optimizer):
+    """One optimizer of two: Muon for the groups that say so, AdamW for the others."""
+
+    def __init__(self, groups, **adamw):
+        muon, others = ([g for g in groups if g["muon"] == kind] for kind in (True, False))
+        self.muon = torch.optim.Muon(muon, lr=adamw["lr"], adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, **adamw)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in (self.muon, self.adamw):  # a loaded state dict has made new groups and state
+            part.state = self.state
+            part.param_groups = [g for g in self.param_groups if g["muon"] == (part is self.muon)]
+            part.step()
+        return loss
+
 
 def make_optimizer(model, c: Config):
-    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == matrices], "weight_decay": c.weight_decay * matrices}
-              for matrices in (True, False)]
-    adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
-    if c.optimizer == "adamw": return torch.optim.AdamW(groups, fused=c.device != "mps", **adamw)
-    return AdmIRE(groups, kappa=c.kappa, gamma=c.gamma, interval=c.interval, warmup=c.ire_warmup, curvature=c.curvature, **adamw)
+    """What --optimizer names. Muon is for the matrices of the blocks; norms have no decay."""
+    hidden, others, norms = [], [], []
+    for name, p in model.named_parameters():
+        matrices = hidden if ".layers." in name else others
+        (matrices if p.dim() >= 2 else norms).append(p)
+    adamw = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "fused": c.device != "mps"}
+    groups = [
+        {"params": hidden, "weight_decay": c.weight_decay, "muon": True},
+        {"params": others, "weight_decay": c.weight_decay, "muon": False},
+        {"params": norms, "weight_decay": 0.0, "muon": False},
+    ]
+    muon = c.optimizer.startswith("muon")
+    base = MuonAndAdamW(groups, **adamw) if muon else torch.optim.AdamW(groups, **adamw)
+    ire = {name: getattr(c, name) for name in ("kappa", "gamma", "interval", "curvature")}
+    return IRE(base, warmup=c.ire_warmup, **ire) if has_ire(c) else base
 
-def learning_rate(c: Config, step):  # linear warm-up, then a cosine to min_lr * lr
-    if step < c.warmup: return c.lr * (step + 1) / c.warmup
-    progress = (step - c.warmup) / max(1, c.steps - 1 - c.warmup)
-    return c.lr * (c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-def make_model(c: Config, vocab):
-    """A model that runs under autocast, compiled, sharded over the ranks, as the settings say."""
-    model = Llama(c, vocab).to(c.device)
-    model.forward = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")(model.forward)
-    if c.compile:  # block by block, which are alike: one compilation serves all of them, and the probe
-        model.true_loss = torch.compile(true_loss)
-        for block in model.model.layers: block.compile()
-    if c.fsdp:
-        from torch.distributed.fsdp import fully_shard
-        mesh = dist.init_device_mesh(c.device, (RANKS,))
-        for module in (*model.model.layers, model): fully_shard(module, mesh=mesh)
-    return model
+def has_ire(c: Config):
+    return c.optimizer in ("admire", "muon-ire")
+
+
+def learning_rate(c: Config, step):
+    """A linear warm-up, then the schedule, down to min_lr * lr."""
+    first, last, share = c.warmup, c.steps - 1, 1.0
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    if c.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, last - first)))
+    if c.schedule == "wsd":  # warm-up, stable, decay
+        first = max(first, last - c.steps // 5)
+        share = 1 - max(0, step - first) / max(1, last - first)
+    return c.lr * (c.min_lr + (1 - c.min_lr) * share)
+
+
+# ------------------------------------------------------------------------------------ training
+REACHED = ("step", "seconds", "val_loss", "best")  # what a checkpoint holds of a Run
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with, and what it has reached."""
+
+    c: Config
+    data: Data
+    model: nn.Module
+    forward: nn.Module  # the model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    seconds: float = 0.0  # of training, without validation and checkpoints
+    idle: float = 0.0  # of those, in this process
+    val_loss: float = math.inf
+    best: float = math.inf
+    kept: str = "none"  # the last checkpoint
+    warned: bool = False
+
+    def done(self):
+        return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
+
+
+def over_ranks(values, op=dist.ReduceOp.SUM):
+    """Sums of numbers over all ranks; waits for them."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def whole(x):
+    """All of a number that FSDP holds in shards."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
 
 def backward(forward, batch, c, scaler):
-    """Gradients of the mean loss over micro-batches, which the ranks share in the last one's; returns that loss."""
+    """Gradients of the mean loss over micro-batches, which the ranks share in the last one's;
+    returns that loss. A micro-batch is what `forward` takes."""
     total = 0.0
-    for i, one in enumerate(batch, 1):
-        if c.fsdp: forward.set_requires_gradient_sync(i == len(batch))
-        with forward.no_sync() if i < len(batch) and hasattr(forward, "no_sync") else contextlib.nullcontext():
-            scaler.scale(loss := forward(*one) / len(batch)).backward()
+    for i, micro in enumerate(batch, 1):
+        last = i == len(batch)
+        if c.fsdp:
+            forward.set_requires_gradient_sync(last)
+        alone = hasattr(forward, "no_sync") and not last
+        with forward.no_sync() if alone else contextlib.nullcontext():
+            loss = forward(*micro) / len(batch)
+            scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
 
+
 def train_step(forward, optimizer, batch, step, c, scaler):
-    """Probe where one is due, forward and backward of each micro-batch, clip, step; returns loss and gradient norm."""
+    """Returns loss and norm of the gradient, as one tensor."""
     lr = learning_rate(c, step)
-    for group in optimizer.param_groups: group.update({"lr": lr} | ({"kappa": c.kappa * lr / c.lr} if c.kappa_decay else {}))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if c.kappa_decay:
+            group["kappa"] = c.kappa * lr / c.lr
     if getattr(optimizer, "probe_due", False):
-        with optimizer.probe(): backward(forward, [(x, None, keys) for x, _, keys in batch[:c.probe_batches]], c, scaler)
+        with optimizer.probe(forward):
+            probe = [(x, None, keys) for x, _, keys in batch[: c.probe_batches]]
+            backward(forward, probe, c, scaler)
     loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
     scaler.unscale_(optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(forward.parameters(), c.clip))
+    norm = whole(nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return torch.stack((loss, norm))
 
+
 @torch.no_grad()
-def validate(forward, data):  # the mean loss of the validation sequences, over all ranks
-    total, count = over_ranks(np.sum([(float(forward(x, y)) * len(x), len(x)) for x, y in data.validation()], 0))
+def validate(forward, data):
+    """The mean loss of the validation sequences, over all ranks."""
+    losses = [float(forward(x, y)) for x, y in data.validation()]
+    total, count = over_ranks([sum(losses), len(losses)])
     return total / count
 
-def utilisation(c: Config, model, tokens_per_second):
-    """Model FLOP utilisation (PaLM, appendix B) on GPUs whose dense bf16 peak is known; else None."""
-    peak = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-    flops = 6 * sum(p.numel() for p in model.parameters() if p is not model.model.embed_tokens.weight)
-    flops, name = flops + 12 * c.layers * c.width * c.context, torch.cuda.get_device_name() if c.device == "cuda" else ""
-    return next((tokens_per_second * flops / peak[gpu] / RANKS for gpu in peak if gpu in name), None)
 
 def train(c: Config, build=None):
-    """Trains one model; returns its settings with val_loss, steps that it made, seconds and tokens_per_second. Raises
-    BadInput, Diverged, Halt (stopped by a signal, the checkpoint is written). build(model, c): another optimizer."""
+    """Trains one model; returns its settings with val_loss, steps that it made, seconds and
+    tokens_per_second. build(model, c): another optimizer. Raises BadInput, Diverged, or Halt when
+    a signal came, the checkpoint written."""
     c = keep_runs(complete(c))
-    for package in ["matplotlib", "safetensors"] + ["wandb"] * c.wandb + ["tensorboard"] * c.tensorboard:
-        if importlib.util.find_spec(package) is None: raise ModuleNotFoundError(name=package)  # said now, not after the training
-    data, out, sinks, caught = Data(c), Path(c.out), [], []
+    for package in ("matplotlib", "safetensors", "wandb")[: 2 + c.wandb]:
+        if importlib.util.find_spec(package) is None:  # said now, not after the training
+            raise ModuleNotFoundError(name=package)
+    run = set_up(c, Data(c), build)
+    if c.resume:
+        restore(run)
+    if c.compile:
+        warm_up(run)
+    with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            stack.enter_context(lock(Path(c.out)))
+            open_folder(run)
+            banner(run)
+        caught = []  # signals: the step that they come in is finished first
+        stack.enter_context(on_signals(caught.append))
+        loop(run, stack.enter_context(report(run)), caught)
+    rate = run.step * c.batch_size * c.context / run.seconds
+    reached = {"steps": run.step, "val_loss": run.val_loss, "seconds": run.seconds}
+    return dataclasses.asdict(c) | reached | {"tokens_per_second": rate}
+
+
+def set_up(c, data, build):
+    """Model and optimizer at the start of a run."""
+    check_memory(c, data.vocab)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
-    if c.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if c.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(c.deterministic)
     model = forward = make_model(c, data.vocab)
-    if dist.is_initialized() and not c.fsdp: forward = nn.parallel.DistributedDataParallel(model)
-    optimizer, scaler = (build or make_optimizer)(model, c), torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-    step, seconds, val_loss, kept = 0, 0.0, math.inf, "none"
-    if c.resume:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-        saved = load_checkpoint(c.out)
-        check(c, "data", saved["data"] == data.sha256, f"the text that {c.out} began with; this one's sha256 differs")
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
-        scaler.load_state_dict(saved["scaler"])
-        step, seconds, val_loss, kept = saved["step"], saved["seconds"], saved["val_loss"], f"step {saved['step']}"
-    if RANK == 0:
-        for old in () if c.resume else (out / "checkpoint.pt", out / "hf/config.json"): old.unlink(missing_ok=True)
-        past = [json.dumps(r) + "\n" for r in (read_log(out) if c.resume else ()) if r["step"] <= step]
-        write_atomically(out / "log.jsonl", lambda f: f.write("".join(past).encode()))
-        write_json(out / "config.json", dataclasses.asdict(c) | environment())
-        ire = f", kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
-        where = f"{RANKS} x {c.device}{' FSDP' * c.fsdp}, {c.dtype}{', compiled: the first steps wait for it' * c.compile}"
-        print(f"model      Llama, {sum(map(torch.numel, model.parameters())):,} parameters: {c.layers} layers of width {c.width}\n"
-              f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens\n"
-              f"device     {where}\noptimizer  {c.optimizer}, lr {c.lr:g} after {c.warmup} steps{ire * (c.optimizer == 'admire')}\n"
-              f"run        {c.steps} steps, {c.steps * c.batch_size * c.context / len(data.train):.2f} epochs, into {out}; "
-              f"the loss starts near ln {data.vocab} = {math.log(data.vocab):.2f}", flush=True)
+    if c.init and not c.resume:
+        weights, saved = read_weights(c.init)
+        words = f"a model of the data's tokens, {data.tokens}; its are {saved['tokens']}"
+        check(c, "init", data.tokens == saved["tokens"], words)
+        set_state(model, weights, c.init)
+    if dist.is_initialized() and not c.fsdp:
+        forward = nn.parallel.DistributedDataParallel(model)
+    optimizer = (build or make_optimizer)(model, c)
+    scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+    return Run(c, data, model, forward, optimizer, scaler)
 
-    def record(**values):
-        if RANK: return
-        values = {name: x for name, x in values.items() if x is not None and math.isfinite(x)}  # JSON has no infinity
-        log.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
-        log.flush()
-        text = "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in values.items())
-        bar.write(f"step {step:5}/{c.steps}  {text}  {seconds:.0f} s")
-        for sink in sinks: sink(values)
 
+def check_memory(c, vocab):
+    """Refuses a model that would fill the machine: weights, gradients, two moments in float32."""
+    if c.device == "cpu" and hasattr(os, "sysconf"):
+        numbers = 2 * vocab * c.width + c.layers * c.width * (4 * c.width + 3 * c.ffn)
+        need, gib = 16 * numbers / (RANKS if c.fsdp else 1), 2**30
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need / gib:,.0f}"
+        check(c, "width", need < have, f"a model that fits into {have / gib:,.0f} GiB; {sizes}")
+
+
+def set_state(model, weights, source, optimizer=None, state=None):
+    """Loads whole weights, and an optimizer's whole state, into a model that may be sharded."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True)
+    same_entries(model.state_dict(), weights, source)
+    dcp.set_model_state_dict(model, weights, options=options)
+    if optimizer is not None:
+        fresh = dcp.get_optimizer_state_dict(model, optimizer)
+        same_entries(fresh["state"], state.get("state"), source)
+        for group in state.get("param_groups", [{}]):
+            kept = {"params", "lr", "ire_step"} & fresh["param_groups"][0].keys()
+            same_entries(dict.fromkeys(kept), {key: None for key in kept & group.keys()}, source)
+        dcp.set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def restore(run):
+    """Goes on from the checkpoint."""
+    c, path = run.c, Path(run.c.out) / "checkpoint.pt"
+    saved = load_checkpoint(c.out)
+    words = f"the text that {c.out} began with; this one's sha256 differs"
+    check(c, "data", saved["data"] == run.data.sha256, words)
+    set_state(run.model, saved["model"], path, run.optimizer, saved["optimizer"])
+    same_entries(run.scaler.state_dict(), saved["scaler"], path)
+    run.scaler.load_state_dict(saved["scaler"])
+    for name in REACHED:
+        setattr(run, name, saved.get(name, math.inf))  # older runs have no best
+    run.kept = f"step {run.step}"
+
+
+def warm_up(run):
+    """Compiles before the clock starts: a forward and a backward of both losses, dropped."""
+    x, y, keys = run.data.batch(run.step)[0]
+    for micro in ((x, y), (x, None, keys)):
+        backward(run.forward, [micro], run.c, run.scaler)
+        run.optimizer.zero_grad()
+
+
+def open_folder(run):
+    """The files of the run, as they are at its step."""
+    c, out = run.c, Path(run.c.out)
+    for folder in () if c.resume else (out, out / "best"):
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / "hf/config.json").unlink(missing_ok=True)
+    log = read_log(out) if c.resume else []
+    lines = [json.dumps(r) + "\n" for r in log if r["step"] <= run.step]
+    write_atomically(out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
+    write_json(out / "config.json", dataclasses.asdict(c) | environment() | {"pid": os.getpid()})
+
+
+def banner(run):
+    c, data = run.c, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    place = f"{RANKS} x {c.device}, {c.dtype}"
+    place += ", FSDP" if c.fsdp else ""
+    place += ", compiled" if c.compile else ""
+    method = f"{c.optimizer}, lr {c.lr:g} after {c.warmup} steps, {c.schedule}"
+    if has_ire(c):
+        method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}"
+        method += f", on from step {c.ire_warmup}, {c.curvature}"
+    epochs = c.steps * c.batch_size * c.context / len(data.train)
+    start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
+    print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
+    print(f"data       {c.data}: {len(data.train):,} training, {len(data.val):,} validation tokens")
+    print(f"device     {place}\noptimizer  {method}")
+    print(
+        f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
+    )
+
+
+@contextlib.contextmanager
+def on_signals(handler):
+    """Calls handler(number) at Ctrl-C and SIGTERM."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: handler(number))
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def report(run):
+    """Yields record(**values): a line of log.jsonl, of the terminal, and of W&B."""
+    c, out = run.c, Path(run.c.out)
     with contextlib.ExitStack() as stack:
-        for n in (signal.SIGINT, signal.SIGTERM):  # the step that they come in is finished first
-            stack.callback(signal.signal, n, signal.signal(n, lambda number, _: caught.append(number)))
-        log = stack.enter_context(open(out / "log.jsonl" if RANK == 0 else os.devnull, "a"))
-        bar = stack.enter_context(tqdm(total=c.steps, initial=step, unit="step", disable=RANK > 0 or not sys.stderr.isatty()))
+        log = stack.enter_context(open(os.devnull if RANK else out / "log.jsonl", "a"))
+        quiet = RANK > 0 or not sys.stderr.isatty()
+        bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=quiet)
+        stack.enter_context(bar)
         if c.wandb and RANK == 0:
             import wandb
-            stack.enter_context(wandb.init(project="ire", name=out.name, dir=c.out, config=dataclasses.asdict(c)))
-            sinks.append(lambda values: wandb.log(values, step=step))
-        if c.tensorboard and RANK == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            board = stack.enter_context(SummaryWriter(c.out))
-            sinks.append(lambda values: [board.add_scalar(name, x, step) for name, x in values.items()])
-        done = lambda: step == c.steps or val_loss <= (c.stop_at or -math.inf)
-        if step == 0: record(val_loss=validate(forward, data))
+
+            config = dataclasses.asdict(c)
+            stack.enter_context(wandb.init(project="ire", name=out.name, dir=c.out, config=config))
+
+        def record(**values):
+            if RANK:
+                return
+            values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}  # JSON
+            line = {"step": run.step, **values, "seconds": round(run.seconds, 3)}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            texts = (f"{k} {x:,}" if type(x) is int else f"{k} {x:.4g}" for k, x in values.items())
+            bar.update(run.step - bar.n)
+            time_spent = f"{run.seconds:.0f} s + {run.idle:.0f} s of saving and validation"
+            bar.write(f"step {run.step:5}/{c.steps}  {'  '.join(texts)}  {time_spent}")
+            if c.wandb:
+                wandb.log(values, step=run.step)
+
+        yield record
+
+
+def loop(run, record, caught):
+    """Steps, and between them log, validation and checkpoint where they are due."""
+    c = run.c
+    if run.step == 0:
+        record(val_loss=validate(run.forward, run.data))
+    pending, clock = [], time.perf_counter()
+    while not run.done():
+        batch = run.data.batch(run.step)
+        pending.append(train_step(run.forward, run.optimizer, batch, run.step, c, run.scaler))
+        run.step += 1
+        number = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
+        log_due, eval_due, save_due = (
+            run.step % every == 0 or run.step == c.steps
+            for every in (c.log_interval, c.eval_interval, c.checkpoint_interval)
+        )
+        if not (log_due or eval_due or save_due or number):
+            continue
+        table = np.array(over_ranks(torch.stack(pending).tolist())) / RANKS  # waits for the device
+        elapsed = time.perf_counter() - clock
+        run.seconds += elapsed
+        if eval_due:
+            run.val_loss = validate(run.forward, run.data)
+        check_finite(run, table, eval_due)
+        record(**values_of(run, table, elapsed), val_loss=run.val_loss if eval_due else None)
+        keep(run, save_due or number or run.done())
+        if number and not run.done():
+            halt = Halt("stopped; the checkpoint is written, go on with --resume")
+            halt.code = 128 + number
+            raise halt
+        run.idle += time.perf_counter() - clock - elapsed
         pending, clock = [], time.perf_counter()
-        while not done():
-            pending.append(train_step(forward, optimizer, data.batch(step), step, c, scaler))
-            step += 1
-            bar.update()
-            stop = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
-            log_due, eval_due, save_due = (step % every == 0 or step == c.steps for every in (
-                c.log_interval, c.eval_interval, c.checkpoint_interval))
-            if not (log_due or eval_due or save_due or stop): continue
-            table = np.array(over_ranks(torch.stack(pending).tolist())) / RANKS  # the one place that waits for the device
-            (loss, norm), elapsed = table.mean(0).tolist(), time.perf_counter() - clock
-            seconds, rate = seconds + elapsed, len(table) * c.batch_size * c.context / elapsed
-            if eval_due: val_loss = validate(forward, data)
-            sums = table[:, :1 if scaler.is_enabled() else 2].sum(1)  # a scaler's norms may overflow
-            for at, x in (*enumerate(sums, step - len(table) + 1), (step, val_loss if eval_due else 0)):
-                if not math.isfinite(x): raise Diverged(f"step {at}: the loss or its gradient is {x}; last checkpoint: {kept}; "
-                                                        "try a lower --lr, a lower --kappa or a longer --warmup")
-            masks = list(getattr(optimizer, "masks", {}).values())
-            flat = sum(float(whole(m.sum())) for m in masks) / sum(m.numel() for m in masks) if masks else None
-            record(train_loss=loss, val_loss=val_loss if eval_due else None, lr=learning_rate(c, step - 1), grad_norm=norm,
-                   flat=flat, tokens_per_second=round(rate), mfu=utilisation(c, model, rate))
-            if eval_due and RANK == 0: draw(out / "loss.png", c)
-            if save_due or stop or done():
-                save(model, optimizer, c, data, step=step, seconds=seconds, val_loss=val_loss, scaler=scaler.state_dict())
-                kept = f"step {step}"
-            if stop and not done():
-                (halt := Halt("stopped; the checkpoint is written, go on with --resume")).code = 128 + stop
-                raise halt
-            pending, clock = [], time.perf_counter()
-    return {**dataclasses.asdict(c), "steps": step, "val_loss": val_loss, "seconds": seconds,
-            "tokens_per_second": step * c.batch_size * c.context / seconds}
+
+
+def values_of(run, table, elapsed):
+    """What the log says of the last steps. table: their (loss, norm of the gradient)."""
+    c, flat = run.c, {}
+    if isinstance(run.optimizer, IRE):
+        flat = run.optimizer.flat_share()
+    if flat.get("flat") == 0 and run.step > c.ire_warmup and not run.warned:
+        run.warned = True
+        note(f"step {run.step}: nothing is amplified, as the probe's gradient is not finite")
+    rate = len(table) * c.batch_size * c.context / elapsed
+    values = {"train_loss": table[:, 0].mean(), "lr": learning_rate(c, run.step - 1)}
+    values |= {"grad_norm": table[:, 1].mean()} | flat | {"tokens_per_second": round(rate)}
+    if c.device == "cuda":
+        values["tflops"] = rate * flops_per_token(c, run.model) / 1e12
+    return values
+
+
+def check_finite(run, table, eval_due):
+    """Raises Diverged for the first loss, or norm of a gradient, that is not finite."""
+    table = table[:, :1] if run.scaler.is_enabled() else table  # a scaler's norms may overflow
+    sums = table.sum(1)
+    sums[-1] += run.val_loss if eval_due else 0
+    for step, x in enumerate(sums, run.step - len(sums) + 1):
+        if not math.isfinite(x):
+            text = f"step {step}: the loss or its gradient is {x}; last checkpoint: {run.kept}"
+            raise Diverged(f"{text}; try a lower --lr, a lower --kappa or a longer --warmup")
+
+
+def keep(run, save_due):
+    """Writes checkpoint and figure where they are due."""
+    c, out = run.c, Path(run.c.out)
+    better = run.val_loss < run.best
+    run.best = min(run.best, run.val_loss)
+    try:
+        if better and c.keep_best:
+            save(run, out / "best")
+        if save_due:
+            save(run, out)
+            run.kept = f"step {run.step}"
+        if save_due and RANK == 0:
+            draw(out / "loss.png", c)
+    except OSError as e:
+        raise Halt(f"{e}; last good checkpoint: {run.kept}") from None
+
 
 def compare(typed):
     """AdamW, then AdmIRE: the same seed, batches and settings."""
-    if "optimizer" in typed: raise BadInput(f"--optimizer: got {typed['optimizer']}, allowed with --compare is to leave it out")
-    out, runs = Path(typed.get("out", OUT)), []
-    for optimizer in ("adamw", "admire"):
-        own = typed | {"optimizer": optimizer, "out": str(out / optimizer)}
-        own["resume"] = typed.get("resume", False) and (out / optimizer / "checkpoint.pt").exists()
-        if typed.get("resume") and not own["resume"]: own = load_checkpoint(out / "adamw", mmap=True)["config"] | own  # not begun
-        runs.append(keep_runs(complete(Config(**own))))
+    if "optimizer" in typed:
+        text = f"--optimizer: got {typed['optimizer']}, allowed with --compare is to leave it out"
+        raise BadInput(text)
+    out = Path(typed.get("out", OUT))
+    runs = [one_of_two(typed, out, name) for name in ("adamw", "admire")]
     adamw, admire = (train(c) for c in runs)
-    if RANK: return
+    if RANK:
+        return
     draw(out / "loss.png", *runs)
     loss, steps = adamw["val_loss"], adamw["steps"]
-    reached = next((r["step"] for r in read_log(runs[1].out) if r["step"] and r.get("val_loss", math.inf) <= loss), None)
-    write_json(out / "compare.json", {"command": " ".join(["python", "train_gpt.py", *sys.argv[1:]]), **environment(),
-                                      "adamw": adamw, "admire": admire, "reached_at_step": reached})
+    losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if "val_loss" in r}
+    reached = min((step for step, x in losses.items() if step and x <= loss), default=None)
+    command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
+    results = {"adamw": adamw, "admire": admire, "reached_at_step": reached}
+    write_json(out / "compare.json", {"command": command} | environment() | results)
     how = f"by step {reached}, in {reached / steps:.2f} of its steps" if reached else "never"
-    print(f"\nAdamW {loss:.4f}, AdmIRE {admire['val_loss']:.4f} after {steps} steps; AdmIRE was at AdamW's final loss {how}; "
-          f"{admire['tokens_per_second'] / adamw['tokens_per_second']:.2f} of its tokens a second\nfigure     {out / 'loss.png'}")
+    share = admire["tokens_per_second"] / adamw["tokens_per_second"]
+    print(f"\nAdamW {loss:.4f}, AdmIRE {admire['val_loss']:.4f} after {steps} steps; AdmIRE was at")
+    print(f"AdamW's final loss {how}; {share:.2f} of its tokens a second")
+    print(f"figure     {out / 'loss.png'}")
 
-# ------------------------------------------------------------------------------------------------ sampling
+
+def one_of_two(typed, out, name):
+    """The settings of one run of a comparison, which may not have begun on --resume."""
+    begun = (out / name / "checkpoint.pt").exists()
+    resume = bool(typed.get("resume"))
+    own = typed | {"optimizer": name, "out": str(out / name), "resume": resume and begun}
+    if resume and not begun:
+        own = handed_on(load_checkpoint(out / "adamw", mmap=True)["config"]) | own
+    return keep_runs(complete(Config(**own)))
+
+
+# ------------------------------------------------------------------------------------ sampling
 @torch.no_grad()
-def generate(model, c, tokens, vocab):  # c.tokens more after the list of tokens
-    generator, past, feed = torch.Generator().manual_seed(c.seed), [[] for _ in range(c.layers)], tokens[-c.context:]
+def generate(model, c, tokens, vocab, generator):
+    """c.tokens more after the list of tokens; the model sees the last --context of them."""
     for _ in range(c.tokens):
-        logits = model(torch.tensor([feed], device=c.device), past=past)[0, -1, :vocab].cpu()
+        window = torch.tensor([tokens[-c.context :]], device=c.device)
+        logits = model.lm_head(model.hidden(window)[0, -1])[:vocab].cpu().double()
         likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
-        choice = torch.multinomial((likely.values / (c.temperature or 1)).softmax(-1), 1, generator=generator)
-        feed = likely.indices[choice].tolist()
-        tokens = tokens + feed
-        if past[0][0].shape[2] == c.context:  # full: go on with its second half
-            past, feed = [[] for _ in range(c.layers)], tokens[-(c.context // 2 or 1):]
+        chances = ((likely.values - likely.values[0]) / (c.temperature or 1)).softmax(-1)
+        choice = torch.multinomial(chances, 1, generator=generator)
+        tokens = tokens + likely.indices[choice].tolist()
     return tokens
 
+
 def sample(folder, **typed):
-    """Text from the run in `folder`; token numbers where its tokens are neither bytes nor gpt2's."""
+    """Text from the run, or its folder hf, in `folder`."""
     model, c, kind = load_model(folder, typed | {"dtype": "float32"})
-    if kind["tokenizer"] in ("bytes", "gpt2"):
-        encode, decode, vocab, between = codec(kind["tokenizer"])
-        return decode(generate(model, c, [int(t) for t in encode([os.fsencode(c.prompt)])[0]] or [between], vocab))
-    check(c, "prompt", not c.prompt, "none for tokens that are neither bytes nor gpt2's")
-    return " ".join(map(str, generate(model, c, [0], kind["vocab"])))
+    prompt = os.fsencode(c.prompt)
+    if c.prompt.startswith("FILE:"):
+        path = Path(c.prompt.removeprefix("FILE:"))
+        check(c, "prompt", path.is_file(), "FILE: and the name of a file")
+        prompt = path.read_bytes()
+    known, generator = (
+        codec(kind["tokenizer"], kind["vocab"]),
+        torch.Generator().manual_seed(c.seed),
+    )
+    tokens = [int(t) for t in known.encode([prompt])[0]] or [known.between]
+    texts = (generate(model, c, tokens, known.vocab, generator) for _ in range(c.num_samples))
+    return "\n---------------\n".join(map(known.decode, texts))
+
+
+def load_model(folder, typed):
+    """Model, settings and kind of tokens of a run, or of the Hugging Face folder that it wrote."""
+    weights, saved = read_weights(folder)
+    free = ("seed", "device", "dtype", "micro_batch", "deterministic")
+    check_unchanged(Config(**typed), saved["config"], folder, but=free)
+    anew = dict.fromkeys(("device", "dtype", "micro_batch", "probe_batches", "init"))
+    anew |= {"compile": False, "fsdp": False}
+    c = complete(Config(**saved["config"] | anew | typed | {"resume": False}))
+    model = make_model(c, -(-saved["tokens"]["vocab"] // 64) * 64)
+    set_state(model, weights, folder)
+    return model, c, saved["tokens"]
+
 
 def evaluate(folder, typed):
     """Validation loss of the run, or the Hugging Face folder, in `folder`."""
     model, c, kind = load_model(folder, typed)
     data = Data(c)
-    check(c, "data", data.tokens == kind, f"data of the model's tokens, {kind}; these are {data.tokens}")
+    words = f"data of the model's tokens, {kind}; these are {data.tokens}"
+    check(c, "data", data.tokens == kind, words)
     return validate(model, data)
 
-# ------------------------------------------------------------------------------------------------ command line
+
+# -------------------------------------------------------------------------------- command line
 def parse(arguments):
-    """What was typed, as {name: value}."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                  argument_default=argparse.SUPPRESS)
-    cli.error = lambda message: cli.exit(2, f"{cli.prog}: {message}; --help shows what is allowed\n" * (LOCAL_RANK == 0))
-    for f in dataclasses.fields(Config):
-        text, default, (_, allowed) = (f.metadata[key] for key in ("help", "default", "allowed"))
-        text += f"; {allowed}" * bool(allowed) + f" (default {', '.join(map(str, default))})" * (default[0] not in (None, ""))
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        cli.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
-    return vars(cli.parse_args(arguments))
+    """What was typed, and what --config holds beside it, as {name: value}."""
+    cli = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+    def error(message):
+        text = f"{cli.prog}: {message:.300}; --help shows what is allowed\n"
+        cli.exit(2, text if LOCAL_RANK == 0 else "")
+
+    cli.error = error
+    for name, f in FIELDS.items():
+        about = f.metadata
+        text = about["help"] + (f"; {about['words']}" if about["words"] else "")
+        if about["default"] not in (None, ""):
+            rows = [f"{preset} {row[name]}" for preset, row in PRESETS.items() if name in row]
+            text += f" (default {', '.join([str(about['default']), *rows])})"
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        cli.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+    typed = vars(cli.parse_args(arguments))
+    return read_config(typed["config"]) | typed if "config" in typed else typed
+
+
+def read_config(path):
+    """The settings in a run's config.json."""
+    try:
+        values = json.loads(Path(path).read_text())
+        unknown = values.keys() - FIELDS.keys() - environment().keys() - {"pid", "tensorboard"}
+    except (OSError, ValueError, AttributeError) as e:
+        raise BadInput(f"--config: {path} can't be read as a run's config.json: {e!r}") from None
+    for name in unknown:
+        raise BadInput(f"--config: {path} has {name}, which is no setting; --help shows them all")
+    return {name: x for name, x in handed_on(values).items() if values.get(name) is not None}
+
+
+def start_ranks():
+    """Joins torchrun's other processes; gloo carries what is on the CPU."""
+    if not LAUNCHED and os.environ.get("WORLD_SIZE", "1") != "1":
+        note("WORLD_SIZE is set, but not by torchrun: this process trains alone")
+    if not LAUNCHED or dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+
+def run_command(typed):
+    start_ranks()
+    out = Path(typed.get("out", OUT))
+    if "sample" in typed:
+        print(sample(typed.pop("sample"), **typed))
+    elif typed.get("eval_only"):
+        print(f"validation loss {evaluate(out, typed):.4f}")
+    elif typed.get("compare"):
+        compare(typed)
+    else:
+        summary = train(Config(**typed))
+        if RANK == 0:
+            print(f"\n{sample(out, device=summary['device'], tokens=summary['tokens'])}\n")
+            loss, seconds = summary["val_loss"], summary["seconds"]
+            print(f"validation loss {loss:.4f} after {summary['steps']} steps, {seconds:.0f} s")
+            print(f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
+
+
+def stop(number):
+    """Ends the script at a signal where there is no step to finish."""
+    note("stopped")
+    sys.exit(128 + number)
+
 
 def main(arguments=None):
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a sample may hold what the terminal has no letter for
-    typed, cuda = parse(arguments), torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():  # gloo carries what is on the CPU
-        if cuda: torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+    """Runs the command line; returns the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what the terminal has no letter for
+        sys.stdout.reconfigure(errors="replace")
+    code, text = 1, ""
     try:
-        if "sample" in typed: print(sample(typed.pop("sample"), **typed))
-        elif typed.get("eval_only"): print(f"validation loss {evaluate(typed.get('out', OUT), typed):.4f}")
-        elif typed.get("compare"): compare(typed)
-        else:
-            summary, out = train(Config(**typed)), Path(typed.get("out", OUT))
-            if RANK == 0: print(f"\n{sample(out, device=typed.get('device', 'auto'))}\n\nvalidation loss {summary['val_loss']:.4f} "
-                                f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
-                                f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
+        with on_signals(stop):
+            run_command(parse(arguments))
         return 0
-    except (Halt, OSError) as e:
-        if LOCAL_RANK == 0 or not isinstance(e, Halt): print(f"train_gpt.py: {e}", file=sys.stderr)
-        return getattr(e, "code", 1)
+    except Halt as e:
+        code, text = e.code, e if LOCAL_RANK == 0 else ""
+    except OSError as e:
+        text = e
     except ModuleNotFoundError as e:
-        print(f"train_gpt.py: {e.name} is missing: pip install {e.name}", file=sys.stderr)
-        return 2
+        code, text = 2, f"{e.name} is missing: pip install {e.name}"
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e): raise
-        print("train_gpt.py: out of memory: lower --micro-batch (the step stays the same), then --context or --width; "
-              "--fsdp shards the model over more GPUs", file=sys.stderr)
-        return 1
+        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate memory" not in str(e):
+            raise
+        text = "out of memory: lower --micro-batch (the step stays the same), then --context or "
+        text += "--width; --fsdp shards the model over more GPUs"
+    if text:
+        print(f"train_gpt.py: {text}", file=sys.stderr)
+    return code
+
 
 if __name__ == "__main__":
     status = main()
-    if not dist.is_initialized(): sys.exit(status)
+    if not dist.is_initialized():
+        sys.exit(status)
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(status)  # gloo's threads may abort the interpreter's own exit
