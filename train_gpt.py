@@ -202,6 +202,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 OUT = Path(FIELDS["out"].metadata["default"])
+SAMPLING = ("device", "prompt", "num_samples", "tokens", "temperature", "top_k")
 SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
 
 
@@ -229,7 +230,7 @@ def complete(given: Config) -> Config:
         check_unchanged(c, known, c.out, but=("steps",))
         check_steps(c, known, saved["step"])
     elif c.init:
-        settings = read_weights(c.init)[0]["config"]
+        settings = read_weights(c.init)[1]["config"]
         known = {name: settings[name] for name in SHAPE}
         check_unchanged(c, known, c.init)
     defaults = {name: f.metadata["default"] for name, f in FIELDS.items()}
@@ -240,6 +241,7 @@ def complete(given: Config) -> Config:
     check_values(c)
     choose(c, given)
     check_settings(c)
+    check_memory(c)
     return c
 
 
@@ -345,6 +347,15 @@ def check_settings(c):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
 
 
+def check_memory(c):
+    """Refuses a model that would fill the machine with its weights alone."""
+    if c.device == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        need = 4 * c.width * (512 + c.layers * (4 * c.width + 3 * c.ffn)) / 2**30
+        sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need:,.0f} GiB"
+        check(c, "width", need < have, f"a model that fits into {have:,.0f}; {sizes}")
+
+
 def keep_runs(c: Config):
     """c, if it does not lose a run unasked."""
     kept = c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists()
@@ -354,11 +365,48 @@ def keep_runs(c: Config):
 
 
 # --------------------------------------------------------------------------------------- model
-def rotate(x, cos, sin):
-    """Rotary position embedding of x (batch, heads, time, size); as in Hugging Face's Llama the
-    halves of a head are the pairs. cos, sin: (time, size / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+class Normalise(torch.autograd.Function):
+    """RMS norm of x (..., width) without gains. On a CPU it takes half the passes over x that
+    torch's takes, as Rotate does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = (size.square() / x.shape[-1] + 1e-6).rsqrt()
+        ctx.save_for_backward(x * scale, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1) * scale
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding of x (batch, time, heads, size); as in Hugging Face's Llama the
+    halves of a head are the pairs. cos: (time, 1, size), sin: the same, negative in the first half.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x, cos, sin):
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def project(x, norm, *layers):
+    """Several linear layers as one, with a norm's gains, which are put into the weights: those are
+    fewer than the numbers of x."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]) * norm.weight)
 
 
 def linears(**sizes):
@@ -368,28 +416,26 @@ def linears(**sizes):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
-        d = c.width
+        self.heads, d = c.heads, c.width
         self.input_layernorm = nn.RMSNorm(d, eps=1e-6)
         self.self_attn = linears(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), o_proj=(d, d))
         self.post_attention_layernorm = nn.RMSNorm(d, eps=1e-6)
         self.mlp = linears(gate_proj=(d, c.ffn), up_proj=(d, c.ffn), down_proj=(c.ffn, d))
 
     def forward(self, x, cos, sin):  # x: (batch, time, width)
-        x = x + self.attend(self.input_layernorm(x), cos, sin)
-        h = self.post_attention_layernorm(x)
-        mlp = self.mlp
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        x = x + self.attend(Normalise.apply(x), cos, sin)
+        h, norm, mlp = Normalise.apply(x), self.post_attention_layernorm, self.mlp
+        gate, up = project(h, norm, mlp.gate_proj), project(h, norm, mlp.up_proj)
+        return x + mlp.down_proj(F.silu(gate) * up)
 
     def attend(self, h, cos, sin):
-        layer = self.self_attn
-        q, k, v = (  # (batch, heads, time, width / heads)
-            project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        layer, norm = self.self_attn, self.input_layernorm
+        qk = project(h, norm, layer.q_proj, layer.k_proj).unflatten(-1, (2 * self.heads, -1))
+        q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)
+        v = project(h, norm, layer.v_proj).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True
+        )  # (batch, heads, time, size)
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -437,8 +483,9 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(c.width, vocab, bias=False)
         half = c.width // c.heads // 2
         angles = torch.outer(torch.arange(c.context), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (context, head / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
         classes = mix(torch.arange(vocab, dtype=torch.int32))
         self.register_buffer("classes", classes, persistent=False)
         for name, p in self.named_parameters():  # what writes to the residual stream starts smaller
@@ -466,7 +513,7 @@ class Llama(nn.Module):
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.model.layers:
             x = block(x, cos, sin)
-        return self.model.norm(x)
+        return Normalise.apply(x) * self.model.norm.weight
 
     def mean(self, loss, x, y):
         """The mean loss. Where all logits are too many at once, in pieces of as many sequences
@@ -805,7 +852,7 @@ def load_checkpoint(folder, mmap=False):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for key in ("config", "data", "seconds", "val_loss", "model", "optimizer", "scaler"):
             saved[key]
-        return saved | {"step": int(saved["step"])}
+        return saved | {"step": int(saved["step"]), "config": dict(saved["config"])}
     except pickle.UnpicklingError:  # whose own words advise to trust it
         why = "it is no file of tensors, numbers and texts"
     except Exception as e:  # torch.load raises many kinds
@@ -833,11 +880,10 @@ def lock(folder: Path):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = (
-                    (folder / "pid").read_text() if (folder / "pid").exists() else "another process"
-                )
+                found = (folder / "config.json").exists()
+                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
                 text = f"--out: got {folder}, allowed is a folder where no run goes on"
-                raise BadInput(f"{text}; {who} trains there") from None
+                raise BadInput(f"{text}; process {pid} trains there") from None
             except OSError:  # a network folder without locks
                 pass
         yield
@@ -858,6 +904,8 @@ def save(run, folder: Path):
     saved = {"config": config, "data": data.sha256, "model": weights, "optimizer": state}
     saved |= {"scaler": run.scaler.state_dict()} | {name: getattr(run, name) for name in REACHED}
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(saved, f))
+    if folder == Path(c.out):
+        run.kept = f"step {run.step}"
     weights = {name: w.contiguous() for name, w in weights.items()}
     write_atomically(hf / "model.safetensors", lambda f: f.write(save(weights, {"format": "pt"})))
     nothing = {"bos_token_id": None, "eos_token_id": None}
@@ -1027,7 +1075,6 @@ class Run:
     val_loss: float = math.inf
     best: float = math.inf
     kept: str = "none"  # the last checkpoint
-    warned: bool = False
 
     def done(self):
         return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
@@ -1118,7 +1165,6 @@ def train(c: Config, build=None):
 
 def set_up(c, data, build):
     """Model and optimizer at the start of a run."""
-    check_memory(c, data.vocab)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
     if c.deterministic:
@@ -1135,16 +1181,6 @@ def set_up(c, data, build):
     optimizer = (build or make_optimizer)(model, c)
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     return Run(c, data, model, forward, optimizer, scaler)
-
-
-def check_memory(c, vocab):
-    """Refuses a model that would fill the machine: weights, gradients, two moments in float32."""
-    if c.device == "cpu" and hasattr(os, "sysconf"):
-        numbers = 2 * vocab * c.width + c.layers * c.width * (4 * c.width + 3 * c.ffn)
-        need, gib = 16 * numbers / (RANKS if c.fsdp else 1), 2**30
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need / gib:,.0f}"
-        check(c, "width", need < have, f"a model that fits into {have / gib:,.0f} GiB; {sizes}")
 
 
 def set_state(model, weights, source, optimizer=None, state=None):
@@ -1210,7 +1246,9 @@ def banner(run):
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
-    print(f"data       {c.data}: {len(data.train):,} training, {len(data.val):,} validation tokens")
+    print(
+        f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens"
+    )
     print(f"device     {place}\noptimizer  {method}")
     print(
         f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
@@ -1297,12 +1335,8 @@ def loop(run, record, caught):
 
 def values_of(run, table, elapsed):
     """What the log says of the last steps. table: their (loss, norm of the gradient)."""
-    c, flat = run.c, {}
-    if isinstance(run.optimizer, IRE):
-        flat = run.optimizer.flat_share()
-    if flat.get("flat") == 0 and run.step > c.ire_warmup and not run.warned:
-        run.warned = True
-        note(f"step {run.step}: nothing is amplified, as the probe's gradient is not finite")
+    c = run.c
+    flat = run.optimizer.flat_share() if isinstance(run.optimizer, IRE) else {}
     rate = len(table) * c.batch_size * c.context / elapsed
     values = {"train_loss": table[:, 0].mean(), "lr": learning_rate(c, run.step - 1)}
     values |= {"grad_norm": table[:, 1].mean()} | flat | {"tokens_per_second": round(rate)}
@@ -1332,7 +1366,6 @@ def keep(run, save_due):
             save(run, out / "best")
         if save_due:
             save(run, out)
-            run.kept = f"step {run.step}"
         if save_due and RANK == 0:
             draw(out / "loss.png", c)
     except OSError as e:
@@ -1491,7 +1524,7 @@ def run_command(typed):
     else:
         summary = train(Config(**typed))
         if RANK == 0:
-            print(f"\n{sample(out, device=summary['device'], tokens=summary['tokens'])}\n")
+            print(f"\n{sample(out, **{name: summary[name] for name in SAMPLING})}\n")
             loss, seconds = summary["val_loss"], summary["seconds"]
             print(f"validation loss {loss:.4f} after {summary['steps']} steps, {seconds:.0f} s")
             print(f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
