@@ -302,7 +302,7 @@ class IRE(_Wrapper):
             new = [_piece(*x) for x in where]
             parts = step.split([p.numel() for p in new])
             back = [x.view_as(p) for x, p in zip(parts, new, strict=True)]
-            factor = torch.cat([_piece(self._mask_as(p), *at).reshape(-1) for p, *at in where])
+            factor = _joined([_piece(self._mask_as(p), *at) for p, *at in where])
             if factor.dtype == torch.bool:
                 factor = factor.view(torch.uint8)  # multiplies faster
             torch._foreach_sub_(back, new)
@@ -312,10 +312,13 @@ class IRE(_Wrapper):
 
     def _mask_as(self, p):
         """This rank's part of p's mask, in memory laid out as p is now."""
-        mask = self.masks.get(p, torch.tensor(False))
-        if mask.shape == p.shape and _local(mask).stride() == _local(p).stride():
-            return _local(mask)
-        return torch.empty_like(_local(p), dtype=mask.dtype).copy_(_local(mask))
+        mask = self.masks.get(p)
+        if mask is None:
+            return torch.zeros_like(_local(p), dtype=torch.bool)
+        mask, p = _local(mask), _local(p)
+        if mask.stride() == p.stride():
+            return mask
+        return torch.empty_like(p, dtype=mask.dtype).copy_(mask)
 
     def _count(self):
         if self._probed():
@@ -666,12 +669,12 @@ def _histogram(floats, shift, prefix, tensors):
     ints = torch.int64 if floats == torch.float64 else torch.int32
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensors[0].device)
     for where in _batches(tensors):
-        x = torch.cat([_piece(*at).reshape(-1) for at in where])
+        x = _joined([_piece(*at) for at in where])
         x = x.abs() if x.is_complex() else x
-        x = x.to(floats).view(ints) & torch.iinfo(ints).max  # without the sign
+        digits = (x.to(floats).view(ints) & torch.iinfo(ints).max) >> shift  # without the sign
         if prefix is not None:
-            x = x[x >> (shift + 16) == prefix]
-        counts += _bincount(x >> shift & 0xFFFF).to(counts.device)
+            digits = digits[digits >> 16 == prefix] & 0xFFFF
+        counts += _bincount(digits).to(counts.device)
     return counts
 
 
@@ -757,14 +760,17 @@ def _modules(model, more):
 
 
 # ------------------------------------------------------------------------------------ memory
+_BATCH = {"cpu": 1 << 18}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
+
+
 def _batches(tensors):
-    """Lists of pieces (tensor, start, stop) of one device and dtype that fit a CPU's cache or save
-    a GPU launches: large tensors are cut, small ones go together."""
+    """Lists of pieces (tensor, start, stop) of one device and dtype, of about so many elements:
+    large tensors are cut, small ones go together."""
     alike = {}
     for x in tensors:
         alike.setdefault((x.device, x.dtype), []).append(x)
     for (device, _), group in alike.items():
-        size = 1 << (18 if device.type == "cpu" else 24)
+        size = _BATCH.get(device.type, 1 << 24)
         batch = []
         count = 0
         for x in group:
@@ -787,6 +793,12 @@ def _piece(x, start, stop):
     x = _local(x)
     line = _in_a_line(x)
     return x if line is None else line[start:stop]
+
+
+def _joined(pieces):
+    """Pieces in one dimension; a view where there is but one."""
+    lines = [x.reshape(-1) for x in pieces]
+    return torch.cat(lines) if len(lines) > 1 else lines[0]
 
 
 def _in_a_line(x):

@@ -12,7 +12,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from ire import IRE, SAM, AdmIRE, sampled_cross_entropy
 
-# That import forbids everybody after it to set the backends' flags, also the scripts in their tests.
+# That import forbids all after it to set the backends' flags, also the scripts in their tests.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 REFUSED = {"LBFGS": "line search", "SparseAdam": "sparse gradients"}
@@ -60,7 +60,8 @@ def equal(a, b):
 
 @pytest.mark.parametrize("cls, kwargs", CASES)
 def test_torchs_own_optimizers(cls, kwargs):
-    """kappa 0 follows to the bit through scheduling, editing, saving; kappa 1 doubles the flat coordinates' step."""
+    """kappa 0 follows to the bit through scheduling, editing, saving; kappa 1 doubles the step of
+    the flat coordinates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of capturable on a CPU and the like: the base's own
         one, two = weights(cls), weights(cls)
@@ -147,7 +148,7 @@ def test_sam_over_others(name):
     assert equal(one, two)
 
 
-# ------------------------------------------------------------------------------------------ mixed precision
+# ------------------------------------------------------------ mixed precision
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -193,7 +194,7 @@ def test_an_overflowing_probe_marks_sharp():
 def test_autocast_bfloat16():
     net = model()
     opt = AdmIRE(net.parameters(), 0.01, kappa=2, gamma=0.5, interval=2)
-    for step in range(5):
+    for _ in range(5):
         x, y = torch.randn(8, 4), torch.randint(3, (8,))
         with torch.autocast("cpu", torch.bfloat16):
             if opt.probe_due:
@@ -206,9 +207,10 @@ def test_autocast_bfloat16():
     assert sum(opt.masks[p].sum() for p in net.parameters()) >= 67 // 2
 
 
-# ------------------------------------------------------------------------------------------ compiled
+# ------------------------------------------------------------ compiled
 def test_compiled_model_and_compiled_step():
-    """The model's graph serves training and probe; a step inside the compiled function breaks the graph, no more."""
+    """The model's graph serves training and probe; a step inside the compiled function breaks the
+    graph, no more."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()

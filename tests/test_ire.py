@@ -108,7 +108,7 @@ BASES = {
 each_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
 
 
-# ------------------------------------------------------------------------------------------ is it the base?
+# ------------------------------------------------------------ is it the base?
 @each_base
 def test_kappa_0_is_the_base_to_the_bit(make):
     """Also with probes, whose dropout, batch norm and labels leave the training alone."""
@@ -186,7 +186,7 @@ def test_kappa_and_gamma_by_group_and_changed_mid_run():
     assert equal(moved, train(model, opt, 3, start=5))
 
 
-# ------------------------------------------------------------------------------------------ the mask
+# ------------------------------------------------------------ the mask
 def test_mask_is_the_floor_of_gamma_n_smallest_over_the_whole_model():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.29, interval=1)
@@ -286,7 +286,7 @@ def test_second_moment_follows_exp_avg_sq_without_probes():
     assert equal(masks(opt), expected)
 
 
-# ------------------------------------------------------------------------------------------ the probe
+# ------------------------------------------------------------ the probe
 def test_probe_due_at_warmup_and_each_interval():
     model = make_model()
     opt = AdmIRE(model.parameters(), 0.01, **SETTINGS)
@@ -348,7 +348,7 @@ def test_probe_leaves_the_random_stream_but_draws_anew_each_time():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5, interval=1)
     draws = []
-    for step in range(2):
+    for _ in range(2):
         torch.manual_seed(5)
         with opt.probe():
             draws.append(torch.rand(3))
@@ -373,7 +373,7 @@ def test_a_missed_probe_warns_once_and_goes_on():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, kappa=1, gamma=0.5, interval=2)
     with pytest.warns(UserWarning, match="no probe before step 0") as caught:
-        for step in range(5):
+        for _ in range(5):
             F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
             opt.step()
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -392,7 +392,7 @@ def test_two_optimizers_over_one_model_with_nested_probes():
     one.step(), two.step()
 
 
-# ------------------------------------------------------------------------------------------ saving, copying
+# ------------------------------------------------------------ saving, copying
 def reload(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -509,7 +509,7 @@ def test_state_of_the_plain_base_loads_and_lacks_nothing():
         train(model, opt, 4)
 
 
-# ------------------------------------------------------------------------------------------ an optimizer like others
+# ------------------------------------------------------------ an optimizer like others
 def test_hooks_fire_once_on_both():
     model = make_model()
     opt = IRE(SAM(SGD(model.parameters(), 0.1)), **SETTINGS)
@@ -625,7 +625,7 @@ def test_closure_is_called_once_with_gradients_on_and_its_loss_returned():
     )
 
 
-# ------------------------------------------------------------------------------------------ odd parameters
+# ------------------------------------------------------------ odd parameters
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_base
 def test_half_precision(make, dtype):
@@ -781,7 +781,7 @@ def test_one_byte_a_parameter_is_kept():
     assert not any(torch.is_tensor(v) or isinstance(v, (list, dict)) for v in rest.values())
 
 
-# ------------------------------------------------------------------------------------------ SAM
+# ------------------------------------------------------------ SAM
 def test_sam_comes_back_to_the_exact_weights_also_when_the_closure_raises():
     model = make_model()
     opt = SAM(SGD(model.parameters(), 0.0), rho=10.0)
@@ -884,7 +884,7 @@ def test_sam_in_float16_does_not_overflow():
     assert torch.equal(p.detach(), torch.ones_like(p))
 
 
-# ------------------------------------------------------------------------------------------ wrong arguments
+# ------------------------------------------------------------ wrong arguments
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -943,7 +943,7 @@ def test_second_moment_that_never_comes():
         opt.step()
 
 
-# ------------------------------------------------------------------------------------------ named optimizers
+# ------------------------------------------------------------ named optimizers
 def test_named_optimizers_pass_their_settings_on():
     params = list(make_model().parameters())
     assert SGDIRE(params, 0.1, momentum=0.9, nesterov=True, **SETTINGS).param_groups[0]["nesterov"]
@@ -967,7 +967,7 @@ def test_named_optimizers_pass_their_settings_on():
     assert type(opt.base.base) is AdamW and opt.base.adaptive and opt.param_groups[0]["rho"] == 0.2
 
 
-# ------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------ helpers
 def test_sampled_cross_entropy_draws_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(20000, 3).clone().requires_grad_()
     loss = sampled_cross_entropy(logits, generator=torch.Generator().manual_seed(0))
@@ -981,9 +981,11 @@ def test_sampled_cross_entropy_draws_from_the_softmax():
 def test_sampled_cross_entropy_shapes_ignore_and_generator():
     logits, ignore = torch.randn(2, 5, 7, requires_grad=True), torch.zeros(2, 5, dtype=torch.bool)
     ignore[0, 2:] = True
-    draw = lambda **kw: sampled_cross_entropy(
-        logits, generator=torch.Generator().manual_seed(1), **kw
-    )
+
+    def draw(**settings):
+        generator = torch.Generator().manual_seed(1)
+        return sampled_cross_entropy(logits, generator=generator, **settings)
+
     assert draw().item() == draw().item() and draw(ignore=ignore).item() != draw().item()
     draw(ignore=ignore).backward()
     assert logits.grad[0, 2:].abs().sum() == 0 and (logits.grad[1].abs().sum(-1) > 0).all()
