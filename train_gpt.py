@@ -327,11 +327,11 @@ def choose(c, given):
 def check_settings(c):
     """What must fit together."""
     near = max(1, round(c.batch_size / RANKS)) * RANKS
-    whole = c.batch_size % RANKS == 0
-    check(c, "batch_size", whole, f"a multiple of the {RANKS} ranks, such as {near}")
+    divides = c.batch_size % RANKS == 0
+    check(c, "batch_size", divides, f"a multiple of the {RANKS} ranks, such as {near}")
     share, muon = c.batch_size // RANKS, c.optimizer.startswith("muon")
-    whole = share % c.micro_batch == 0
-    check(c, "micro_batch", whole, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
+    divides = share % c.micro_batch == 0
+    check(c, "micro_batch", divides, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
     most = share // c.micro_batch
     check(c, "probe_batches", (c.probe_batches or 1) <= most, f"1 to {most}, those of a step")
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
@@ -431,11 +431,9 @@ class Block(nn.Module):
     def attend(self, h, cos, sin):
         layer, norm = self.self_attn, self.input_layernorm
         qk = project(h, norm, layer.q_proj, layer.k_proj).unflatten(-1, (2 * self.heads, -1))
-        q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)
+        q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
         v = project(h, norm, layer.v_proj).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True
-        )  # (batch, heads, time, size)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -585,13 +583,12 @@ def text_files(c: Config) -> list[Path]:
     found = [p for p in found if not skip & set(p.relative_to(path).parts)]
     names = ", ".join(HUB)
     check(c, "data", found, f"an existing file or folder of files, or stdlib, shakespeare, {names}")
-    other = [p for p in found if not is_text(p)]
-    check(c, "data", len(other) < len(found), f"text, in UTF-8 or the like; {other[:1]} is none")
-    if other:
-        note(
-            f"--data: {len(other)} of {len(found)} files are left out, as no text: {other[0]}, ..."
-        )
-    return [p for p in found if p not in set(other)]
+    texts = [p for p in found if is_text(p)]
+    check(c, "data", texts, f"text, in UTF-8 or the like; {found[0]} is none")
+    if len(texts) < len(found):
+        other = min(set(found) - set(texts))
+        note(f"--data: {len(found) - len(texts)} of {len(found)} files are no text, as {other}")
+    return texts
 
 
 def is_text(path):
@@ -670,11 +667,9 @@ class GPT2:
             text = f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__})"
             way = "use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
             raise BadInput(f"{text}; {way}") from None
-        self.vocab, self.between, self.decode = (
-            self.bpe.n_vocab,
-            self.bpe.eot_token,
-            self.bpe.decode,
-        )
+        self.vocab = self.bpe.n_vocab
+        self.between = self.bpe.eot_token
+        self.decode = self.bpe.decode
 
     def encode(self, texts):
         texts = [text.decode(errors="replace") for text in texts]
@@ -711,8 +706,7 @@ def prepare(c: Config) -> Path:
     files = [] if c.data in HUB else text_files(c)
     name = f"{Path(c.data).stem}-{c.tokenizer}"
     if files:
-        stats = [(str(p), p.stat()) for p in files]
-        known = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+        known = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
         name += f"-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     folder = Path(c.data_dir) / name
     if (folder / "meta.json").exists():
@@ -943,15 +937,15 @@ def same_entries(expected, found, source, name=""):
     """Raises BadInput unless two state dicts have the same names and shapes."""
     if isinstance(expected, dict):
         keys = found.keys() if isinstance(found, dict) else set()
-        for key in expected.keys() ^ keys:
-            raise BadInput(f"{source} does not fit the model: {name}{key} is in one of them only")
+        if other := sorted(map(str, expected.keys() ^ keys)):
+            raise BadInput(f"{source} does not fit: {name}{other[0]} is in one of the two only")
         for key, value in expected.items():
             same_entries(value, found[key], source, f"{name}{key} ")
     elif torch.is_tensor(expected):
         shapes = [tuple(x.shape) if torch.is_tensor(x) else x for x in (found, expected)]
         if shapes[0] != shapes[1]:
             text = f"{name}has shape {shapes[0]}, the model's has {shapes[1]}"
-            raise BadInput(f"{source} does not fit the model: {text}")
+            raise BadInput(f"{source} does not fit: {text}")
 
 
 def read_log(folder):
@@ -1246,13 +1240,11 @@ def banner(run):
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
-    print(
-        f"data       {c.data}: {len(data.train):,} training and {len(data.val):,} validation tokens"
-    )
+    sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
+    print(f"data       {c.data}: {sizes}")
     print(f"device     {place}\noptimizer  {method}")
-    print(
-        f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
-    )
+    print(f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}")
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -1428,13 +1420,11 @@ def sample(folder, **typed):
         path = Path(c.prompt.removeprefix("FILE:"))
         check(c, "prompt", path.is_file(), "FILE: and the name of a file")
         prompt = path.read_bytes()
-    known, generator = (
-        codec(kind["tokenizer"], kind["vocab"]),
-        torch.Generator().manual_seed(c.seed),
-    )
+    known = codec(kind["tokenizer"], kind["vocab"])
+    generator = torch.Generator().manual_seed(c.seed)
     tokens = [int(t) for t in known.encode([prompt])[0]] or [known.between]
     texts = (generate(model, c, tokens, known.vocab, generator) for _ in range(c.num_samples))
-    return "\n---------------\n".join(map(known.decode, texts))
+    return "\n---------------\n".join(known.decode(text) for text in texts)
 
 
 def load_model(folder, typed):
@@ -1494,8 +1484,8 @@ def read_config(path):
         unknown = values.keys() - FIELDS.keys() - environment().keys() - {"pid", "tensorboard"}
     except (OSError, ValueError, AttributeError) as e:
         raise BadInput(f"--config: {path} can't be read as a run's config.json: {e!r}") from None
-    for name in unknown:
-        raise BadInput(f"--config: {path} has {name}, which is no setting; --help shows them all")
+    if unknown:
+        raise BadInput(f"--config: {path} has {min(unknown)}, which is no setting; see --help")
     return {name: x for name, x in handed_on(values).items() if values.get(name) is not None}
 
 

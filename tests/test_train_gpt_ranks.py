@@ -154,11 +154,29 @@ def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(
     assert process.wait(timeout=60) != 0
     assert checkpoint(folder)["step"] == 7
     assert len(re.findall("the checkpoint is written, go on with --resume", (folder / "err").read_text())) == 1
-    shutil.copytree(folder, root / "other")
+    for other in ("other", "copies", "plain"):
+        shutil.copytree(folder, root / other)
     trained(folder, 2, "--fsdp --resume")
     assert same(checkpoint(folder), checkpoint(sharded))
-    trained(root / "other", 1, "--fsdp --resume")
-    agree(root / "other", alone, keys=["val_loss"])  # the stop added a line of training loss
+    trained(root / "other", 1, "--resume")
+    trained(root / "copies", 2, "--resume --no-fsdp")
+    done = subprocess.run([sys.executable, SCRIPT, *shlex.split(FLAGS), "--resume"], cwd=root / "plain", capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "") and "FSDP" not in done.stdout
+    for other in ("other", "copies", "plain"):  # whatever it was sharded over
+        agree(root / other, alone, keys=["val_loss"])  # the stop added a line of training loss
+
+
+@fsdp
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
+@pytest.mark.parametrize("flags", ("", "--fsdp"))
+def test_muon_with_ire_on_ranks_is_one_process(root, flags):
+    one, two = root / f"muon1{flags}", root / f"muon2{flags}"
+    trained(one, 1, "--optimizer muon-ire --steps 6")
+    trained(two, 2, f"--optimizer muon-ire --steps 6 {flags}")
+    for key in ("val_loss", "train_loss"):
+        (steps, got), (expected_steps, expected) = zip(*log(two, key)), zip(*log(one, key))
+        assert steps == expected_steps and got == pytest.approx(expected, rel=2e-3), key  # its iteration is in bfloat16
 
 
 def test_an_error_on_one_rank_ends_all(root):
