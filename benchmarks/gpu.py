@@ -48,11 +48,11 @@ import train_gpt  # noqa: E402
 TINY = "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 8"
 # What stands in braces in a command: on a GPU, and with --toy.
 SIZES = {
-    "step": ("--sizes 1 10 60 --repetitions 30", "--sizes 1 --repetitions 2"),
+    "step": ("--sizes 1 60 229 --count --repetitions 30", "--sizes 1 --count --repetitions 2"),
     "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m --rounds 2 {TINY}"),
     "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m --rounds 2 {TINY}"),
-    "speed_229m": (
-        "--preset 229m --rounds 2 --micro-batch 16",
+    "speed_229m": (  # half of the row's batch: two minutes fewer
+        "--preset 229m --rounds 3 --batch-size 240 --micro-batch 20",
         f"--preset 229m --rounds 2 {TINY}",
     ),
     "row": ("--preset 60m --eval-sequences 480", f"--preset 60m --eval-sequences 16 {TINY}"),
@@ -79,9 +79,11 @@ SPEED = "benchmarks/train.py --device {device} --data {tokens} --file {file}"
 CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
 OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire")
 
-# On an H100. MFU is AdamW's; the others are AdmIRE's tokens a second of AdamW's.
+# Dense TFLOP/s in the dtype that train_gpt.py chooses (NVIDIA's data sheets); the first that fits.
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "T4": 65}
+# What is asked on an H100: AdamW's share of the peak, AdmIRE's tokens a second of AdamW's.
 MFU = {"train-60m": 0.30, "train-119m": 0.45, "train-229m": 0.45}
-OF_ADAMW = {("train-229m", "probe on one"): 0.97, ("train-229m", "second_moment"): 0.99}
+OF_ADAMW = {("train-229m", "probe on"): 0.97, ("train-229m", "second_moment"): 0.99}
 NEEDS = {"1": ["pytest"], "2": ["transformers"], "3": ["transformers"]}
 
 
@@ -208,7 +210,7 @@ def row(claim, measured, goal=None, holds=None):
     return {"claim": claim, "measured": measured, "goal": goal, "holds": holds}
 
 
-def judge_correctness(results, goals):
+def judge_correctness(results, device):
     rows = []
     for name, test in results.get("tests", {}).items():
         text = name.removeprefix("test_").replace("_", " ")
@@ -220,24 +222,24 @@ def judge_correctness(results, goals):
     return rows
 
 
-def judge_speed(results, goals):
+def judge_speed(results, device):
+    peak = next((x for name, x in PEAKS.items() if name in device), None)
+    goals = "H100" in device
     rows = []
     for step, report in results.items():
         for name, found in report["rows"].items():
             rows.append(row(f"{step}, {name}: tokens a second", found["tokens_per_second"]))
-            if found.get("tflops"):
-                rows.append(row("  TFLOP/s", found["tflops"]))
-            if found.get("mfu"):
+            rows.append(row("  TFLOP/s", found["tflops"]))
+            if peak:
                 goal = MFU[step] if goals and name == "AdamW" else None
-                rows.append(row("  MFU", found["mfu"], goal))
+                rows.append(row("  of the peak (MFU)", found["tflops"] / peak, goal))
             asked = [x for (at, part), x in OF_ADAMW.items() if at == step and part in name]
-            rows.append(
-                row("  of AdamW's", found["of_adamw"], asked[0] if goals and asked else None)
-            )
+            goal = asked[0] if goals and asked else None
+            rows.append(row("  of AdamW's tokens a second", found["of_adamw"], goal))
     return rows
 
 
-def judge_training(results, goals):
+def judge_training(results, device):
     rows = []
     if "compare" in results:
         two = results["compare"]
@@ -263,7 +265,7 @@ def judge_training(results, goals):
     return rows
 
 
-def judge_images(results, goals):
+def judge_images(results, device):
     rows = []
     for name, run in results.items():
         rows.append(row(f"{name}: images a second", run["images_per_second"]))
@@ -271,7 +273,7 @@ def judge_images(results, goals):
     return rows
 
 
-def judge_seeds(results, goals):
+def judge_seeds(results, device):
     """Each optimizer over the seeds that it and AdamW have."""
     runs = collections.defaultdict(dict)
     for result in results.values():
@@ -321,7 +323,8 @@ JUDGES = {
 
 
 def show(report):
-    print(f"\nstage {report['stage']} on {report['environment']['device']}, text: {report['text']}")
+    device = report["environment"]["device"]
+    print(f"\nstage {report['stage']} on {device}, data: {report['data']}")
     print(f"{'':60}{'measured':>18}{'goal':>8}  holds")
     for line in report["claims"]:
         measured = line["measured"]
@@ -415,28 +418,31 @@ class Stage:
         self.deadline = time.monotonic() + 60 * args.minutes
         self.work.mkdir(parents=True, exist_ok=True)
         self.environment = environment(args.device)
-        self.report = {"stage": args.stage, "toy": args.toy, "steps": {}}
+        self.report = {"stage": args.stage, "toy": args.toy, "data": "none", "steps": {}}
+        for file in self.out.glob("stage-*.json"):
+            found = json.loads(file.read_text())
+            theirs = f"{found['environment']['device']}, toy: {found['toy']}"
+            same = theirs == f"{self.environment['device']}, toy: {args.toy}"
+            refuse(same, "out", args.out, f"a folder without results of {theirs}")
         if self.file.exists():
             self.report = json.loads(self.file.read_text())
-            device = self.report["environment"]["device"]
-            same = (device, self.report["toy"]) == (self.environment["device"], args.toy)
-            refuse(same, "out", args.out, f"a folder without results of {device}")
         self.report["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
         self.report["environment"] = self.environment
 
     def prepare(self):
-        """The data and the words of the commands."""
+        """Makes the data, and the words of the commands."""
         args = self.args
-        tokens, self.report["text"] = make_tokens(self.work, args.toy)
-        pictures = args.pictures or (
-            make_pictures(self.work, args.toy) if args.stage == "5" else ""
-        )
-        self.words = {name: pair[args.toy] for name, pair in SIZES.items()}
         ranks = torch.cuda.device_count() if args.device == "cuda" else 2
-        self.words |= {"device": args.device, "ranks": ranks, "tokens": shown(tokens)}
-        self.words["pictures"] = shown(Path(pictures).resolve())
+        self.words = {name: pair[args.toy] for name, pair in SIZES.items()}
+        self.words |= {"device": args.device, "ranks": ranks, "tokens": "", "pictures": ""}
+        if args.stage in "2346":
+            tokens, self.report["data"] = make_tokens(self.work, args.toy)
+            self.words["tokens"] = shown(tokens)
         if args.stage == "5":
-            self.report["pictures"] = "CIFAR-10" if args.pictures else "made"
+            made, self.report["data"] = make_pictures(self.work, args.toy), "made pictures"
+            if args.pictures:
+                made, self.report["data"] = args.pictures.resolve(), str(args.pictures)
+            self.words["pictures"] = shown(made)
 
     def commands(self, step):
         run, file = shown(self.work / step.name), shown(self.out / f"{step.name}.json")
@@ -475,7 +481,8 @@ class Stage:
             now = [command.replace("--overwrite", "--resume") for command in commands]
         else:
             shutil.rmtree(run, ignore_errors=True)
-        entry = {"commands": commands, "commit": self.environment["commit"], "why": ""}
+        entry = {"commands": commands, "why": ""}
+        entry |= {name: self.environment[name] for name in ("commit", "code")}
         for command in now:
             seconds_left = start + seconds - time.monotonic()
             entry["why"] = entry["why"] or execute(command, log, seconds_left, self.args.device)
@@ -493,8 +500,8 @@ class Stage:
         results = {n: steps[n]["result"] for n in names if "result" in steps.get(n, {})}
         if self.args.stage == "6":  # half a run is no result
             results = {name: x for name, x in results.items() if steps[name]["done"]}
-        goals = "H100" in self.environment["device"] and not self.args.toy
-        self.report["claims"] = JUDGES[self.args.stage](results, goals)
+        device = "a toy" if self.args.toy else self.environment["device"]
+        self.report["claims"] = JUDGES[self.args.stage](results, device)
         self.report["left"] = [n for n in names if not steps.get(n, {}).get("done")]
         train_gpt.write_json(self.file, self.report)
 
@@ -505,8 +512,10 @@ def shown(path):
 
 
 def environment(device):
-    """The device, what computes on it, and the commit."""
+    """The device, what computes on it, and which code: the commit, or a hash where git is not."""
     about = train_gpt.environment() | {"device": "CPU", "python": platform.python_version()}
+    code = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
+    about["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
     if device == "cuda":
         memory = torch.cuda.get_device_properties().total_memory
         about |= {"device": torch.cuda.get_device_name(), "memory_gib": round(memory / 2**30, 1)}
@@ -520,7 +529,7 @@ def environment(device):
 def execute(command, log, seconds, device):
     """Runs python with the command, what it prints into the log; an empty text, or what went
     wrong. At the end of the time it gets half a minute to write a checkpoint."""
-    own = {"DEVICE": device, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    own = {"DEVICE": device, "PYTHONUNBUFFERED": "1"}
     with open(log, "a") as f:
         print(f"$ python {command}", file=f, flush=True)
         process = subprocess.Popen(
