@@ -122,7 +122,7 @@ def sharded(root):
     return trained(root / "fsdp", 2, "--fsdp")
 
 
-@pytest.mark.parametrize("ranks", (2, 4))
+@pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_copies_on_ranks_are_one_process(root, alone, ranks):
     agree(trained(root / f"ddp{ranks}", ranks), alone)
 
@@ -141,6 +141,7 @@ def test_hugging_face_folder_of_shards(sharded):
 
 
 @fsdp
+@pytest.mark.slow
 def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(root, sharded, alone):
     folder = root / "stopped"
     process = torchrun(folder, 2, "--fsdp", "pause")
@@ -169,7 +170,7 @@ def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(
 
 @fsdp
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
-@pytest.mark.parametrize("flags", ("", "--fsdp"))
+@pytest.mark.parametrize("flags", (pytest.param("", marks=pytest.mark.slow), "--fsdp"))
 def test_muon_with_ire_on_ranks_is_one_process(root, flags):
     one, two = root / f"muon1{flags}", root / f"muon2{flags}"
     trained(one, 1, "--optimizer muon-ire --steps 6")
