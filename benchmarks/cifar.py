@@ -22,9 +22,8 @@ from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from step import environment, write_report
-
 import train_cifar
+from step import environment, write_report
 
 SETTINGS = dict(data="cifar10", model="resnet56", limit_train=2000, epochs=5, batch_size=32, ire_epoch=3, dtype="bfloat16",
                 device="cpu", eval_interval=100)

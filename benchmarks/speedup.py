@@ -48,10 +48,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from step import environment
-
 import train_gpt
 from ire import IRE
+from step import environment
 
 # The paper's rows are on one GPU, and their short horizon is a quarter of the paper's steps.
 TINY = dict(context=128, batch_size=16, data="stdlib")
@@ -463,7 +462,6 @@ def draw(report, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
     from toy.common import BLACK, BLUE, RED, STYLE
 
     rows = {label: r for label, r in report["compared"].items() if r["horizon"] == 1}

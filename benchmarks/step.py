@@ -136,7 +136,7 @@ class Counter(TorchDispatchMode):
 def count(run):
     """(launches, waits) of run() on the path of a GPU: pieces of its size, no torch.bincount."""
     with (
-        mock.patch.object(torch.Tensor, "is_cpu", False),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(ire, "_BATCH", {}),
         Counter() as counter,
     ):
