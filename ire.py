@@ -327,8 +327,9 @@ class IRE(_Wrapper):
                 f"after step {self._t}: are the gradients averaged? DDP does that once a forward "
                 "pass, so the probe wants one of its own",
             )
+        t = self._t
         for group in self.param_groups:
-            group["ire_step"] += 1
+            group["ire_step"] = t + 1
 
     def _second_moments(self):
         """{p: exp_avg_sq}. Raises ValueError where a parameter that IRE amplifies has none."""
@@ -399,7 +400,7 @@ class IRE(_Wrapper):
             if key in masks:
                 shape = tuple(masks[key].shape)
                 _require(shape == tuple(p.shape), "flat", shape, f"of {tuple(p.shape)}, as p is")
-                self.masks[p] = torch.empty_like(p, dtype=torch.bool).copy_(masks[key])
+                self.masks[p] = torch.empty_like(p, dtype=masks[key].dtype).copy_(masks[key])
 
     def _keys(self, saved):
         """[(p, its key in a saved state)]"""
@@ -679,9 +680,9 @@ def _histogram(floats, shift, prefix, tensors):
 
 
 def _bincount(digits):
-    if digits.is_cpu:
+    if not digits.is_cuda:
         return torch.bincount(digits, minlength=1 << 16)
-    # On a GPU that waits twice for the device; and the many zeros would queue for one counter.
+    # There it waits twice for the device, and the many zeros would queue for one counter.
     live = digits[digits != 0]
     one = torch.ones((), dtype=torch.int64, device=digits.device)
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=digits.device)
@@ -895,7 +896,7 @@ def _check_alike(values, spreads, device, problem):
 
 # ------------------------------------------------------------------------------------ arguments
 def _is_finite(x):
-    return isinstance(x, numbers.Real) and math.isfinite(x)
+    return isinstance(x, (numbers.Real, torch.Tensor)) and math.isfinite(x)
 
 
 def _require(good, name, value, allowed):

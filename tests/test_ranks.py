@@ -406,7 +406,7 @@ def load(folder):
 
 # ---------------------------------------------------------------------------- the tests
 def start(case, n, folder):
-    if torch.__version__ < "2.7" and case not in ("ddp", "accumulation", "kth"):
+    if torch.__version__ < "2.7" and case not in ("ddp", "accumulation", "one_forward", "kth"):
         pytest.skip(
             "torch 2.6: FSDP2 does not run on a CPU, and DTensor's caches mix up the masks' dtype"
         )
@@ -434,22 +434,23 @@ def start(case, n, folder):
     "case, n",
     [
         ("ddp", 2),
-        ("ddp", 3),
-        ("accumulation", 2),
         ("one_forward", 2),
-        ("partitions", 2),
-        ("fsdp", 2),
-        ("fsdp", 3),
-        ("hybrid", 4),
-        ("tensor_parallel", 2),
-        ("kth", 3),
-        ("average", 2),
+        pytest.param("ddp", 3, marks=pytest.mark.slow),
+        pytest.param("accumulation", 2, marks=pytest.mark.slow),
+        pytest.param("partitions", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", 3, marks=pytest.mark.slow),
+        pytest.param("hybrid", 4, marks=pytest.mark.slow),
+        pytest.param("tensor_parallel", 2, marks=pytest.mark.slow),
+        pytest.param("kth", 3, marks=pytest.mark.slow),
+        pytest.param("average", 2, marks=pytest.mark.slow),
     ],
 )
 def test_as_on_one_process(case, n, tmp_path):
     start(case, n, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 2), (2, 1), (1, 2)])
 def test_distributed_checkpoint(before, after, tmp_path):
     start("save", before, tmp_path)
