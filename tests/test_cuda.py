@@ -12,9 +12,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import train_cifar
 import train_gpt
 from ire import AdmIRE, kth_smallest, sampled_cross_entropy
 
@@ -31,6 +33,9 @@ if not CPU and not torch.cuda.is_available():
 only_cuda = pytest.mark.skipif(CPU, reason="of the GPU alone")
 muon = pytest.param(
     "muon-ire", marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
+)
+eager_and_compiled = pytest.mark.parametrize(
+    "compiled", (False, pytest.param(True, marks=only_cuda)), ids=("eager", "compiled")
 )
 
 
@@ -93,7 +98,7 @@ def test_the_kth_smallest_is_exact(n):
         assert kth_smallest([x], k).cpu() == ordered[k - 1]
 
 
-@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=only_cuda)))
+@eager_and_compiled
 def test_labels_of_the_probe_are_the_cpus(compiled):
     """Their random bits to the last one; the labels where rounding of a logarithm decides not."""
     seeds = torch.randint(-(2**31), 2**31, (512,), dtype=torch.int32)
@@ -143,7 +148,7 @@ def test_a_step_of_admire_never_waits():
     assert opt.param_groups[0]["ire_step"] == 2
 
 
-@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=only_cuda)))
+@eager_and_compiled
 @pytest.mark.parametrize("optimizer", ("adamw", "admire", muon))
 def test_a_training_step_never_waits(tmp_path, optimizer, compiled):
     c, run = language_model(tmp_path, optimizer=optimizer, compile=compiled, ire_warmup=0)
@@ -151,6 +156,24 @@ def test_a_training_step_never_waits(tmp_path, optimizer, compiled):
         with waits(mode):
             last = step(c, run, number)
     assert last.isfinite().all()
+
+
+@eager_and_compiled
+@pytest.mark.parametrize("optimizer", ("sgd", "sgd-ire", "admire"))
+def test_a_training_step_on_pictures_never_waits(monkeypatch, optimizer, compiled):
+    rng = np.random.default_rng(0)
+    x = rng.integers(256, size=(64, 32, 32, 3), dtype=np.uint8)
+    y = rng.integers(10, size=64)
+    monkeypatch.setattr(train_cifar, "load_cifar", lambda c: ((x, y), (x, y), 10))
+    settings = dict(model="resnet8", batch_size=16, device=DEVICE, ire_warmup=0)
+    given = train_cifar.Config(optimizer=optimizer, compile=compiled, **settings)
+    c = train_cifar.complete(given)
+    run = train_cifar.set_up(c, train_cifar.Data(c))
+    for mode in ("default", "error", "error"):  # the first probes and draws the epoch
+        with waits(mode):
+            last = train_cifar.train_step(run)
+            run.step += 1
+    assert last.isfinite()
 
 
 def test_a_refresh_waits_a_few_times(record_property):
