@@ -49,11 +49,11 @@ TINY = "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 8"
 # What stands in braces in a command: on a GPU, and with --toy.
 SIZES = {
     "step": ("--sizes 1 60 229 --count --repetitions 30", "--sizes 1 --count --repetitions 2"),
-    "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m --rounds 2 {TINY}"),
-    "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m --rounds 2 {TINY}"),
+    "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m --rounds 2 --interval 2 {TINY}"),
+    "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m --rounds 2 --interval 2 {TINY}"),
     "speed_229m": (  # half of the row's batch: two minutes fewer
         "--preset 229m --rounds 3 --batch-size 240 --micro-batch 20",
-        f"--preset 229m --rounds 2 {TINY}",
+        f"--preset 229m --rounds 2 --interval 2 {TINY}",
     ),
     "row": ("--preset 60m --eval-sequences 480", f"--preset 60m --eval-sequences 16 {TINY}"),
     "compare": (
