@@ -373,13 +373,15 @@ class Normalise(torch.autograd.Function):
     def forward(ctx, x):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = (size.square() / x.shape[-1] + 1e-6).rsqrt()
-        ctx.save_for_backward(x * scale, scale)
-        return x * scale
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1) * scale
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
 class Rotate(torch.autograd.Function):
@@ -399,8 +401,8 @@ class Rotate(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
-    wide = x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
+    return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in place: one buffer
 
 
 def project(x, norm, *layers):

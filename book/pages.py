@@ -1,4 +1,10 @@
-"""What the book computes while Sphinx builds it: ire.py's docstrings as reStructuredText, results/*.json as tables."""
+"""What the book computes while Sphinx builds it: ire.py's docstrings as reStructuredText, and
+results/*.json as tables. As a script it sets the repository's address, in book/_config.yml and
+wherever it is used, and renews the first cell of each notebook:
+
+    python book/pages.py https://github.com/OWNER/REPOSITORY
+"""
+
 import json
 import re
 import statistics
@@ -11,23 +17,29 @@ MISSING = "Not measured yet.\n"
 
 
 def rst(docstring):
-    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines, indented examples."""
-    lines, example = [], False
+    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines, indented
+    examples."""
+    lines = []
+    example = False
     for line in docstring:
         indented = line.startswith("    ")
         if indented and lines and not lines[-1]:
             lines += [".. code-block:: python", ""]
             example = True
         example = example and (indented or not line)
-        if not example:
-            line = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line)
-            term = re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line)
-            if line.startswith("Raises "):
-                lines.append("")
-            lines += ["``" + term[1].replace(", ", "``, ``") + "``", "    " + term[2]] if term else [line]
-        else:
-            lines.append(line)
+        lines += [line] if example else prose(line, lines[-1] if lines else "")
     return lines
+
+
+def prose(line, before):
+    """A line outside of examples. A term stands after a blank line, a sentence or another term."""
+    line = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line)
+    term = re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line)
+    if term and (before[:1] in ("", " ") or before.endswith(".")):
+        names = term[1].replace(", ", "``, ``")
+        blank = [] if before[:1] in ("", " ") else [""]
+        return [*blank, f"``{names}``", f"    {term[2]}"]
+    return ["", line] if line.startswith("Raises ") else [line]
 
 
 def load(name, folder=None):
@@ -45,14 +57,18 @@ def cell(value):
 
 def table(rows):
     """Markdown of flat dicts; nested values are left out."""
-    names = list(dict.fromkeys(n for row in rows for n, value in row.items() if not isinstance(value, dict)))
+    names = list(
+        dict.fromkeys(n for row in rows for n, value in row.items() if not isinstance(value, dict))
+    )
     text = [names, ["---"] * len(names), *([cell(row.get(n)) for n in names] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in text)
 
 
 def source(report):
     """The command and where it ran."""
-    where = report.get("environment") or {k: report[k] for k in ("hardware", "torch", "commit") if k in report}
+    where = report.get("environment") or {
+        k: report[k] for k in ("hardware", "torch", "commit") if k in report
+    }
     where = ", ".join(f"{name} {value}" for name, value in where.items())
     where = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", where)
     return f"`{report['command']}`<br>{where}\n" if "command" in report else ""
@@ -63,17 +79,26 @@ def folded(title, text):
 
 
 def compare(folder):
-    runs = [report for seed in range(100) if (report := load(f"compare-tiny-{seed}", folder))]
+    reports = [load(f"compare-tiny-{seed}", folder) for seed in range(100)]
+    runs = [report for report in reports if report]
     if not runs:
         return MISSING
-    rows = [{"seed": run["adamw"]["seed"], "AdamW": f"{run['adamw']['val_loss']:.4f}",
-             "AdmIRE": f"{run['admire']['val_loss']:.4f}",
-             "difference": f"{run['admire']['val_loss'] - run['adamw']['val_loss']:+.4f}",
-             "step at which AdmIRE was at AdamW's final loss": f"{run['reached_at_step'] or 'never'}"} for run in runs]
-    settings = [{k: v for k, v in runs[0][name].items() if k not in ("val_loss", "seconds", "tokens_per_second", "seed")}
-                for name in ("adamw", "admire")]
+    rows = []
+    gaps = []
+    for run in runs:
+        adamw, admire = run["adamw"], run["admire"]
+        gaps.append(admire["val_loss"] - adamw["val_loss"])
+        row = {"seed": adamw["seed"], "AdamW": f"{adamw['val_loss']:.4f}"}
+        row |= {"AdmIRE": f"{admire['val_loss']:.4f}", "difference": f"{gaps[-1]:+.4f}"}
+        row["step at which AdmIRE was at AdamW's final loss"] = (
+            f"{run['reached_at_step'] or 'never'}"
+        )
+        rows.append(row)
+    measured = ("val_loss", "seconds", "tokens_per_second", "seed")
+    settings = []
+    for name in ("adamw", "admire"):
+        settings.append({k: v for k, v in runs[0][name].items() if k not in measured})
     if len(runs) > 1:
-        gaps = [run["admire"]["val_loss"] - run["adamw"]["val_loss"] for run in runs]
         error = statistics.stdev(gaps) / len(gaps) ** 0.5
         rows.append({"seed": "mean", "difference": f"{statistics.mean(gaps):+.4f} ± {error:.4f}"})
     return f"{table(rows)}\n{table(settings)}\n" + "\n".join(map(source, runs))
@@ -99,9 +124,21 @@ def step(folder):
         return MISSING
     text = source(report)
     for size, measured in report["sizes"].items():
-        rows = [{"": name, "ms": row["ms"], "quartiles": row["quartiles_ms"], "times fused AdamW": row["over_fused_adamw"],
-                 "extra bytes a parameter": row["extra_bytes_per_parameter"]} for name, row in measured["rows"].items()]
-        text += "\n" + (table(rows) if size == [*report["sizes"]][-1] else folded(f"{size} parameters", table(rows)))
+        rows = [
+            {
+                "": name,
+                "ms": row["ms"],
+                "quartiles": row["quartiles_ms"],
+                "times fused AdamW": row["over_fused_adamw"],
+                "extra bytes a parameter": row["extra_bytes_per_parameter"],
+            }
+            for name, row in measured["rows"].items()
+        ]
+        text += "\n" + (
+            table(rows)
+            if size == [*report["sizes"]][-1]
+            else folded(f"{size} parameters", table(rows))
+        )
     return text
 
 
@@ -109,13 +146,24 @@ def train(folder):
     report = load("train-cpu", folder)
     if not report:
         return MISSING
-    rows = [{"": name, "tokens a second": row["tokens_per_second"], "of AdamW": row["of_adamw"], "quartiles": row["quartiles"]}
-            for name, row in report["rows"].items()]
+    rows = [
+        {
+            "": name,
+            "tokens a second": row["tokens_per_second"],
+            "of AdamW": row["of_adamw"],
+            "quartiles": row["quartiles"],
+        }
+        for name, row in report["rows"].items()
+    ]
     return f"{table(rows)}\n{source(report)}"
 
 
 def figure(name, folder, what):
-    return f"![{what}](../results/{name}.png)\n\n" if ((folder or ROOT / "results") / f"{name}.png").exists() else ""
+    return (
+        f"![{what}](../results/{name}.png)\n\n"
+        if ((folder or ROOT / "results") / f"{name}.png").exists()
+        else ""
+    )
 
 
 def speedup(folder, row="tiny"):
@@ -123,46 +171,135 @@ def speedup(folder, row="tiny"):
     if not report:
         return MISSING
     from speedup import table as summary
-    names = ("optimizer", "ablation", "lr", "warmup_fraction", "beta2", "weight_decay", "ratio", "kappa", "gamma", "interval",
-             "curvature", "seed", "steps")
-    runs = [{**{n: run[n] for n in names}, "val_loss": f"{run['val_loss']:.4f}"} for run in report["runs"]]
-    return (figure(f"speedup-{row}", folder, "Loss against the length of the schedule, and the ablations")
-            + f"{summary(report)}\n\n{source(report)}\n{folded(f'All {len(runs)} runs', table(runs))}")
+
+    names = (
+        "optimizer",
+        "ablation",
+        "lr",
+        "warmup_fraction",
+        "beta2",
+        "weight_decay",
+        "ratio",
+        "kappa",
+        "gamma",
+        "interval",
+        "curvature",
+        "seed",
+        "steps",
+    )
+    runs = [
+        {**{n: run[n] for n in names}, "val_loss": f"{run['val_loss']:.4f}"}
+        for run in report["runs"]
+    ]
+    return (
+        figure(
+            f"speedup-{row}", folder, "Loss against the length of the schedule, and the ablations"
+        )
+        + f"{summary(report)}\n\n{source(report)}\n{folded(f'All {len(runs)} runs', table(runs))}"
+    )
 
 
 def speedup_nano(folder):
     return speedup(folder, "nano")
 
 
+def typed(settings):
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+
+
+def cifar_row(name, settings, values, sign=""):
+    row = {"": name, "settings": typed(settings)}
+    shown = (("test_acc", "test accuracy, %", 2), ("train_loss", "training loss", 4))
+    for key, title, digits in (*shown, ("trace", "Tr(H)", 1)):
+        mean, error = values[key]
+        row[title] = f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+    return row
+
+
 def cifar(folder):
     report = load("cifar-jpeg", folder)
     if not report:
         return MISSING
-    def row(name, settings, values, sign=""):
-        digits = {"test_acc": 2, "train_loss": 4, "trace": 1}
-        return {"": name, "settings": ", ".join(f"{k} {v:g}" for k, v in settings.items())} | {
-            what: f"{values[key][0]:{sign}.{digits[key]}f} ± {values[key][1]:.{digits[key]}f}" for key, what in
-            {"test_acc": "test accuracy, %", "train_loss": "training loss", "trace": "Tr(H)"}.items()}
-    rows = [row(name, r["settings"], r) for name, r in report["table"].items()]
-    rows += [row(f"{name} less {name.removesuffix('-ire')}, seed by seed", {}, r["less_base"], "+")
-             for name, r in report["table"].items() if "less_base" in r]
+    rows = [cifar_row(name, row["settings"], row) for name, row in report["table"].items()]
+    for name, row in report["table"].items():
+        if "less_base" in row:
+            title = f"{name} less {name.removesuffix('-ire')}, seed by seed"
+            rows.append(cifar_row(title, {}, row["less_base"], "+"))
     names = ("optimizer", "settings", "seed", "val_acc", "test_acc", "train_loss", "trace")
-    runs = [{n: run.get(n) for n in names} | {"settings": ", ".join(f"{k} {v:g}" for k, v in run["settings"].items())}
-            for run in report["runs"]]
-    what = ", ".join(f"{k} {v}" for k, v in report["settings"].items())
-    return (figure("cifar-jpeg", folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
-            + f"{table(rows)}\n{report['pictures']}; {what}; mean ± standard error.\n\n{source(report)}\n"
-            + folded(f"All {len(runs)} runs", table(runs)))
+    runs = []
+    for run in report["runs"]:
+        runs.append({n: run.get(n) for n in names} | {"settings": typed(run["settings"])})
+    what = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    drawn = figure("cifar-jpeg", folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
+    said = f"{report['pictures']}; {what}; mean ± standard error."
+    every = folded(f"All {len(runs)} runs", table(runs))
+    return f"{drawn}{table(rows)}\n{said}\n\n{source(report)}\n{every}"
+
+
+SOURCES = {  # of the mask: the row of `compared` in the Fisher, second moment and random column
+    "from the warm-up's end": ("AdmIRE", "second moment", "random mask"),
+    "from step 0": ("on from step 0", "second moment from step 0", "random mask from step 0"),
+    "from step 0 and tuned so": (
+        "AdmIRE from step 0, tuned so",
+        "second moment from step 0, those settings",
+        "random mask from step 0, tuned so",
+    ),
+    "2000 steps, from the warm-up's end": ("AdmIRE, long", "", ""),
+    "2000 steps, from step 0": (
+        "AdmIRE from step 0, long",
+        "second moment from step 0, long",
+        "random mask from step 0, long",
+    ),
+}
+CONTROLS = {
+    "other draws of the labels in the probes": "AdmIRE again",
+    "longer steps along the sharp coordinates": "inverted mask",
+    "longer steps along all coordinates": "all coordinates",
+    "AdamW whose lr jumps by the mean of IRE's factors": "lr jumps by the mean",
+    "AdamW with the settings of twice the trials": "AdamW, twice the trials",
+    "AdamW with twice the steps": "AdamW, 2 times the steps",
+    "Muon": "Muon",
+    "Muon with IRE": "Muon with IRE",
+    "Muon at the latter's settings, random mask": "Muon with a random mask",
+    "Muon at the latter's settings, no mask": "Muon at those settings, no mask",
+}
+
+
+def gap(report, name):
+    row = report["compared"].get(name)
+    if not row:
+        return "not measured yet"
+    return f"{row['minus_adamw']:+.3f} ± {row['minus_adamw_stderr']:.3f}"
+
+
+def controls(folder):
+    """Loss minus AdamW's, seed by seed: by the source of the mask, and with other longer steps."""
+    report = load("speedup-tiny", folder)
+    if not report:
+        return MISSING
+    rows = []
+    for title, names in SOURCES.items():
+        cells = zip(("Fisher probe", "second moment", "random"), names, strict=True)
+        rows.append({"IRE on": title} | {column: gap(report, name) for column, name in cells})
+    others = [{"": title, "difference": gap(report, name)} for title, name in CONTROLS.items()]
+    return f"{table(rows)}\n{table(others)}"
 
 
 def cifar_speed(folder):
     report = load("cifar-speed-cpu", folder)
     if not report:
         return MISSING
-    rows = [{"": name, "images a second": row["images_per_second"], "share of the loader": row["loader_share"]}
-            for name, row in report["rows"].items()]
+    rows = [
+        {
+            "": name,
+            "images a second": row["images_per_second"],
+            "share of the loader": row["loader_share"],
+        }
+        for name, row in report["rows"].items()
+    ]
     low, high = report["quartiles"]
-    return f"{table(rows)}\nRatio {report['ours_of_plain']:.3f}, quartiles {low:.3f} to {high:.3f}.\n\n{source(report)}"
+    ratio = f"Ratio {report['ours_of_plain']:.3f}, quartiles {low:.3f} to {high:.3f}."
+    return f"{table(rows)}\n{ratio}\n\n{source(report)}"
 
 
 def results(text, folder=None):
@@ -171,21 +308,82 @@ def results(text, folder=None):
     return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
+CONFIG = ROOT / "book/_config.yml"
+PLACEHOLDER = "example.org"  # reserved: nobody can register it
+FIRST_CELL = """\
+# On Colab this fetches the repository, once. Elsewhere there is nothing to fetch.
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../ire.py"):
+    address = "{address}"
+    clone = ["git", "clone", "--depth=1", address, "ire-book"]
+    if not os.path.exists("ire-book") and subprocess.run(clone).returncode:
+        raise SystemExit(f"{{address}} is not there: upload the repository as ire-book/")
+    os.chdir("ire-book/tutorials")
+sys.path.insert(0, os.path.abspath(".."))"""
+
+
+def address():
+    return re.search(r"url: (https://\S+)", CONFIG.read_text())[1]
+
+
+def set_address(new, root=ROOT):
+    """Writes the address wherever the old one stands, and the first cell of each notebook."""
+    old = re.search(r"url: (https://\S+)", (root / "book/_config.yml").read_text())[1]
+    files = [root / name for name in ("README.md", "CITATION.cff", "pyproject.toml")]
+    files += [root / "book/_config.yml", *(root / "book").glob("*.md")]
+    for path in files:
+        path.write_text(path.read_text().replace(old, new))
+    for path in (root / "tutorials").glob("*.ipynb"):
+        notebook = json.loads(path.read_text().replace(old, new))
+        first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+        first["source"] = FIRST_CELL.format(address=new).splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def on_config(app, config):
+    """Without an address there is nothing that buttons could lead to."""
+    if PLACEHOLDER in address():
+        options = dict(config.html_theme_options, launch_buttons={})
+        for name in ("repository_url", "use_repository_button", "use_issues_button"):
+            options.pop(name, None)
+        config.html_theme_options = options
+
+
+def on_docstring(app, what, name, obj, options, lines):
+    lines[:] = rst(lines)
+
+
+def on_read(app, docname, text):
+    if docname == "book/results":
+        text[0] = results(text[0])
+
+
+def on_page(app, name, template, context, doctree):
+    """Thebe, which no button of this book starts, defines its constants twice: an error on each
+    page."""
+    scripts = context["script_files"]
+    context["script_files"] = [x for x in scripts if "thebe" not in f"{x} {vars(x)}".lower()]
+
+
+def on_env(app, env, names):
+    """The results page is read each time, as results/ may have changed."""
+    if "book/results" not in names:
+        names.append("book/results")
+
+
 def setup(app):
-    def on_docstring(app, what, name, obj, options, lines):
-        lines[:] = rst(lines)
-
-    def on_read(app, docname, text):
-        if docname == "book/results":
-            text[0] = results(text[0])
-
-    def on_page(app, name, template, context, doctree):
-        """Thebe, which no button of this book starts, defines its constants twice: an error on each page."""
-        context["script_files"] = [x for x in context["script_files"] if "thebe" not in f"{x} {vars(x)}".lower()]
-
+    app.connect("config-inited", on_config)
     app.connect("html-page-context", on_page)
     app.connect("autodoc-process-docstring", on_docstring)
     app.connect("source-read", on_read)
-    app.connect("env-before-read-docs", lambda app, env, names: names.append("book/results")
-                if "book/results" not in names else None)
+    app.connect("env-before-read-docs", on_env)
     return {"parallel_read_safe": True}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not re.fullmatch(r"https://\S+[^\s/]", sys.argv[1]):
+        sys.exit(f"address: {sys.argv[1:]}, want one such as https://github.com/OWNER/REPOSITORY")
+    set_address(sys.argv[1])

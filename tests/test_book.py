@@ -1,5 +1,9 @@
-"""The notebooks are stored as they ran, the book builds from them without a warning, and its pages work in a browser."""
+"""The notebooks are stored as they ran, the book builds from them without a warning, and its pages
+work in a browser."""
+
 import ast
+import contextlib
+import html
 import http.server
 import json
 import re
@@ -13,21 +17,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 import yaml
+
+from toy import valley
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-ADDRESS = yaml.safe_load((ROOT / "book/_config.yml").read_text())["repository"]["url"]
-BOOT = f'''\
-# On Colab this fetches the repository, once. Elsewhere there is nothing to fetch.
-import os, subprocess, sys
+sys.path.insert(0, str(ROOT / "book"))
+import pages  # noqa: E402
 
-if "google.colab" in sys.modules and not os.path.exists("../ire.py"):
-    if not os.path.exists("ire-book"):
-        address = "{ADDRESS}"
-        subprocess.run(["git", "clone", "--depth=1", address, "ire-book"], check=True)
-    os.chdir("ire-book/tutorials")
-sys.path.insert(0, os.path.abspath(".."))'''
+ADDRESS = pages.address()
+BOOT = pages.FIRST_CELL.format(address=ADDRESS)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def cells(path, kind):
@@ -38,10 +40,11 @@ def source(cell):
     return "".join(cell["source"])
 
 
-# ------------------------------------------------------------------------------------------------------- notebooks
-def test_there_are_ten_chapters_and_the_contents_list_them():
+# ---------------------------------------------------------------------------------------- notebooks
+def test_there_are_eleven_chapters_and_the_contents_list_them():
     contents = yaml.safe_load((ROOT / "book/_toc.yml").read_text())["parts"][0]["chapters"]
-    assert [c["file"] for c in contents] == [f"tutorials/{path.stem}" for path in NOTEBOOKS] and len(NOTEBOOKS) == 10
+    assert [c["file"] for c in contents] == [f"tutorials/{path.stem}" for path in NOTEBOOKS]
+    assert len(NOTEBOOKS) == 11
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -55,23 +58,29 @@ def test_notebooks_are_stored_as_they_ran(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_fit_a_screen_and_the_first_fetches_the_repository(path):
-    code, text = [source(c) for c in cells(path, "code")], [source(c) for c in cells(path, "markdown")]
+    code = [source(c) for c in cells(path, "code")]
+    text = [source(c) for c in cells(path, "markdown")]
     assert code[0] == BOOT
     for cell in code:
         assert cell.count("\n") < 25 and max(map(len, cell.split("\n"))) <= 88, cell
         assert not re.search(r"^\s*[!%]", cell, re.M), "shell and magic lines do not lex"
-    assert [t[:2] for t in text if re.search(r"^# ", t, re.M)] == ["# "] and source(cells(path, "markdown")[0]) == text[0]
+    assert [t[:2] for t in text if re.search(r"^# ", t, re.M)] == ["# "]
+    assert text[0].startswith("# ")
     assert any("## Exercise" in t for t in text) and any("<details><summary>" in t for t in text)
-    assert not re.search(r"\{(cite|term|ref|doc)[:}]|^:::", "\n".join(text), re.M), "Colab shows roles raw"
+    assert not re.search(r"\{(cite|term|ref|doc)[:}]|^:::", "\n".join(text), re.M), (
+        "Colab shows roles raw"
+    )
 
 
 def test_the_optimizer_of_chapter_2_has_twenty_lines():
-    cell, = [c for c in map(source, cells(ROOT / "tutorials/02_ire_in_twenty_lines.ipynb", "code")) if c.startswith("class ")]
+    code = map(source, cells(ROOT / "tutorials/02_ire_in_twenty_lines.ipynb", "code"))
+    (cell,) = [c for c in code if c.startswith("class ")]
     assert len([line for line in cell.split("\n") if line.strip()]) == 20
 
 
 def test_the_first_cell_fetches_once_and_only_on_colab(tmp_path):
-    origin, colab = tmp_path / "origin", tmp_path / "content"
+    origin = tmp_path / "origin"
+    colab = tmp_path / "content"
     (origin / "tutorials").mkdir(parents=True)
     (origin / "tutorials/here").touch()
     (origin / "ire.py").write_text("fetched = True")
@@ -81,34 +90,77 @@ def test_the_first_cell_fetches_once_and_only_on_colab(tmp_path):
     colab.mkdir()
 
     def run(modules, folder):
-        code = f"import sys\nfor name in {modules}: sys.modules[name] = sys\n{BOOT}\n" \
-               "import ire; print(ire.fetched, os.getcwd())"
-        settings = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": ADDRESS,
-                    "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf"}
-        return subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True,
-                              env={"PATH": "/usr/bin:/bin:/usr/local/bin", **settings})
+        code = (
+            f"import sys\nfor name in {modules}: sys.modules[name] = sys\n{BOOT}\n"
+            "import ire; print(ire.fetched, os.getcwd())"
+        )
+        settings = {
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_VALUE_0": ADDRESS,
+            "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf",
+        }
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            env={"PATH": "/usr/bin:/bin:/usr/local/bin", **settings},
+        )
 
     assert run([], origin / "tutorials").stdout == f"True {origin / 'tutorials'}\n"  # as it is
-    assert "No module named 'ire'" in run([], colab).stderr and not list(colab.iterdir())  # nothing is fetched
-    first, again = (run(["google.colab"], colab) for _ in range(2))  # a runtime that starts again finds the clone
+    assert "No module named 'ire'" in run([], colab).stderr and not list(
+        colab.iterdir()
+    )  # nothing is fetched
+    first, again = (
+        run(["google.colab"], colab) for _ in range(2)
+    )  # a runtime that starts again finds the clone
     assert first.stdout == again.stdout == f"True {colab / 'ire-book/tutorials'}\n"
     assert "Cloning" in first.stderr and not again.stderr
+    shutil.rmtree(origin)
+    shutil.rmtree(colab / "ire-book")
+    lost = run(["google.colab"], colab)  # one line says what to do
+    assert lost.returncode == 1 and "upload the repository as ire-book/" in lost.stderr
+    assert "Traceback" not in lost.stderr
 
 
-# ----------------------------------------------------------------------------------------------- addresses and works
+# ------------------------------------------------------------------------------ addresses and works
 def texts():
-    files = [ROOT / name for name in ("README.md", "CITATION.cff", "pyproject.toml")] + sorted((ROOT / "book").glob("*.md"))
+    files = [ROOT / name for name in ("README.md", "CITATION.cff", "pyproject.toml")] + sorted(
+        (ROOT / "book").glob("*.md")
+    )
     return {path.name: path.read_text() for path in files} | {
-        path.name: "\n".join(map(source, json.loads(path.read_text())["cells"])) for path in NOTEBOOKS}
+        path.name: "\n".join(map(source, json.loads(path.read_text())["cells"]))
+        for path in NOTEBOOKS
+    }
 
 
 def test_the_address_of_the_repository_is_the_same_everywhere():
+    host = urlsplit(ADDRESS).netloc.removeprefix("www.")
     for name, text in texts().items():
-        links = re.findall(r"(https://(?:github|raw\.githubusercontent)\.com/[\w-]+/[\w-]+)([^\s)\"'>]*)", text)
-        for address, rest in links:
-            assert address.replace("raw.githubusercontent.com", "github.com") == ADDRESS, name
-            if rest.startswith("/blob/main/"):
-                assert (ROOT / rest.split("#")[0].removeprefix("/blob/main/")).is_file(), (name, rest)
+        for address in re.findall(rf"https?://{re.escape(host)}/[^\s)\"'>`]*", text):
+            assert address.startswith(ADDRESS), (name, address)
+            file = address.removeprefix(ADDRESS).removeprefix("/blob/main/").split("#")[0]
+            assert file in ("", address.removeprefix(ADDRESS)) or (ROOT / file).is_file(), name
+        assert "github.com/ire-optimizer" not in text, name  # a stranger could register it
+
+
+def test_one_command_sets_the_address(tmp_path):
+    for name in ("book", "tutorials"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    new = "https://github.com/somebody/something"
+    pages.set_address(new, tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".md", ".yml", ".ipynb", ".toml", ".cff"):
+            assert ADDRESS not in path.read_text(), path
+    for path in (tmp_path / "tutorials").glob("*.ipynb"):
+        assert source(cells(path, "code")[0]) == pages.FIRST_CELL.format(address=new)
+    assert new in (tmp_path / "book/intro.md").read_text()
+    pages.set_address(ADDRESS, tmp_path)
+    for path in [*NOTEBOOKS, ROOT / "book/_config.yml"]:
+        there = (tmp_path / path.relative_to(ROOT)).read_text()
+        assert there == path.read_text() or json.loads(there) == json.loads(path.read_text())
 
 
 def test_works_that_notebooks_cite_are_in_the_references():
@@ -118,23 +170,43 @@ def test_works_that_notebooks_cite_are_in_the_references():
             assert link in known, (name, link)
 
 
-# --------------------------------------------------------------------------------------------------------- the book
+# ----------------------------------------------------------------------------------------- the book
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     out = tmp_path_factory.mktemp("book")
     build = subprocess.run(
-        [sys.executable, "-c", "import jupyter_book.cli.main as jb; jb.main()", "build", ".",
-         "--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going",
-         "--path-output", out], cwd=ROOT, capture_output=True, text=True)
-    assert build.returncode == 0 and (out / "_build/html").is_dir(), \
-        "\n".join(re.findall(".*(?:WARNING|ERROR|rror:).*", build.stderr + build.stdout))
+        [
+            sys.executable,
+            "-c",
+            "import jupyter_book.cli.main as jb; jb.main()",
+            "build",
+            ".",
+            "--config",
+            "book/_config.yml",
+            "--toc",
+            "book/_toc.yml",
+            "-W",
+            "--keep-going",
+            "--path-output",
+            out,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0 and (out / "_build/html").is_dir(), "\n".join(
+        re.findall(".*(?:WARNING|ERROR|rror:).*", build.stderr + build.stdout)
+    )
     return out / "_build/html"
 
 
 class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.loaded, self.data = set(), [], [], []
+        self.ids = set()
+        self.links = []
+        self.loaded = []
+        self.data = []
         self.feed(path.read_text())
         self.text = " ".join(" ".join(self.data).split())
 
@@ -144,16 +216,22 @@ class Page(HTMLParser):
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
         if tag in ("img", "script", "link", "source", "iframe"):
-            self.loaded += [a[k] for k in ("src", "href") if a.get(k) and a.get("rel") not in ("canonical", "author")]
+            self.loaded += [
+                a[k]
+                for k in ("src", "href")
+                if a.get(k) and a.get("rel") not in ("canonical", "author")
+            ]
 
     def handle_data(self, data):
         self.data.append(data)
 
 
 def test_links_and_images_resolve_and_nothing_needs_a_network(book):
-    pages = {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
-    assert {f"tutorials/{path.stem}.html" for path in NOTEBOOKS} <= {str(path.relative_to(book)) for path in pages}
-    for path, page in pages.items():
+    shown = {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
+    assert {f"tutorials/{path.stem}.html" for path in NOTEBOOKS} <= {
+        str(path.relative_to(book)) for path in shown
+    }
+    for path, page in shown.items():
         for link in page.links + page.loaded:
             url = urlsplit(link)
             if url.scheme or url.netloc:
@@ -161,77 +239,182 @@ def test_links_and_images_resolve_and_nothing_needs_a_network(book):
                 continue
             target = (path.parent / unquote(url.path)).resolve() if url.path else path
             assert target.is_file(), (path.name, link)
-            if url.fragment and target in pages:
-                assert unquote(url.fragment) in pages[target].ids, (path.name, link)
-
-
-def pages():
-    sys.path.insert(0, str(ROOT / "book"))
-    return __import__("pages")
+            if url.fragment and target in shown:
+                assert unquote(url.fragment) in shown[target].ids, (path.name, link)
 
 
 def test_the_results_page_says_what_the_files_say(book):
     text = Page(book / "book/results.html").text
     for path in (ROOT / "results").glob("compare-tiny-*.json"):
         run = json.loads(path.read_text())
-        assert f"{run['adamw']['val_loss']:.4f} {run['admire']['val_loss']:.4f}" in text and run["command"] in text
+        assert (
+            f"{run['adamw']['val_loss']:.4f} {run['admire']['val_loss']:.4f}" in text
+            and run["command"] in text
+        )
     for run in json.loads((ROOT / "results/sweep-tiny.json").read_text())["runs"]:
-        assert re.search(rf"{run['optimizer']} {run['lr']:g} {run['warmup']} [\d. ]+ {run['val_loss']:.4f}", text), run
-    row = json.loads((ROOT / "results/step-cpu.json").read_text())["sizes"]["60M"]["rows"]["IRE, refresh"]
+        assert re.search(
+            rf"{run['optimizer']} {run['lr']:g} {run['warmup']} [\d. ]+ {run['val_loss']:.4f}", text
+        ), run
+    row = json.loads((ROOT / "results/step-cpu.json").read_text())["sizes"]["60M"]["rows"][
+        "IRE, refresh"
+    ]
     assert f"IRE, refresh {row['ms']:.4g}" in text
     row = json.loads((ROOT / "results/train-cpu.json").read_text())["rows"]["AdmIRE, full probe"]
     assert f"AdmIRE, full probe {row['tokens_per_second']:,.0f} {row['of_adamw']:.4g}" in text
-    for report in filter(None, (pages().load(f"speedup-{row}") for row in ("tiny", "nano"))):
+    for report in filter(None, (pages.load(f"speedup-{row}") for row in ("tiny", "nano"))):
         for run in report["runs"]:
             assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
-    for name, row in (pages().load("cifar-jpeg") or {"table": {}})["table"].items():
-        assert re.search(rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text), name
+    for name, row in (pages.load("cifar-jpeg") or {"table": {}})["table"].items():
+        assert re.search(
+            rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text
+        ), name
     files = "speedup-tiny", "speedup-nano", "cifar-jpeg", "cifar-speed-cpu"
-    assert text.count("Not measured yet") == sum(not (ROOT / f"results/{name}.json").exists() for name in files)
+    assert text.count("Not measured yet") == sum(
+        not (ROOT / f"results/{name}.json").exists() for name in files
+    )
     assert "{{" not in text
 
 
 def test_the_results_page_without_results(tmp_path):
     page = (ROOT / "book/results.md").read_text()
-    text = pages().results(page, tmp_path)
-    assert text.count(pages().MISSING) == page.count("{{") > 6 and "|" not in text
+    text = pages.results(page, tmp_path)
+    assert text.count(pages.MISSING) == page.count("{{") > 6 and "|" not in text
 
 
 def test_the_api_page_has_every_public_name(book):
     page = Page(book / "book/api.html")
-    public = [node for node in ast.parse((ROOT / "ire.py").read_text()).body if getattr(node, "name", "_")[0] != "_"]
-    assert {f"ire.{node.name}" for node in public} | {"ire.IRE.probe", "ire.IRE.step", "ire.SAM.step"} <= page.ids
+    public = [
+        node
+        for node in ast.parse((ROOT / "ire.py").read_text()).body
+        if getattr(node, "name", "_")[0] != "_"
+    ]
+    assert {f"ire.{node.name}" for node in public} | {
+        "ire.IRE.probe",
+        "ire.IRE.step",
+        "ire.SAM.step",
+    } <= page.ids
     for node in public:
         words = re.sub(r"[`\s]+", " ", ast.get_docstring(node) or "").split(". ")[0]
         assert re.sub(r"\W", "", words) in re.sub(r"\W", "", page.text), node.name
     assert "``" not in page.text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+@contextlib.contextmanager
+def served(folder):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def browse(folder, page, profile):
+    """Opens a page in Chromium; what a script has written into its title, from JSON. Nothing may be
+    wrong on the console."""
+    options = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-sync disable-component-update enable-logging=stderr virtual-time-budget=20000 "
+        f"dump-dom user-data-dir={profile}"
+    )
+    flags = [f"--{option}" for option in options.split()]
+    with served(folder) as address:
+        command = [CHROMIUM, *flags, f"{address}/{page}"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert not [line for line in console if re.search("Uncaught|rror|Failed|refused", line)]
+    return json.loads(html.unescape(re.search("<title>(.+)</title>", shown.stdout)[1]))
+
+
+PHONE = """<script>
+    const count = d => s => d.querySelectorAll(s).length;
+    const math = [".math", "mjx-container", "mjx-merror"];
+    const measure = d => [d.documentElement.scrollWidth, ...math.map(count(d))];
+    onload = () => setTimeout(() => document.title = JSON.stringify(
+        [...document.querySelectorAll("iframe")].map(f => measure(f.contentDocument))), 5000)
+</script>"""
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 def test_pages_open_without_errors_and_fit_a_phone(book, tmp_path):
-    """All pages in frames of 390 pixels, whose widths and formulas a script writes into the title."""
-    names = [f"book/{name}" for name in ("intro", "api", "results")] + [f"tutorials/{path.stem}" for path in NOTEBOOKS]
-    (book / "phone.html").write_text("<title></title>" + "".join(
-        f'<iframe width=390 height=800 src="{name}.html"></iframe>' for name in names) + """<script>
-        const count = d => s => d.querySelectorAll(s).length;
-        const measure = d => [d.documentElement.scrollWidth, ...[".math", "mjx-container", "mjx-merror"].map(count(d))];
-        onload = () => setTimeout(() => document.title = JSON.stringify(
-            [...document.querySelectorAll("iframe")].map(frame => measure(frame.contentDocument))), 5000)</script>""")
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=book)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync " \
-                  f"disable-component-update user-data-dir={tmp_path} enable-logging=stderr virtual-time-budget=20000 dump-dom"
-        address = f"http://127.0.0.1:{server.server_port}/phone.html"
-        shown = subprocess.run([CHROMIUM, *(f"--{option}" for option in options.split()), address],
-                               capture_output=True, text=True, timeout=120)
-        server.shutdown()
-    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
-    assert not [line for line in console if re.search("Uncaught|rror|Failed|refused", line)]
-    measured = json.loads(re.search("<title>(.+)</title>", shown.stdout)[1])
+    """All pages in frames of 390 pixels; a script writes what it measures into the title."""
+    names = [f"book/{name}" for name in ("intro", "api", "results")]
+    names += [f"tutorials/{path.stem}" for path in NOTEBOOKS]
+    frames = [f'<iframe width=390 height=800 src="{name}.html"></iframe>' for name in names]
+    (book / "phone.html").write_text("<title></title>" + "".join(frames) + PHONE)
+    measured = browse(book, "phone.html", tmp_path)
     assert len(measured) == len(names)
     for name, (width, formulas, set_in_type, wrong) in zip(names, measured):
-        assert width <= 390 and formulas == set_in_type and not wrong, (name, width, formulas, set_in_type, wrong)
+        assert width <= 390 and formulas == set_in_type and not wrong, (name, width, wrong)
+
+
+# --------------------------------------------------------------------------------------- the valley
+RUNS = [  # loss, start, eta, kappa: stable ones, and ones beyond each limit
+    ("valley", (1, 0.01), 1, 0),
+    ("valley", (1, 0.01), 1, 900),
+    ("valley", (1, 0.01), 2, 0),
+    ("valley", (1, 0.01), 1, 20000),
+    ("quadratic", (1, 0.5), 0.9, 20),
+    ("quadratic", (1, 0.5), 0.9, 60),
+    ("quadratic", (-0.7, 0.3), 1.1, 0),
+    ("curved", (0.9, 0.8), 0.5, 2),
+    ("curved", (0.9, 0.8), 0.5, 6),
+    ("curved", (1, -0.3), 0.5, 1),  # both coordinates are equally flat at the start
+]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_the_valley_computes_what_the_toy_computes(tmp_path):
+    shutil.copy(ROOT / "book/_static/valley.js", tmp_path)
+    (tmp_path / "page.html").write_text(f"""<title></title><script src="valley.js"></script>
+        <script>document.title = JSON.stringify({json.dumps(RUNS)}.map(x => run(...x)))</script>""")
+    lengths = set()
+    for (loss, start, eta, kappa), path in zip(RUNS, browse(tmp_path, "page.html", tmp_path / "c")):
+        toy = valley.descend(eta, kappa, start, valley.LOSSES[loss])
+        here = torch.tensor(path, dtype=torch.float64)
+        assert here.shape == toy.shape, (loss, start, eta, kappa)
+        torch.testing.assert_close(here, toy, rtol=1e-9, atol=1e-9)
+        lengths.add(len(toy) > valley.STEPS)
+    assert lengths == {True, False}  # some diverge
+
+
+PLAY = """<title></title><iframe id=f width=390 height=800 src="book/intro.html"></iframe><script>
+    f.onload = () => setTimeout(() => {
+        const d = f.contentDocument, W = f.contentWindow, log = [];
+        const map = d.querySelector(".ire-valley canvas.map");
+        const note = () => log.push(d.querySelector(".ire-limits").textContent);
+        const pointer = (type, x, y) => {
+            const r = map.getBoundingClientRect();
+            map.dispatchEvent(new W.PointerEvent(type, {bubbles: true, pointerType: "touch",
+                clientX: r.left + x * r.width, clientY: r.top + y * r.height}));
+        };
+        note();
+        pointer("pointerdown", 0.9, 0.4); pointer("pointermove", 0.75, 0.25);
+        pointer("pointerup", 0.75, 0.25); note();
+        pointer("pointermove", 0.2, 0.2); note();  // no longer held
+        map.dispatchEvent(new W.KeyboardEvent("keydown", {key: "ArrowLeft"})); note();
+        const set = (name, value) => {
+            const slider = d.querySelector(".ire-valley input." + name);
+            slider.value = value;
+            slider.dispatchEvent(new W.Event("input"));
+            note();
+        };
+        set("eta", 2.5);
+        d.querySelector(".ire-valley button").click(); note();
+        set("kappa", 4.5);
+        const figure = d.querySelector(".ire-valley figure");
+        log.push(W.getComputedStyle(figure).display);
+        document.title = JSON.stringify(log);
+    }, 3000)</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_the_valley_is_dragged_by_pointer_keys_and_sliders(book, tmp_path):
+    (book / "play.html").write_text(PLAY)
+    first, dragged, held, key, eta, reset, kappa, figure = browse(book, "play.html", tmp_path)
+    assert "(1.00, 0.0100)" in first and "κ_max = 19999" in first and "diverges" not in first
+    assert "(0.600, 0.0160)" in dragged and held == dragged
+    assert "(0.552, 0.0160)" in key
+    assert "η is over its limit 2 / λ = 1.53" in eta and "Gradient descent diverges" in eta
+    assert reset == first
+    assert "κ over its own, κ_max = 19999" in kappa and "IRE diverges" in kappa
+    assert figure == "none"  # the figure that stands there without JavaScript

@@ -1,24 +1,31 @@
-"""What the toys print is asserted here against theory, with the tolerances of the issue. Each toy runs once."""
+"""What the toys print is asserted here against theory. Each toy runs once."""
+
 import math
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import matplotlib
 import pytest
 
 matplotlib.use("Agg")
-from toy import edge_of_stability, mask, quadratic, sam_drift, valley  # noqa: E402
+from toy import edge_of_stability, leak, mask, quadratic, sam_drift, valley  # noqa: E402
 from toy.common import ROOT, output_path  # noqa: E402
 
-TOYS = {"valley": valley, "quadratic": quadratic, "sam_drift": sam_drift, "edge_of_stability": edge_of_stability,
-        "mask": mask}
+TOYS = {
+    "valley": valley,
+    "quadratic": quadratic,
+    "sam_drift": sam_drift,
+    "edge_of_stability": edge_of_stability,
+    "mask": mask,
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(name): the numbers of a toy, whose main() has drawn its figure into run.folder."""
-    folder, done = tmp_path_factory.mktemp("figures"), {}
+    folder = tmp_path_factory.mktemp("figures")
+    done = {}
 
     def once(name):
         if name not in done:
@@ -29,7 +36,7 @@ def run(tmp_path_factory):
     return once
 
 
-# ------------------------------------------------------------------------------------------------ all toys
+# ----------------------------------------------------------------------------------------- all toys
 @pytest.mark.parametrize("name", TOYS)
 def test_draws_a_figure_by_default_into_results(run, name):
     run(name)
@@ -42,22 +49,32 @@ def test_valley_is_animated(run):
     assert (run.folder / "valley.gif").read_bytes().startswith(b"GIF89a")
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", [*TOYS, "leak"])
 def test_is_a_script_that_works_in_any_directory(name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "toy" / f"{name}.py", "--help"], cwd=tmp_path, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "toy" / f"{name}.py", "--help"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert f"toy-{name}.png" in done.stdout and f"python toy/{name}.py" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ valley
+# ------------------------------------------------------------------------------------------- valley
 def test_valley_first_step_is_amplified(run):
-    for label, eta, kappa in (("GD, η = 1", 1, 0), ("IRE, κ = 90", 1, 90), ("IRE, κ = 900", 1, 900),
-                              ("IRE, κ = 9000", 1, 9000)):
+    for label, eta, kappa in (
+        ("GD, η = 1", 1, 0),
+        ("IRE, κ = 90", 1, 90),
+        ("IRE, κ = 900", 1, 900),
+        ("IRE, κ = 9000", 1, 9000),
+    ):
         n = run("valley")[label]
         assert n["first"] == pytest.approx(1 - (1 + kappa) * eta * 0.01**2, rel=1e-9)
-        assert n["path"][1, 1].item() == pytest.approx(0.01 * (1 - eta * 2), rel=1e-9)  # the sharp v moves as before
+        assert n["path"][1, 1].item() == pytest.approx(
+            0.01 * (1 - eta * 2), rel=1e-9
+        )  # the sharp v moves as before
 
 
 def test_valley_steps_to_the_flattest_minimum(run):
@@ -68,13 +85,18 @@ def test_valley_steps_to_the_flattest_minimum(run):
 
 
 def test_valley_stops_where_the_conserved_quantity_says(run):
-    for label, kappa in (("GD, η = 1", 0), ("IRE, κ = 90", 90)):  # small steps, for which it is derived
-        assert run("valley")[label]["last"] == pytest.approx(math.exp(-0.01 * math.sqrt((1 + kappa) / 2)), rel=0.01)
+    for label, kappa in (
+        ("GD, η = 1", 0),
+        ("IRE, κ = 90", 90),
+    ):  # small steps, for which it is derived
+        assert run("valley")[label]["last"] == pytest.approx(
+            math.exp(-0.01 * math.sqrt((1 + kappa) / 2)), rel=0.01
+        )
     gain = 1 - run("valley")["GD, η = 1"]["last"]
     assert gain == pytest.approx(0.01 * math.sqrt(1 / 2), rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ quadratic
+# ---------------------------------------------------------------------------------------- quadratic
 def test_quadratic_stability_limit_within_1_percent(run):
     limits = run("quadratic")["limits"]
     assert len(limits) == 12
@@ -85,10 +107,16 @@ def test_quadratic_stability_limit_within_1_percent(run):
 
 def test_quadratic_wrong_and_rotated_masks_within_1_percent(run):
     numbers = run("quadratic")
-    for measured, theory in [*numbers["wrong"]["nearest"], *numbers["wrong"]["worst"], numbers["rotated"]]:
+    for measured, theory in [
+        *numbers["wrong"]["nearest"],
+        *numbers["wrong"]["worst"],
+        numbers["rotated"],
+    ]:
         assert measured == pytest.approx(theory, rel=0.01)
     right, *wrong = (measured for measured, _ in numbers["wrong"]["worst"])
-    assert right > 70 and wrong == pytest.approx([2 / 1.0 - 1] * 5, rel=0.01)  # one sharpest coordinate is enough
+    assert right > 70 and wrong == pytest.approx(
+        [2 / 1.0 - 1] * 5, rel=0.01
+    )  # one sharpest coordinate is enough
     assert numbers["rotated"][0] < right / 20
 
 
@@ -98,7 +126,7 @@ def test_quadratic_ire_speeds_up_the_flat_directions_only_in_aligned_axes(run):
     assert loss["GD"] / 3 < loss["IRE, rotated axes"] < loss["GD"]
 
 
-# ------------------------------------------------------------------------------------------------ SAM
+# ---------------------------------------------------------------------------------------------- SAM
 @pytest.mark.parametrize("name, exponent", [("kappa", 1), ("eta", 1), ("rho", 2)])
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("f", [sam_drift.valley, sam_drift.factors])
@@ -121,19 +149,25 @@ def test_full_batch_sam_follows_the_largest_eigenvalue_not_the_trace(run):
     assert run("sam_drift")["two valleys", False] == pytest.approx([1, 0], rel=0.05, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ edge of stability
-@pytest.mark.parametrize("label, tolerance", [("GD", 0.05), ("GD-IRE", 0.05), ("Adam", 0.1), ("AdmIRE", 0.1)])
+# -------------------------------------------------------------------------------- edge of stability
+@pytest.mark.parametrize(
+    "label, tolerance", [("GD", 0.05), ("GD-IRE", 0.05), ("Adam", 0.1), ("AdmIRE", 0.1)]
+)
 def test_training_hovers_at_the_edge(run, label, tolerance):
     assert run("edge_of_stability")[label]["edge"] == pytest.approx(1, rel=tolerance)
 
 
 def test_edge_is_that_of_the_amplified_hessian(run):
     numbers = run("edge_of_stability")
-    assert edge_of_stability.LIMIT[0] == 2 / 0.2 and edge_of_stability.LIMIT[1] == pytest.approx(38 / 0.01)
+    assert edge_of_stability.LIMIT[0] == 2 / 0.2 and edge_of_stability.LIMIT[1] == pytest.approx(
+        38 / 0.01
+    )
     assert numbers["GD"]["lambda_max"] == pytest.approx(2 / 0.2, rel=0.05)
     assert numbers["GD-IRE"]["lambda_max"] < 0.9 * 2 / 0.2
     assert numbers["GD-IRE"]["trace"] < numbers["GD"]["trace"]
-    assert numbers["AdmIRE, sampled masks"]["edge"] < 0.9  # noise in the masks keeps it off the edge
+    assert (
+        numbers["AdmIRE, sampled masks"]["edge"] < 0.9
+    )  # noise in the masks keeps it off the edge
 
 
 def test_split_of_the_fall_adds_up_and_moves_to_the_flat_coordinates(run):
@@ -146,7 +180,7 @@ def test_split_of_the_fall_adds_up_and_moves_to_the_flat_coordinates(run):
     assert share["AdmIRE"] > share["Adam"] + 0.1
 
 
-# ------------------------------------------------------------------------------------------------ mask
+# --------------------------------------------------------------------------------------------- mask
 def test_probes_are_as_good_as_chi_squared_noise_allows(run):
     numbers = run("mask")
     for m in mask.DRAWS:
@@ -175,5 +209,26 @@ def test_the_exact_mask_changes_slowly(run):
 def test_kinds_of_curvature(run):
     with_G = {name: pair[0][0] for name, pair in run("mask")["estimates"].items()}
     assert with_G["Gauss-Newton"] == 1
-    assert min(with_G["empirical Fisher"], with_G["Adam's second moment"]) > with_G["1 probe, batch 256"] + 0.1
+    assert (
+        min(with_G["empirical Fisher"], with_G["Adam's second moment"])
+        > with_G["1 probe, batch 256"] + 0.1
+    )
     assert run("mask")["estimates"]["Gauss-Newton"][1][0] > 0.95  # the Hessian's flat set
+
+
+# --------------------------------------------------------------------------------- a norm over time
+def test_only_a_norm_over_time_sees_the_future_and_learns_coin_flips():
+    ends = {}
+    for name, (dims, _) in leak.RUNS.items():
+        losses, model = leak.train(dims, length=8, steps=200)
+        ends[name] = losses[-50:].mean().item()
+        assert leak.sees_the_future(model) == (name == "over time and width")
+    assert ends["over width"] == pytest.approx(math.log(2), abs=0.005)
+    assert ends["over time and width"] < 0.9 * math.log(2)
+
+
+def test_leak_draws_its_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leak, "measure", partial(leak.measure, steps=30))
+    leak.main(["--out", str(tmp_path / "leak.png")])
+    assert (tmp_path / "leak.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("sees the future") == 3

@@ -1,4 +1,5 @@
-"""train_gpt.py as a user runs it: tiny models in an empty folder, in this process where a new one proves no more."""
+"""train_gpt.py as a user runs it: tiny models in an empty folder, mostly in this process."""
+
 import contextlib
 import dataclasses
 import errno
@@ -30,12 +31,15 @@ from ire import IRE
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
-TINY = ("--data text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 --steps 12 --warmup 2 "
-        "--interval 3 --log-interval 4 --eval-interval 5 --eval-sequences 8 --checkpoint-interval 6 --tokens 5 ")
+TINY = (
+    "--data text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 "
+    "--steps 12 --warmup 2 --interval 3 --log-interval 4 --eval-interval 5 --eval-sequences 8 "
+    "--checkpoint-interval 6 --tokens 5 "
+)
 RUN = Path("runs/gpt")
 
 
-# ------------------------------------------------------------------------------------------------ helpers
+# -------------------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -63,9 +67,13 @@ def trained(flags="", tiny=TINY):
 
 def start(flags, *command, tiny=TINY):
     """The same in a process of its own."""
-    return subprocess.Popen([sys.executable, *(command or [SCRIPT]), *shlex.split(tiny + flags)], text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *(command or [SCRIPT]), *shlex.split(tiny + flags)],
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(ready, process):
@@ -107,16 +115,26 @@ def same(a, b):
 
 def log(folder=RUN, *keys):
     """The lines that have one of these keys, without what a clock decides."""
+
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
-    lines = [json.loads(line, parse_constant=refuse) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines
-            if not keys or set(keys) & set(r)]
+
+    lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in (Path(folder) / "log.jsonl").read_text().splitlines()
+    ]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
+        for r in lines
+        if not keys or set(keys) & set(r)
+    ]
 
 
 def settings(folder=RUN):
     config = json.loads((folder / "config.json").read_text())
-    return train_gpt.Config(**{f.name: config[f.name] for f in dataclasses.fields(train_gpt.Config)})
+    return train_gpt.Config(
+        **{f.name: config[f.name] for f in dataclasses.fields(train_gpt.Config)}
+    )
 
 
 @functools.cache
@@ -130,7 +148,10 @@ def in_step(number, act):
     """Calls act(optimizer) inside that optimizer step, counted from 1 in this process."""
     count = itertools.count(1)
     handle = register_optimizer_step_post_hook(
-        lambda opt, *_: act(opt) if isinstance(opt, torch.optim.AdamW) and next(count) == number else None)
+        lambda opt, *_: (
+            act(opt) if isinstance(opt, torch.optim.AdamW) and next(count) == number else None
+        )
+    )
     try:
         yield
     finally:
@@ -159,18 +180,22 @@ def finished(_finished, here):
     return _finished[1]
 
 
-# ------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------- model
 def test_hugging_face(caplog):
-    """Our Llama is LlamaForCausalLM: the exported folder opens there, with the same logits and gradients."""
+    """Our Llama is LlamaForCausalLM: the folder opens there, with the same logits, gradients."""
     import transformers
 
     transformers.utils.logging.enable_propagation()
     trained("--layers 2 --heads 4")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(RUN / "hf", output_loading_info=True)
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            RUN / "hf", output_loading_info=True
+        )
         assert not any(info.values()), info
-        assert theirs.dtype == torch.float32 and same(dict(theirs.state_dict()), dict(checkpoint()["model"]))
+        assert theirs.dtype == torch.float32 and same(
+            dict(theirs.state_dict()), dict(checkpoint()["model"])
+        )
         transformers.GenerationConfig.from_pretrained(RUN / "hf")
         tokens = theirs.generate(torch.tensor([list(b"12 ")]), max_new_tokens=20, do_sample=False)
     text = trained(f"--sample {RUN} --prompt '12 ' --tokens 20 --temperature 0", tiny="")
@@ -184,7 +209,7 @@ def test_hugging_face(caplog):
             p.normal_(p.dim() == 1, 0.2)
     theirs.load_state_dict(ours.state_dict())
     x, y = torch.randint(256, (2, 3, c.context))
-    for model, logits in ((ours, a := ours(x)), (theirs, b := theirs(x).logits)):
+    for logits in (a := ours(x), b := theirs(x).logits):
         F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
     assert a.std() > 0.5 and (a - b).abs().max() < 1e-4
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
@@ -196,9 +221,15 @@ def test_hugging_face(caplog):
 def test_kappa_0_is_adamw_and_compare_gives_both_the_same_batches():
     out = trained("--compare --kappa 0 --lr 2e-3")
     weights = [checkpoint(RUN / name)["model"] for name in ("adamw", "admire")]
-    logs = [[{k: v for k, v in r.items() if "flat" not in k} for r in log(RUN / name)] for name in ("adamw", "admire")]
+    logs = [
+        [{k: v for k, v in r.items() if "flat" not in k} for r in log(RUN / name)]
+        for name in ("adamw", "admire")
+    ]
     assert same(*weights) and logs[0] == logs[1]
-    assert json.loads((RUN / "compare.json").read_text())["reached_at_step"] == 12 and "in 1.00 of its steps" in out
+    assert (
+        json.loads((RUN / "compare.json").read_text())["reached_at_step"] == 12
+        and "in 1.00 of its steps" in out
+    )
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -209,26 +240,45 @@ def test_micro_batches_add_up_to_the_batch():
         assert a == pytest.approx(b, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", (
-    "--optimizer adamw --clip 0.5", "--curvature second_moment --beta2 0.9 --weight-decay 1",
-    "--micro-batch 1 --probe-batches 2 --kappa-decay --seed 5 --gamma 0.4"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--optimizer adamw --clip 0.5",
+        "--curvature second_moment --beta2 0.9 --weight-decay 1",
+        "--micro-batch 1 --probe-batches 2 --kappa-decay --seed 5 --gamma 0.4",
+    ),
+)
 def test_training_is_this_loop(flags):
     trained(flags + " --lr 1e-2")
     c = settings()
     torch.manual_seed(c.seed)
     model, data = train_gpt.Llama(c, 256), train_gpt.Data(c)
-    groups = [{"params": [p for p in model.parameters() if (p.dim() == 1) == norms], "weight_decay": decay}
-              for norms, decay in ((False, c.weight_decay), (True, 0))]  # no decay of the norms' gains
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.dim() == 1) == norms],
+            "weight_decay": decay,
+        }
+        for norms, decay in ((False, c.weight_decay), (True, 0))
+    ]  # no decay of the norms' gains
     opt = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
     if c.optimizer == "admire":
-        opt = IRE(opt, kappa=c.kappa, gamma=c.gamma, interval=c.interval, warmup=c.ire_warmup, curvature=c.curvature)
+        opt = IRE(
+            opt,
+            kappa=c.kappa,
+            gamma=c.gamma,
+            interval=c.interval,
+            warmup=c.ire_warmup,
+            curvature=c.curvature,
+        )
     for step in range(c.steps):
         for group in opt.param_groups:
             group["lr"] = train_gpt.learning_rate(c, step)
             if c.kappa_decay:
                 group["kappa"] = c.kappa * group["lr"] / c.lr
         batch, n = data.batch(step), c.micro_batch
-        assert [tuple(x.shape) for micro in batch for x in micro] == [(n, 32), (n, 32), (n,)] * (4 // n)
+        assert [tuple(x.shape) for micro in batch for x in micro] == [(n, 32), (n, 32), (n,)] * (
+            4 // n
+        )
         if flags.startswith("--micro") and step in (2, 5, 8, 11):
             with opt.probe(model):
                 for x, _, keys in batch[:2]:  # a sequence's labels are drawn by its key
@@ -253,11 +303,18 @@ def scramble(x):
 
 
 def drawn(logits, keys):
-    """The probe's labels, from the definition: arg max of log-probability + Gumbel noise of a hash."""
+    """The probe's labels, from the definition: log-probability + Gumbel noise of a hash."""
     time, vocab = logits.shape[1:]
-    seeds = scramble((scramble(keys.numpy().astype(np.uint64))[:, None] + scramble(
-        np.uint64(2**32 - 1) - np.arange(time, dtype=np.uint64))) % 2**32)
-    bits = scramble((seeds[..., None] + scramble(np.arange(vocab, dtype=np.uint64))) % 2**32) % 2**31
+    seeds = scramble(
+        (
+            scramble(keys.numpy().astype(np.uint64))[:, None]
+            + scramble(np.uint64(2**32 - 1) - np.arange(time, dtype=np.uint64))
+        )
+        % 2**32
+    )
+    bits = (
+        scramble((seeds[..., None] + scramble(np.arange(vocab, dtype=np.uint64))) % 2**32) % 2**31
+    )
     gumbel = -np.log(-np.log1p(-(bits + 0.5) / 2**31))
     return (logits.double().log_softmax(-1) + torch.from_numpy(gumbel)).argmax(-1)
 
@@ -267,7 +324,10 @@ def test_drawn_labels_are_distributed_as_the_softmax():
     n, vocab = 200_000, 12
     logits = (2 * torch.randn(vocab)).expand(n, vocab)
     classes = train_gpt.mix(torch.arange(vocab, dtype=torch.int32))
-    for seeds in (train_gpt.mix(torch.arange(n, dtype=torch.int32)), torch.randint(2**31, (n,)).int()):
+    for seeds in (
+        train_gpt.mix(torch.arange(n, dtype=torch.int32)),
+        torch.randint(2**31, (n,)).int(),
+    ):
         counts = torch.bincount(train_gpt.drawn_labels(logits, seeds, classes), minlength=vocab)
         expected = n * logits[0].softmax(-1)
         chi2 = ((counts - expected) ** 2 / expected).sum() / (vocab - 1)
@@ -282,7 +342,9 @@ def test_neighbouring_positions_draw_independently():
     seeds = train_gpt.mix(train_gpt.mix(keys)[:, None] + train_gpt.mix(~time))
     labels = train_gpt.drawn_labels(torch.zeros(n * n, vocab), seeds.flatten(), classes).view(n, n)
     for a, b in ((labels[:, 1:], labels[:, :-1]), (labels[1:], labels[:-1]), (labels, labels.T)):
-        pairs = (a * vocab + b)[a.shape == b.shape and ~torch.eye(n, dtype=torch.bool)[: a.shape[0], : a.shape[1]]]
+        pairs = (a * vocab + b)[
+            a.shape == b.shape and ~torch.eye(n, dtype=torch.bool)[: a.shape[0], : a.shape[1]]
+        ]
         counts = torch.bincount(pairs, minlength=vocab**2).double()
         chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum() / (vocab**2 - 1)
         assert chi2 < 2, chi2
@@ -296,10 +358,16 @@ def test_a_label_depends_on_key_position_and_class_alone(model_and_batch):
     def watch(logits, seeds, classes):
         seen.append(labels(logits, seeds, classes))
         return seen[-1]
+
     labels = train_gpt.drawn_labels
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(train_gpt, "drawn_labels", watch)
-        for rows, length in ((slice(None), 16), (slice(2, 3), 16), (torch.tensor([4, 2, 0]), 16), (slice(2, 3), 9)):
+        for rows, length in (
+            (slice(None), 16),
+            (slice(2, 3), 16),
+            (torch.tensor([4, 2, 0]), 16),
+            (slice(2, 3), 9),
+        ):
             model(x[rows, :length], keys=keys[rows])
     whole = seen[0].view(6, 16)
     assert torch.equal(whole, drawn(model(x), keys))
@@ -313,9 +381,10 @@ def test_it_learns():
     assert abs(first["val_loss"] - math.log(256)) < 0.1 and last["val_loss"] < 3
 
 
-# ------------------------------------------------------------------------------------------------ presets
-# By hand from the paper's table: layers, width, heads, feed-forward; data, context, sequences a step; warm-up, steps, kappa,
-# gamma; millions of parameters, cut to one digit. 60m stands for the paper's width 410 with 10 heads.
+# -------------------------------------------------------------------------------- presets
+# By hand from the paper's table: layers, width, heads, feed-forward; data, context, sequences a
+# step; warm-up, steps, kappa, gamma; millions of parameters, cut to one digit. 60m stands for the
+# paper's width 410 with 10 heads.
 PAPER = {
     "60m": (16, 384, 6, 1024, "wikitext-103", 150, 240, 500, 50_000, 2, 0.7, 66.9),
     "119m": (6, 768, 12, 2048, "minipile", 512, 300, 300, 30_000, 4, 0.6, 119.7),
@@ -328,40 +397,88 @@ def test_presets_are_the_rows_of_the_paper(preset):
     c = train_gpt.complete(train_gpt.Config(preset=preset))
     with torch.device("meta"):
         model = train_gpt.Llama(c, 50304)
-    assert (c.layers, c.width, c.heads, c.ffn, c.data, c.context, c.batch_size, c.warmup, c.steps, c.kappa, c.gamma,
-            sum(p.numel() for p in model.parameters()) // 100_000 / 10) == PAPER[preset]
-    assert (c.lr, c.eps, c.beta1, c.beta2, c.weight_decay, c.clip, c.min_lr, c.interval, c.ire_warmup, c.tokenizer) == (
-        6e-4, 1e-16, 0.9, 0.95, 0.1, 1, 1 / 20, 10, c.warmup, "gpt2")
-    group, = {(g["lr"], g["eps"], g["betas"]) for g in train_gpt.make_optimizer(model, c).param_groups}
+    assert (
+        c.layers,
+        c.width,
+        c.heads,
+        c.ffn,
+        c.data,
+        c.context,
+        c.batch_size,
+        c.warmup,
+        c.steps,
+        c.kappa,
+        c.gamma,
+        sum(p.numel() for p in model.parameters()) // 100_000 / 10,
+    ) == PAPER[preset]
+    assert (
+        c.lr,
+        c.eps,
+        c.beta1,
+        c.beta2,
+        c.weight_decay,
+        c.clip,
+        c.min_lr,
+        c.interval,
+        c.ire_warmup,
+        c.tokenizer,
+    ) == (6e-4, 1e-16, 0.9, 0.95, 0.1, 1, 1 / 20, 10, c.warmup, "gpt2")
+    (group,) = {
+        (g["lr"], g["eps"], g["betas"]) for g in train_gpt.make_optimizer(model, c).param_groups
+    }
     assert group == (6e-4, 1e-16, (0.9, 0.95))
-    fits = [n for n in range(1, c.batch_size + 1) if c.batch_size % n == 0 and n * c.context <= 32_768]
+    fits = [
+        n for n in range(1, c.batch_size + 1) if c.batch_size % n == 0 and n * c.context <= 32_768
+    ]
     assert c.micro_batch == max(fits)
 
 
 def test_what_is_typed_comes_before_the_preset():
-    c = train_gpt.complete(train_gpt.Config(**train_gpt.parse(shlex.split(
-        "--preset 60m --steps 700 --micro-batch 5 --kappa 3 --gamma 0.6"))))
-    assert (c.steps, c.micro_batch, c.kappa, c.gamma, c.warmup, c.layers) == (700, 5, 3, 0.6, 350, 16)
+    c = train_gpt.complete(
+        train_gpt.Config(
+            **train_gpt.parse(
+                shlex.split("--preset 60m --steps 700 --micro-batch 5 --kappa 3 --gamma 0.6")
+            )
+        )
+    )
+    assert (c.steps, c.micro_batch, c.kappa, c.gamma, c.warmup, c.layers) == (
+        700,
+        5,
+        3,
+        0.6,
+        350,
+        16,
+    )
     assert train_gpt.complete(train_gpt.Config(preset="60m", steps=700, warmup=500)).warmup == 500
 
 
-# ------------------------------------------------------------------------------------------------ the loss in pieces
+# ------------------------------------------------------------------------------- the loss in pieces
 @pytest.fixture
 def model_and_batch():
-    c = train_gpt.complete(train_gpt.Config(layers=1, width=32, heads=2, ffn=64, context=16, batch_size=6, device="cpu"))
+    c = train_gpt.complete(
+        train_gpt.Config(
+            layers=1, width=32, heads=2, ffn=64, context=16, batch_size=6, device="cpu"
+        )
+    )
     return train_gpt.Llama(c, 320), torch.randint(320, (2, 6, 16)), torch.arange(6) + 7
 
 
 def losses_of(model, batch, keys):
-    """Both losses and their gradients; the largest logits of the last layer, what the graph keeps of the vocabulary's size."""
+    """Both losses and their gradients; the largest logits of the last layer, and what the graph
+    keeps of the vocabulary's size."""
     linear, made, kept = F.linear, [], []
 
     def watch(x, weight, *bias):
         y = linear(x, weight, *bias)
         made.append(y.numel() if weight is model.lm_head.weight else 0)
         return y
-    with pytest.MonkeyPatch.context() as m, torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(t.numel() if t.shape[-1:] == (320,) else 0) or t, lambda t: t):
+
+    with (
+        pytest.MonkeyPatch.context() as m,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel() if t.shape[-1:] == (320,) else 0) or t, lambda t: t
+        ),
+    ):
         m.setattr(F, "linear", watch)
         losses, results = [model(*batch), model(batch[0], keys=keys)], []
         for loss in losses:
@@ -389,15 +506,26 @@ def test_probe_does_not_depend_on_the_micro_batch():
     flats = []
     for n in (4, 2, 1):
         trained(f"--steps 3 --micro-batch {n} --out {n}")
-        flats.append(torch.cat([s["flat"].flatten() for s in checkpoint(str(n))["optimizer"]["state"].values()]))
+        flats.append(
+            torch.cat(
+                [s["flat"].flatten() for s in checkpoint(str(n))["optimizer"]["state"].values()]
+            )
+        )
     for flat in flats[1:]:  # sums in another order may swap neighbours at the threshold
         assert flat.sum() == pytest.approx(0.7 * 26720, abs=2) and (flat != flats[0]).sum() <= 4
 
 
-# ------------------------------------------------------------------------------------------------ resume
-@pytest.mark.parametrize("flags, step", [
-    *itertools.product(("--optimizer adamw", "--optimizer admire", "--curvature second_moment"), (1, 6, 7)),
-    ("--kappa-decay", 7), ("--micro-batch 2 --probe-batches 1 --dtype bfloat16 --seed 3", 7)])
+# -------------------------------------------------------------------------------- resume
+@pytest.mark.parametrize(
+    "flags, step",
+    [
+        *itertools.product(
+            ("--optimizer adamw", "--optimizer admire", "--curvature second_moment"), (1, 6, 7)
+        ),
+        ("--kappa-decay", 7),
+        ("--micro-batch 2 --probe-batches 1 --dtype bfloat16 --seed 3", 7),
+    ],
+)
 def test_resume_ends_with_the_same_bits(flags, step):
     whole, lines = uninterrupted(flags)
     stopped(flags, step)
@@ -406,14 +534,18 @@ def test_resume_ends_with_the_same_bits(flags, step):
     assert same(checkpoint(), whole)
     masks = [s["flat"] for s in whole["optimizer"]["state"].values() if "flat" in s]
     assert ("adamw" in flags) == (not masks) and all(mask.dtype == torch.bool for mask in masks)
-    assert "adamw" in flags or 0.69 < sum(map(torch.sum, masks)) / sum(map(torch.numel, masks)) < 0.8
+    assert (
+        "adamw" in flags or 0.69 < sum(map(torch.sum, masks)) / sum(map(torch.numel, masks)) < 0.8
+    )
     assert log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
 
 
 def test_resume_needs_no_setting_and_may_change_the_report():
     whole, _ = uninterrupted()
     stopped("", 7)
-    code, out, _ = gpt("--resume --log-interval 1 --eval-interval 2 --checkpoint-interval 5", tiny="")
+    code, out, _ = gpt(
+        "--resume --log-interval 1 --eval-interval 2 --checkpoint-interval 5", tiny=""
+    )
     assert code == 0 and same(checkpoint(), whole)
     assert [r["step"] for r in log(RUN, "train_loss")] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -466,7 +598,9 @@ def test_signals_to_a_real_process(number):
     assert checkpoint()["step"] == 8
     trained("--resume")
     whole, lines = uninterrupted()
-    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [
+        r for r in lines if "val_loss" in r
+    ]
 
 
 @pytest.mark.parametrize("where", ("torch.save", "os.replace"))
@@ -476,7 +610,9 @@ def test_killed_while_it_writes_a_checkpoint(where):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert any(p.stat().st_size > 50_000 for p in RUN.iterdir() if p.name != "checkpoint.pt")  # it was in the middle
+    assert any(
+        p.stat().st_size > 50_000 for p in RUN.iterdir() if p.name != "checkpoint.pt"
+    )  # it was in the middle
     assert checkpoint()["step"] == 4 and log()[-1]["step"] == 8
     trained(flags + "--resume")
     whole, lines = uninterrupted(flags)
@@ -499,22 +635,39 @@ def test_killed_at_ten_random_moments():
     flags = "--steps 200 --log-interval 1 --eval-interval 90 --checkpoint-interval 5 "
     whole, lines = uninterrupted(flags)
     moments, lost, saved = random.Random(0), [], 0
-    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}) as forks:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
+    ) as forks:
         for _ in range(10):
             target = f'"step": {saved + moments.randint(1, 16)},'
-            print(TINY + flags + "--resume" * (RUN / "checkpoint.pt").exists(), file=forks.stdin, flush=True)
+            print(
+                TINY + flags + "--resume" * (RUN / "checkpoint.pt").exists(),
+                file=forks.stdin,
+                flush=True,
+            )
             pid = int(forks.stdout.readline())
-            wait_for(lambda: (RUN / "log.jsonl").exists() and target in (RUN / "log.jsonl").read_text(), forks)
+            wait_for(
+                lambda: (RUN / "log.jsonl").exists() and target in (RUN / "log.jsonl").read_text(),
+                forks,
+            )
             time.sleep(moments.uniform(0, 0.01))
             os.kill(pid, signal.SIGKILL)
             assert int(forks.stdout.readline()) == signal.SIGKILL
             before, saved = saved, checkpoint()["step"] if (RUN / "checkpoint.pt").exists() else 0
             lost.append(train_gpt.read_log(RUN)[-1]["step"] - saved)
-            assert before <= saved and lost[-1] <= 5  # no checkpoint goes back, and at most one interval is lost
+            assert (
+                before <= saved and lost[-1] <= 5
+            )  # no checkpoint goes back, and at most one interval is lost
     assert 0 < saved < 200 and len(set(lost)) > 1
     trained(flags + "--resume")
-    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [
+        r for r in lines if "val_loss" in r
+    ]
 
 
 def is_whole_after_a_full_disk(code, err):
@@ -538,6 +691,7 @@ def test_full_disk_that_only_fsync_sees(monkeypatch):
         if (RUN / "checkpoint.pt").exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(f)
+
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = gpt("--steps 24 --eval-interval 100")  # no figure at step 12
     is_whole_after_a_full_disk(code, err)
@@ -552,39 +706,101 @@ def test_resume_after_a_torn_line_of_the_log():
     assert same(checkpoint(), whole) and log()[-1]["step"] == 12
 
 
-# ------------------------------------------------------------------------------------------------ errors: settings
-@pytest.mark.parametrize("flags, says", [
-    ("--no-such-flag 1", "--no-such-flag.*--help"), ("--step 5", "--step"), ("5", "5"),
-    ("--steps many", "--steps.*int.*many"), ("--steps 1e3", "--steps.*int.*1e3"), ("--lr high", "--lr.*float.*high"),
-    ("--steps", "--steps"), ("--compile=yes", "--compile"),
-    ("--optimizer sgd", "--optimizer.*sgd.*adamw.*admire"), ("--device tpu", "--device.*tpu.*cpu"),
-    ("--curvature hessian", "--curvature.*hessian.*fisher.*second_moment"), ("--dtype int8", "--dtype.*int8.*bfloat16"),
-    ("--tokenizer words", "--tokenizer.*words.*bytes"),
-    *[(f"--{name} {value}", f"--{name}.*{value}.*1 or more") for value in (0, -3) for name in (
-        "layers", "width", "heads", "ffn", "context", "steps", "batch-size", "micro-batch", "interval", "log-interval",
-        "eval-interval", "eval-sequences", "checkpoint-interval", "tokens", "top-k")],
-    ("--width 33", "--width.*33.*--heads"), ("--heads 3", "--width.*32.*--heads.*6"), ("--heads 32", "--width.*32.*64"),
-    ("--micro-batch 3", "--micro-batch.*3.*--batch-size.*4"), ("--micro-batch 8", "--micro-batch.*8.*--batch-size.*4"),
-    ("--probe-batches 0", "--probe-batches.*0.*1"), ("--probe-batches 2", "--probe-batches.*2.*1"),
-    ("--probe-batches 5 --micro-batch 1", "--probe-batches.*5.*1 to 4"),
-    ("--warmup -1", "--warmup.*-1.*0"), ("--warmup 12", "--warmup.*12.*11"), ("--ire-warmup -1", "--ire-warmup.*-1.*0"),
-    *[(f"--{name} {value}", f"--{name}.*{value}.*above 0") for name in ("lr", "eps")
-      for value in ("0", "-1", "nan", "inf")],
-    *[(f"--{name} {value}", f"--{name}.*{value}.*below 1") for name in ("beta1", "beta2")
-      for value in ("-0.1", "1", "nan")],
-    *[(f"--gamma {value}", f"--gamma.*{value}.*above 0 and below 1") for value in ("0", "1", "-0.5", "nan")],
-    *[(f"--min-lr {value}", f"--min-lr.*{value}.*0 .*1") for value in ("-0.1", "1.5", "nan")],
-    *[(f"--{name} {value}", f"--{name}.*{value}.*0 or more") for name in ("weight-decay", "kappa", "clip")
-      for value in ("-1", "nan", "inf")],
-    *[(f"--temperature {value}", f"--temperature.*{value}.*0 or more") for value in ("-1", "nan", "inf")],
-    ("--seed -1", "--seed.*-1"), (f"--seed {2**64}", f"--seed.*{2**64}"),
-    ("--dtype float16 --device cpu", "--dtype.*float16.*float32"),
-    *[pytest.param(f"--device {name}", f"--device.*{name}.*cpu", marks=pytest.mark.skipif(there(), reason="it has one"))
-      for name, there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available))],
-    ("--resume", "checkpoint.pt.*--out"), ("--sample nowhere", "nowhere can't be read as a run"),
-    ("--out text.txt", "--out.*text.txt"), ("--data-dir text.txt", "--data-dir.*text.txt"),
-    ("--compare --kappa -1", "--kappa.*-1"), ("--compare --data nowhere", "--data.*nowhere"),
-])
+# -------------------------------------------------------------------------------- errors: settings
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--no-such-flag 1", "--no-such-flag.*--help"),
+        ("--step 5", "--step"),
+        ("5", "5"),
+        ("--steps many", "--steps.*int.*many"),
+        ("--steps 1e3", "--steps.*int.*1e3"),
+        ("--lr high", "--lr.*float.*high"),
+        ("--steps", "--steps"),
+        ("--compile=yes", "--compile"),
+        ("--optimizer sgd", "--optimizer.*sgd.*adamw.*admire"),
+        ("--device tpu", "--device.*tpu.*cpu"),
+        ("--curvature hessian", "--curvature.*hessian.*fisher.*second_moment"),
+        ("--dtype int8", "--dtype.*int8.*bfloat16"),
+        ("--tokenizer words", "--tokenizer.*words.*bytes"),
+        *[
+            (f"--{name} {value}", f"--{name}.*{value}.*1 or more")
+            for value in (0, -3)
+            for name in (
+                "layers",
+                "width",
+                "heads",
+                "ffn",
+                "context",
+                "steps",
+                "batch-size",
+                "micro-batch",
+                "interval",
+                "log-interval",
+                "eval-interval",
+                "eval-sequences",
+                "checkpoint-interval",
+                "tokens",
+                "top-k",
+            )
+        ],
+        ("--width 33", "--width.*33.*--heads"),
+        ("--heads 3", "--width.*32.*--heads.*6"),
+        ("--heads 32", "--width.*32.*64"),
+        ("--micro-batch 3", "--micro-batch.*3.*--batch-size.*4"),
+        ("--micro-batch 8", "--micro-batch.*8.*--batch-size.*4"),
+        ("--probe-batches 0", "--probe-batches.*0.*1"),
+        ("--probe-batches 2", "--probe-batches.*2.*1"),
+        ("--probe-batches 5 --micro-batch 1", "--probe-batches.*5.*1 to 4"),
+        ("--warmup -1", "--warmup.*-1.*0"),
+        ("--warmup 12", "--warmup.*12.*11"),
+        ("--ire-warmup -1", "--ire-warmup.*-1.*0"),
+        *[
+            (f"--{name} {value}", f"--{name}.*{value}.*above 0")
+            for name in ("lr", "eps")
+            for value in ("0", "-1", "nan", "inf")
+        ],
+        *[
+            (f"--{name} {value}", f"--{name}.*{value}.*below 1")
+            for name in ("beta1", "beta2")
+            for value in ("-0.1", "1", "nan")
+        ],
+        *[
+            (f"--gamma {value}", f"--gamma.*{value}.*above 0 and below 1")
+            for value in ("0", "1", "-0.5", "nan")
+        ],
+        *[(f"--min-lr {value}", f"--min-lr.*{value}.*0 .*1") for value in ("-0.1", "1.5", "nan")],
+        *[
+            (f"--{name} {value}", f"--{name}.*{value}.*0 or more")
+            for name in ("weight-decay", "kappa", "clip")
+            for value in ("-1", "nan", "inf")
+        ],
+        *[
+            (f"--temperature {value}", f"--temperature.*{value}.*0 or more")
+            for value in ("-1", "nan", "inf")
+        ],
+        ("--seed -1", "--seed.*-1"),
+        (f"--seed {2**64}", f"--seed.*{2**64}"),
+        ("--dtype float16 --device cpu", "--dtype.*float16.*float32"),
+        *[
+            pytest.param(
+                f"--device {name}",
+                f"--device.*{name}.*cpu",
+                marks=pytest.mark.skipif(there(), reason="it has one"),
+            )
+            for name, there in (
+                ("cuda", torch.cuda.is_available),
+                ("mps", torch.backends.mps.is_available),
+            )
+        ],
+        ("--resume", "checkpoint.pt.*--out"),
+        ("--sample nowhere", "nowhere can't be read as a run"),
+        ("--out text.txt", "--out.*text.txt"),
+        ("--data-dir text.txt", "--data-dir.*text.txt"),
+        ("--compare --kappa -1", "--kappa.*-1"),
+        ("--compare --data nowhere", "--data.*nowhere"),
+    ],
+)
 def test_wrong_flags_and_values(flags, says):
     refused(flags, says)
 
@@ -597,12 +813,16 @@ def test_wrong_value_in_a_real_process():
     assert re.fullmatch("train_gpt.py: .*--gamma.*1.5.*above 0 and below 1\n", err)
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("", "--out.*runs/gpt.*--resume.*--overwrite"),
-    ("--compare --out runs", None),  # runs/gpt is no part of a comparison
-    ("--overwrite --data nowhere", "--data.*nowhere"), ("--overwrite --lr 0", "--lr"),
-    ("--resume --overwrite", "--resume.*--overwrite"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("", "--out.*runs/gpt.*--resume.*--overwrite"),
+        ("--compare --out runs", None),  # runs/gpt is no part of a comparison
+        ("--overwrite --data nowhere", "--data.*nowhere"),
+        ("--overwrite --lr 0", "--lr"),
+        ("--resume --overwrite", "--resume.*--overwrite"),
+    ],
+)
 def test_a_finished_run_is_safe(finished, flags, says):
     if says is None:
         before = tree(RUN)
@@ -623,17 +843,38 @@ def test_overwrite(finished):
     assert checkpoint()["step"] == 6 and log()[-1]["step"] == 6 and (RUN / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("change, says", [
-    ("--steps 24", "24.*12.*schedule"), ("--steps 6", "6.*12.*schedule"), ("--steps 2", "2.*12.*schedule"),
-    ("--layers 2", "2.*1"), ("--width 64", "64.*32"), ("--heads 4", "4.*2"), ("--heads 3", "3.*2"),
-    ("--ffn 32", "32.*64"), ("--context 16", "16.*32"), ("--batch-size 8", "8.*4"), ("--batch-size 6", "6.*4"),
-    ("--micro-batch 2", "2.*4"),
-    ("--warmup 3", "3.*2"), ("--min-lr 0", "0.*0.05"), ("--lr 0.1", "0.1.*0.0"), ("--clip 2", "2.*1.0"),
-    ("--beta1 0.8", "0.8.*0.9"), ("--weight-decay 0", "0.*0.1"), ("--optimizer adamw", "adamw.*admire"),
-    ("--kappa 2", "2.*1"), ("--gamma 0.5", "0.5.*0.7"), ("--interval 4", "4.*3"), ("--ire-warmup 5", "5.*2"),
-    ("--curvature second_moment", "second_moment.*fisher"), ("--kappa-decay", "True.*False"), ("--seed 1", "1.*0"),
-    ("--dtype bfloat16", "bfloat16.*float32"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("--steps 24", "24.*12.*schedule"),
+        ("--steps 6", "6.*12.*schedule"),
+        ("--steps 2", "2.*12.*schedule"),
+        ("--layers 2", "2.*1"),
+        ("--width 64", "64.*32"),
+        ("--heads 4", "4.*2"),
+        ("--heads 3", "3.*2"),
+        ("--ffn 32", "32.*64"),
+        ("--context 16", "16.*32"),
+        ("--batch-size 8", "8.*4"),
+        ("--batch-size 6", "6.*4"),
+        ("--micro-batch 2", "2.*4"),
+        ("--warmup 3", "3.*2"),
+        ("--min-lr 0", "0.*0.05"),
+        ("--lr 0.1", "0.1.*0.0"),
+        ("--clip 2", "2.*1.0"),
+        ("--beta1 0.8", "0.8.*0.9"),
+        ("--weight-decay 0", "0.*0.1"),
+        ("--optimizer adamw", "adamw.*admire"),
+        ("--kappa 2", "2.*1"),
+        ("--gamma 0.5", "0.5.*0.7"),
+        ("--interval 4", "4.*3"),
+        ("--ire-warmup 5", "5.*2"),
+        ("--curvature second_moment", "second_moment.*fisher"),
+        ("--kappa-decay", "True.*False"),
+        ("--seed 1", "1.*0"),
+        ("--dtype bfloat16", "bfloat16.*float32"),
+    ],
+)
 def test_resume_refuses_a_changed_setting(finished, change, says):
     err = refused("--resume " + change, says, tiny="")
     assert re.search("--[a-z0-9-]+", err).group() == change.split()[0]
@@ -643,14 +884,23 @@ def test_resume_refuses_a_changed_setting(finished, change, says):
 def test_corrupt_checkpoint(finished, broken):
     path = RUN / "checkpoint.pt"
     if broken in ("other", "code"):  # code: a pickle that would run something
-        torch.save({"other": {"weights": torch.zeros(3)},
-                    "code": torch.load(path, weights_only=True) | {"seconds": functools.partial(print)}}[broken], path)
+        torch.save(
+            {
+                "other": {"weights": torch.zeros(3)},
+                "code": torch.load(path, weights_only=True) | {"seconds": functools.partial(print)},
+            }[broken],
+            path,
+        )
     else:
-        path.write_bytes({"half": path.read_bytes()[:path.stat().st_size // 2], "empty": b"", "text": TEXT}[broken])
+        path.write_bytes(
+            {"half": path.read_bytes()[: path.stat().st_size // 2], "empty": b"", "text": TEXT}[
+                broken
+            ]
+        )
     refused("--resume", "runs/gpt/checkpoint.pt")
 
 
-# ------------------------------------------------------------------------------------------------ errors: numbers
+# -------------------------------------------------------------------------------- errors: numbers
 def poison(opt):
     with torch.no_grad():
         opt.param_groups[0]["params"][0].fill_(math.nan)
@@ -692,30 +942,50 @@ def test_no_checkpoint_of_weights_that_are_not_finite(monkeypatch):
         if next(calls) == 6:
             parameters[0].grad.fill_(math.inf)
         return clip(parameters, *arguments, **keywords)
+
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     code, _, err = gpt("--checkpoint-interval 3")
     assert code == 1 and re.search(r"step 3\b", err), err
-    assert checkpoint()["step"] == 3 and all(w.isfinite().all() for w in checkpoint()["model"].values())
+    assert checkpoint()["step"] == 3 and all(
+        w.isfinite().all() for w in checkpoint()["model"].values()
+    )
 
 
-# ------------------------------------------------------------------------------------------------ outputs
+# -------------------------------------------------------------------------------- outputs
 def test_outputs(finished):
     config = json.loads((RUN / "config.json").read_text())
     assert set(config) >= {f.name for f in dataclasses.fields(train_gpt.Config)}
     assert config["torch"] == torch.__version__ and config["device"] in ("cpu", "cuda", "mps")
     assert re.fullmatch("([0-9a-f]{40})?", config["commit"])  # empty where there is none
     assert {k for k, v in config.items() if v is None} == {
-        "stop_at", "probe_batches", "sample", "init", "config"}  # none, all, no
+        "stop_at",
+        "probe_batches",
+        "sample",
+        "init",
+        "config",
+    }  # none, all, no
     assert config["steps"] == 12 and config["kappa"] == 1.0
     lines = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
-    assert all({"step", "seconds"} <= set(r) and ("train_loss" in r) == (r["step"] > 0) for r in lines)
+    assert all(
+        {"step", "seconds"} <= set(r) and ("train_loss" in r) == (r["step"] > 0) for r in lines
+    )
     assert all({"lr", "tokens_per_second"} <= set(r) for r in lines if "train_loss" in r)
     assert {r["step"] for r in lines if "train_loss" in r} >= {4, 8, 12}
     assert [r["step"] for r in lines if "val_loss" in r] == [0, 5, 10, 12]
     assert [r["seconds"] for r in lines] == sorted(r["seconds"] for r in lines)
     assert (RUN / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert {p.name for p in (RUN / "hf").iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
-    assert {p.name for p in RUN.iterdir()} == {"checkpoint.pt", "config.json", "hf", "log.jsonl", "loss.png"}
+    assert {p.name for p in (RUN / "hf").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+    }
+    assert {p.name for p in RUN.iterdir()} == {
+        "checkpoint.pt",
+        "config.json",
+        "hf",
+        "log.jsonl",
+        "loss.png",
+    }
     assert torch.load(RUN / "checkpoint.pt", weights_only=True)["step"] == 12
     loss = f"{lines[-1]['val_loss']:.4f}"
     for part in ("26,720 parameters", "text.txt", config["device"], "admire", loss, "loss.png"):
@@ -725,7 +995,9 @@ def test_outputs(finished):
 def test_learning_rate_is_a_warm_up_and_a_cosine():
     trained("--steps 11 --warmup 2 --lr 1e-3 --min-lr 0.2 --log-interval 1")
     cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
-    assert [r["lr"] for r in log(RUN, "train_loss")] == pytest.approx([1e-3 * x for x in (0.5, 1, *cosine)])
+    assert [r["lr"] for r in log(RUN, "train_loss")] == pytest.approx(
+        [1e-3 * x for x in (0.5, 1, *cosine)]
+    )
 
 
 def test_help_shows_every_default(monkeypatch):
@@ -745,11 +1017,17 @@ def test_compare():
     summary = json.loads((RUN / "compare.json").read_text())
     for name in ("adamw", "admire"):
         assert json.loads((RUN / name / "config.json").read_text())["optimizer"] == name
-        assert checkpoint(RUN / name)["step"] == 24 and (RUN / name / "hf/model.safetensors").exists()
+        assert (
+            checkpoint(RUN / name)["step"] == 24 and (RUN / name / "hf/model.safetensors").exists()
+        )
         assert summary[name]["val_loss"] == log(RUN / name)[-1]["val_loss"]
         assert f"{summary[name]['val_loss']:.4f}" in out.split("\n\n")[-1]
     assert summary["adamw"]["val_loss"] != summary["admire"]["val_loss"]
-    reached = [r["step"] for r in log(RUN / "admire", "val_loss") if r["val_loss"] <= summary["adamw"]["val_loss"]]
+    reached = [
+        r["step"]
+        for r in log(RUN / "admire", "val_loss")
+        if r["val_loss"] <= summary["adamw"]["val_loss"]
+    ]
     assert summary["reached_at_step"] == (reached[0] if reached else None)
     assert (f"in {reached[0] / 24:.2f} of its steps" if reached else "did not reach") in out
     assert (RUN / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -760,7 +1038,7 @@ def test_compare_goes_on_without_its_settings(step):
     """Ctrl-C in either run, then only `--compare --resume`: as if never stopped."""
     trained("--compare --out whole")
     stopped("--compare", step)
-    # Only a wrong run comes that far: loading an optimizer's state makes a step of zeros, one for each run.
+    # Only a wrong run comes that far: loading an optimizer's state makes a step of zeros a run.
     with in_step(2 * 12 + 3 - step, lambda _: signal.raise_signal(signal.SIGINT)):
         code, _, err = gpt("--compare --resume", tiny="")
     assert (code, err) == (0, "")
@@ -771,9 +1049,19 @@ def test_compare_goes_on_without_its_settings(step):
 def test_sample(finished):
     def text(flags):  # the run itself was for 5 tokens
         return trained(f"--sample {RUN} --prompt '49 é ' --tokens 300 {flags}", tiny="")
-    assert text("") == text("") and text("").startswith("49 é ") and text("") != text("--temperature 0.1")
+
+    assert (
+        text("") == text("")
+        and text("").startswith("49 é ")
+        and text("") != text("--temperature 0.1")
+    )
     assert len(text("--tokens 9")) <= len("49 é \n") + 9 < len(text(""))
-    assert text("--temperature 0") == text("--top-k 1") != text("--top-k 256") == text("--top-k 1000000")
+    assert (
+        text("--temperature 0")
+        == text("--top-k 1")
+        != text("--top-k 256")
+        == text("--top-k 1000000")
+    )
 
 
 def test_sample_in_a_real_process(finished):
@@ -785,7 +1073,11 @@ def test_sample_in_a_real_process(finished):
 @pytest.mark.parametrize("prompt", (3, 8, 20))
 def test_text_is_the_argmax_of_each_step(prompt):
     """The model sees the last context of them."""
-    c = train_gpt.complete(train_gpt.Config(layers=2, width=32, heads=2, ffn=64, context=8, tokens=30, temperature=0.0, device="cpu"))
+    c = train_gpt.complete(
+        train_gpt.Config(
+            layers=2, width=32, heads=2, ffn=64, context=8, tokens=30, temperature=0.0, device="cpu"
+        )
+    )
     model = train_gpt.Llama(c, 320)
     torch.nn.init.normal_(model.lm_head.weight)
     tokens = torch.randint(300, (prompt,)).tolist()
@@ -799,11 +1091,17 @@ def test_text_is_the_argmax_of_each_step(prompt):
 def test_hugging_face_folder_samples_and_evaluates_like_the_run(finished):
     before = tree(RUN)
     for flags in ("", "--temperature 0", "--seed 3"):
-        run, folder = (trained(f"--sample {path} --prompt 12 --tokens 60 {flags}", tiny="") for path in (RUN, RUN / "hf"))
+        run, folder = (
+            trained(f"--sample {path} --prompt 12 --tokens 60 {flags}", tiny="")
+            for path in (RUN, RUN / "hf")
+        )
         assert run == folder and len(run) > 40
     last = f"validation loss {log()[-1]['val_loss']:.4f}\n"
     assert trained("--eval-only", tiny="") == last
-    assert trained(f"--eval-only --out {RUN / 'hf'} --data text.txt --eval-sequences 8", tiny="") == last
+    assert (
+        trained(f"--eval-only --out {RUN / 'hf'} --data text.txt --eval-sequences 8", tiny="")
+        == last
+    )
     assert tree(RUN) == before
 
 
@@ -820,8 +1118,15 @@ def test_stop_at(finished):
     losses = {r["step"]: r["val_loss"] for r in log(RUN, "val_loss")}
     assert losses[5] > losses[10] > losses[12]
     out = trained(f"--stop-at {losses[10]} --out early")  # the first evaluation at or under it
-    assert checkpoint("early")["step"] == log("early")[-1]["step"] == 10 and log("early")[-1]["val_loss"] == losses[10]
-    assert "after 10 steps" in out and (Path("early") / "loss.png").exists() and (Path("early") / "hf/model.safetensors").exists()
+    assert (
+        checkpoint("early")["step"] == log("early")[-1]["step"] == 10
+        and log("early")[-1]["val_loss"] == losses[10]
+    )
+    assert (
+        "after 10 steps" in out
+        and (Path("early") / "loss.png").exists()
+        and (Path("early") / "hf/model.safetensors").exists()
+    )
     trained("--stop-at 9 --out first")  # the untrained model's loss ends no run
     assert checkpoint("first")["step"] == 5
     before = checkpoint("early")
@@ -836,10 +1141,13 @@ def test_gradient_norm_and_flat_fraction_are_in_the_log():
     c = settings()
     torch.manual_seed(c.seed)
     data, model = train_gpt.Data(c), train_gpt.make_model(c, 256)
-    optimizer, scaler = train_gpt.make_optimizer(model, c), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = (
+        train_gpt.make_optimizer(model, c),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
     for step, line in enumerate(lines):
         batch = data.batch(step)
-        (x, y, _), = batch
+        ((x, y, _),) = batch
         again = train_gpt.Llama(c, 256)
         again.load_state_dict(model.state_dict())
         again(x, y).backward()
@@ -848,19 +1156,32 @@ def test_gradient_norm_and_flat_fraction_are_in_the_log():
         train_gpt.train_step(model, optimizer, batch, step, c, scaler)
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")), ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ),
+    ids=repr,
+)
 def test_out_of_memory_names_what_to_lower(monkeypatch, error):
     def forward(*_):
         raise error
+
     monkeypatch.setattr(train_gpt.Block, "forward", forward)
     code, _, err = gpt()
-    assert code == 1 and err.count("\n") == 1 and re.search("out of memory.*--micro-batch.*--context.*--width", err)
+    assert (
+        code == 1
+        and err.count("\n") == 1
+        and re.search("out of memory.*--micro-batch.*--context.*--width", err)
+    )
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
     def forward(*_):
         raise RuntimeError("a fault of the program")
+
     monkeypatch.setattr(train_gpt.Block, "forward", forward)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         gpt()
@@ -915,28 +1236,44 @@ import train_gpt
 try:
     train_gpt.main(["--help"])
 finally:
-    print(*{"matplotlib", "datasets", "tiktoken", "safetensors", "wandb"} & set(sys.modules), file=sys.stderr)
+    heavy = {"matplotlib", "datasets", "tiktoken", "safetensors", "wandb"}
+    print(*heavy & set(sys.modules), file=sys.stderr)
 """
     process = start("", "-c", code, tiny="")
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "\n") and "--micro-batch" in out
 
 
-@pytest.mark.parametrize("flags", ("--deterministic", "--dtype bfloat16", "--curvature second_moment --ire-warmup 0",
-                                   "--device cpu --no-compile"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--deterministic",
+        "--dtype bfloat16",
+        "--curvature second_moment --ire-warmup 0",
+        "--device cpu --no-compile",
+    ),
+)
 def test_other_settings_run(flags):
     trained(flags)
     assert log()[-1]["val_loss"] < log()[0]["val_loss"]
 
 
-@pytest.mark.parametrize("package, flags", [("matplotlib", ""), ("safetensors", ""), ("tiktoken", "--tokenizer gpt2"),
-                                            ("datasets", "--data wikitext-2"), ("wandb", "--wandb")])
+@pytest.mark.parametrize(
+    "package, flags",
+    [
+        ("matplotlib", ""),
+        ("safetensors", ""),
+        ("tiktoken", "--tokenizer gpt2"),
+        ("datasets", "--data wikitext-2"),
+        ("wandb", "--wandb"),
+    ],
+)
 def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, package, flags):
     monkeypatch.setitem(sys.modules, package, None)
     refused(flags, f"pip install {package}\n")
 
 
-# ------------------------------------------------------------------------------------------------ faults of the first edition
+# ---------------------------------------------------------------------- faults of the first edition
 def edit(change, path=RUN / "checkpoint.pt"):
     saved = torch.load(path, weights_only=True)
     change(saved)
@@ -951,19 +1288,28 @@ def drop_masks(saved):
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda s: s["model"].pop(NAME), NAME), (lambda s: s["model"].update(extra=torch.zeros(2)), "extra"),
-    (lambda s: s["model"].update({NAME: torch.zeros(2, 3)}), rf"{NAME}.*\(2, 3\).*\(64, 32\)"),
-    (lambda s: s["model"].update({NAME: "text"}), NAME),
-    (drop_masks, "flat"), (lambda s: s["optimizer"]["state"][NAME].pop("exp_avg"), "exp_avg"),
-    (lambda s: s["optimizer"]["state"][NAME].update(exp_avg_sq=torch.zeros(3)), "exp_avg_sq"),
-    (lambda s: s["optimizer"]["state"].pop(NAME), NAME), (lambda s: s["optimizer"].pop("state"), "weight"),
-    (lambda s: s["optimizer"]["param_groups"][0].pop("ire_step"), "ire_step"),
-    (lambda s: s["optimizer"].pop("param_groups"), "lr|params|ire_step"),
-    (lambda s: s.update(step="many"), "many"), (lambda s: s.pop("scaler"), "scaler"),
-    (lambda s: s["config"].update(layers="many"), "--layers.*many"), (lambda s: s["config"].update(heads=0), "--heads.*0"),
-    (lambda s: s.update(config=3), "checkpoint.pt"),
-], ids=range(16))
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda s: s["model"].pop(NAME), NAME),
+        (lambda s: s["model"].update(extra=torch.zeros(2)), "extra"),
+        (lambda s: s["model"].update({NAME: torch.zeros(2, 3)}), rf"{NAME}.*\(2, 3\).*\(64, 32\)"),
+        (lambda s: s["model"].update({NAME: "text"}), NAME),
+        (drop_masks, "flat"),
+        (lambda s: s["optimizer"]["state"][NAME].pop("exp_avg"), "exp_avg"),
+        (lambda s: s["optimizer"]["state"][NAME].update(exp_avg_sq=torch.zeros(3)), "exp_avg_sq"),
+        (lambda s: s["optimizer"]["state"].pop(NAME), NAME),
+        (lambda s: s["optimizer"].pop("state"), "weight"),
+        (lambda s: s["optimizer"]["param_groups"][0].pop("ire_step"), "ire_step"),
+        (lambda s: s["optimizer"].pop("param_groups"), "lr|params|ire_step"),
+        (lambda s: s.update(step="many"), "many"),
+        (lambda s: s.pop("scaler"), "scaler"),
+        (lambda s: s["config"].update(layers="many"), "--layers.*many"),
+        (lambda s: s["config"].update(heads=0), "--heads.*0"),
+        (lambda s: s.update(config=3), "checkpoint.pt"),
+    ],
+    ids=range(16),
+)
 def test_a_checkpoint_that_lacks_something_is_refused(finished, change, says):
     edit(change)
     refused("--resume", says, tiny="")
@@ -979,20 +1325,37 @@ def test_a_checkpoint_of_an_older_or_newer_version_goes_on():
         for name in ("schedule", "init", "keep_best", "num_samples"):
             del saved["config"][name]
         saved["config"]["tensorboard"] = True
+
     edit(change)
     trained("--resume", tiny="")
-    assert same(checkpoint()["model"], whole["model"]) and same(checkpoint()["optimizer"], whole["optimizer"])
+    assert same(checkpoint()["model"], whole["model"]) and same(
+        checkpoint()["optimizer"], whole["optimizer"]
+    )
 
 
-@pytest.mark.parametrize("variables", ({"WORLD_SIZE": "2"}, {"RANK": "1", "LOCAL_RANK": "1"}, *(pytest.param(x, marks=pytest.mark.slow) for x in (
-    {"WORLD_SIZE": "8", "RANK": "3"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "node7"}))))
+@pytest.mark.parametrize(
+    "variables",
+    (
+        {"WORLD_SIZE": "2"},
+        {"RANK": "1", "LOCAL_RANK": "1"},
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (
+                {"WORLD_SIZE": "8", "RANK": "3"},
+                {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "node7"},
+            )
+        ),
+    ),
+)
 def test_variables_left_over_from_a_cluster(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     process = start("--steps 3 --warmup 1")
     out, err = process.communicate()
     assert process.returncode == 0 and "1 x cpu" in out
-    assert ("WORLD_SIZE" in err and err.count("\n") == 1) if "WORLD_SIZE" in variables else err == ""
+    assert (
+        ("WORLD_SIZE" in err and err.count("\n") == 1) if "WORLD_SIZE" in variables else err == ""
+    )
     for name in variables:
         monkeypatch.delenv(name)
     before = checkpoint()
@@ -1000,8 +1363,16 @@ def test_variables_left_over_from_a_cluster(monkeypatch, variables):
     assert same(checkpoint(), before)
 
 
-@pytest.mark.parametrize("flags", ("--data .", "--data texts --out texts/run", "--data texts --data-dir texts/prepared",
-                                   "--data texts --out texts", "--data link --out texts/run"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--data .",
+        "--data texts --out texts/run",
+        "--data texts --data-dir texts/prepared",
+        "--data texts --out texts",
+        "--data link --out texts/run",
+    ),
+)
 def test_data_that_would_hold_the_runs_own_files(flags):
     Path("texts").mkdir()
     Path("texts/a.txt").write_bytes(TEXT)
@@ -1018,21 +1389,35 @@ def test_compile_without_a_compiler(monkeypatch, typed):
     else:
         monkeypatch.setattr(train_gpt, "abilities", lambda device: ("float32", True))
         code, out, err = gpt()
-        assert code == 0 and err.count("\n") == 1 and "no C++ compiler found" in err and ", compiled" not in out
+        assert (
+            code == 0
+            and err.count("\n") == 1
+            and "no C++ compiler found" in err
+            and ", compiled" not in out
+        )
 
 
 def test_a_compiler_that_fails_is_found_out(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CalledProcessError:\n  g++ not found")
+
     monkeypatch.setattr(torch, "compile", fail)
     train_gpt.compiler_error.cache_clear()
     refused("--compile", "--compile.*g.. not found")
     train_gpt.compiler_error.cache_clear()
 
 
-@pytest.mark.parametrize("capability, dtype, compiles", [
-    ((9, 0), "bfloat16", True), ((8, 0), "bfloat16", True), ((7, 5), "float16", True), ((7, 0), "float16", True),
-    ((6, 1), "float16", False), ((5, 2), "float16", False)])
+@pytest.mark.parametrize(
+    "capability, dtype, compiles",
+    [
+        ((9, 0), "bfloat16", True),
+        ((8, 0), "bfloat16", True),
+        ((7, 5), "float16", True),
+        ((7, 0), "float16", True),
+        ((6, 1), "float16", False),
+        ((5, 2), "float16", False),
+    ],
+)
 def test_dtype_and_compile_follow_the_device(monkeypatch, capability, dtype, compiles):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -1047,7 +1432,10 @@ def test_dtype_and_compile_follow_the_device(monkeypatch, capability, dtype, com
     assert c.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")  # no scaler for shards
 
 
-@pytest.mark.parametrize("line", ("not JSON", "[1, 2]", '{"train_loss": 3}', '{"step": null}', '"text"', "\u00e9\ud7ff", "17"))
+@pytest.mark.parametrize(
+    "line",
+    ("not JSON", "[1, 2]", '{"train_loss": 3}', '{"step": null}', '"text"', "\u00e9\ud7ff", "17"),
+)
 def test_a_log_with_a_line_that_is_none(line):
     whole, lines = uninterrupted()
     stopped("", 7)
@@ -1055,7 +1443,9 @@ def test_a_log_with_a_line_that_is_none(line):
     kept = path.read_text().splitlines()
     path.write_text("\n".join([kept[0], line, *kept[1:], line]) + "\n", encoding="utf-8")
     trained("--resume", tiny="")
-    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [r for r in lines if "val_loss" in r]
+    assert same(checkpoint(), whole) and log(RUN, "val_loss") == [
+        r for r in lines if "val_loss" in r
+    ]
 
 
 def test_a_checkpoint_without_its_log_goes_on():
@@ -1079,20 +1469,44 @@ def test_a_second_run_in_the_folder_is_told_who_runs_there():
     assert process.wait(60) == 0 and same(checkpoint(), uninterrupted()[0])
 
 
-@pytest.mark.parametrize("flags, says", [
-    *((f"--{name} {10**n}", f"--{name}.*{'1' + '0' * min(n, 50)}") for name in ("steps", "batch-size", "layers", "context", "warmup")
-      for n in (12, 400)),
-    ("--ffn 1000000000000", "--ffn"), ("--ffn 1000000000", "--width.*--ffn.*GiB"), ("--layers 2000000000", "--width.*--layers.*GiB"),
-    ("--width 2000000000", "--width.*GiB"), ("--lr 1e308", "--lr.*1e.308"), ("--lr 1e-320", "--lr"), ("--eps 1e-320", "--eps"),
-    ("--kappa 1e300", "--kappa"), ("--weight-decay 1e300", "--weight-decay"), ("--clip 1e300", "--clip"),
-    ("--temperature 1e300", "--temperature"), ("--tokens 99999999999", "--tokens"), ("--stop-at 1e300", "--stop-at")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        *(
+            (f"--{name} {10**n}", f"--{name}.*{'1' + '0' * min(n, 50)}")
+            for name in ("steps", "batch-size", "layers", "context", "warmup")
+            for n in (12, 400)
+        ),
+        ("--ffn 1000000000000", "--ffn"),
+        ("--ffn 1000000000", "--width.*--ffn.*GiB"),
+        ("--layers 2000000000", "--width.*--layers.*GiB"),
+        ("--width 2000000000", "--width.*GiB"),
+        ("--lr 1e308", "--lr.*1e.308"),
+        ("--lr 1e-320", "--lr"),
+        ("--eps 1e-320", "--eps"),
+        ("--kappa 1e300", "--kappa"),
+        ("--weight-decay 1e300", "--weight-decay"),
+        ("--clip 1e300", "--clip"),
+        ("--temperature 1e300", "--temperature"),
+        ("--tokens 99999999999", "--tokens"),
+        ("--stop-at 1e300", "--stop-at"),
+    ],
+)
 def test_values_that_would_fail_or_hang_later(flags, says):
     refused(flags, says)
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--layers 2", "--layers.*2.*1"), ("--width 64", "--width"), ("--context 64", "--context"), ("--optimizer muon", "--optimizer"),
-    ("--tokenizer gpt2", "--tokenizer"), ("--preset 60m", "--preset")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--layers 2", "--layers.*2.*1"),
+        ("--width 64", "--width"),
+        ("--context 64", "--context"),
+        ("--optimizer muon", "--optimizer"),
+        ("--tokenizer gpt2", "--tokenizer"),
+        ("--preset 60m", "--preset"),
+    ],
+)
 def test_sampling_refuses_another_model(finished, flags, says):
     refused(f"--sample {RUN} {flags}", says, tiny="")
     refused(f"--eval-only {flags}", says, tiny="")
@@ -1107,15 +1521,21 @@ def test_sampling_at_extreme_temperatures(finished):
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signals_outside_of_training(number, finished):
     """While data is prepared, and while text is drawn: no traceback, nothing left behind."""
-    for where, flags, tiny in (("train_gpt.write_tokens", "--data-dir new --out new/run", TINY),
-                               ("train_gpt.generate", f"--sample {RUN}", "")):
+    for where, flags, tiny in (
+        ("train_gpt.write_tokens", "--data-dir new --out new/run", TINY),
+        ("train_gpt.generate", f"--sample {RUN}", ""),
+    ):
         for name in ("paused", "go"):
             Path(name).unlink(missing_ok=True)
         process = start(flags, "-c", PAUSED.format(where=where, call=1), tiny=tiny)
         wait_for(Path("paused").exists, process)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + number and err == "train_gpt.py: stopped\n" and not Path("new").exists()
+        assert (
+            process.returncode == 128 + number
+            and err == "train_gpt.py: stopped\n"
+            and not Path("new").exists()
+        )
 
 
 def test_ctrl_c_during_the_imports():
@@ -1133,13 +1553,20 @@ def test_a_full_disk_names_file_and_last_checkpoint(monkeypatch):
         if (RUN / "checkpoint.pt").exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(f)
+
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = gpt()
-    assert code == 1 and re.search("No space left on device.*runs/gpt/.*last good checkpoint: step 6", err), err
+    assert code == 1 and re.search(
+        "No space left on device.*runs/gpt/.*last good checkpoint: step 6", err
+    ), err
 
 
 def test_a_pickle_is_refused_without_advice_to_trust_it(finished):
-    torch.save(torch.load(RUN / "checkpoint.pt", weights_only=True) | {"seconds": functools.partial(print)}, RUN / "checkpoint.pt")
+    torch.save(
+        torch.load(RUN / "checkpoint.pt", weights_only=True)
+        | {"seconds": functools.partial(print)},
+        RUN / "checkpoint.pt",
+    )
     assert "weights_only" not in refused("--resume", "checkpoint.pt", tiny="")
 
 
@@ -1172,7 +1599,9 @@ def test_a_batch_that_the_ranks_do_not_divide_names_the_nearest(monkeypatch):
 def test_copied_without_ire(here):
     shutil.copy(SCRIPT, here / "train_gpt.py")
     process = subprocess.run([sys.executable, "-I", "train_gpt.py"], capture_output=True, text=True)
-    assert process.returncode != 0 and process.stderr.count("\n") == 1 and "ire.py" in process.stderr
+    assert (
+        process.returncode != 0 and process.stderr.count("\n") == 1 and "ire.py" in process.stderr
+    )
 
 
 @pytest.mark.parametrize("where", ("every", "first"))
@@ -1182,6 +1611,7 @@ def test_a_probe_that_is_not_finite_is_said(monkeypatch, where):
     def broken(*arguments):
         loss = drawn_loss(*arguments)
         return loss * math.nan if where == "every" or next(calls) == 0 else loss
+
     drawn_loss = train_gpt.drawn_loss
     monkeypatch.setattr(train_gpt, "drawn_loss", broken)
     with pytest.warns(UserWarning, match="curvature is not finite"):
@@ -1189,8 +1619,13 @@ def test_a_probe_that_is_not_finite_is_said(monkeypatch, where):
     assert (log()[-1]["flat_live"] == 0) == (where == "every")
 
 
-BINARY = {"utf-16": TEXT.decode().encode("utf-16"), "utf-16-le": TEXT.decode().encode("utf-16-le"), "zeros": bytes(9000),
-          "utf-32": TEXT.decode().encode("utf-32"), "noise": random.Random(0).randbytes(9000)}
+BINARY = {
+    "utf-16": TEXT.decode().encode("utf-16"),
+    "utf-16-le": TEXT.decode().encode("utf-16-le"),
+    "zeros": bytes(9000),
+    "utf-32": TEXT.decode().encode("utf-32"),
+    "noise": random.Random(0).randbytes(9000),
+}
 
 
 @pytest.mark.parametrize("kind", BINARY)
@@ -1204,7 +1639,7 @@ def test_files_that_are_no_text(kind):
     Path("text.txt/a.txt").write_bytes(TEXT)
     code, _, err = gpt()
     assert code == 0 and err.count("\n") == 1 and re.search("1 of 2 files.*picture.png", err)
-    folder, = Path("data").iterdir()
+    (folder,) = Path("data").iterdir()
     assert json.loads((folder / "meta.json").read_text())["train_tokens"] < len(TEXT)
 
 
@@ -1216,7 +1651,7 @@ def test_text_of_other_languages_is_text():
     trained("--out latin")
 
 
-# ------------------------------------------------------------------------------------------------ what was asked for
+# ------------------------------------------------------------------------------- what was asked for
 def test_a_config_starts_another_run(finished):
     trained(f"--config {RUN / 'config.json'} --out again", tiny="")
     assert same(checkpoint("again"), checkpoint()) and log("again") == log()
@@ -1224,10 +1659,22 @@ def test_a_config_starts_another_run(finished):
     assert checkpoint("other")["step"] == 6 and settings(Path("other")).seed == 1
 
 
-@pytest.mark.parametrize("content, says", [
-    (None, "--config.*mine.json"), (b"", "--config"), (b"[]", "--config"), (b"\xff", "--config"), (b'{"lear": 1}', "--config.*lear"),
-    (b'{"steps": "many"}', "--steps.*many.*int"), (b'{"steps": 2.5}', "--steps.*2.5.*int"), (b'{"lr": "high"}', "--lr.*high.*float"),
-    (b'{"compile": 1}', "--compile.*1.*bool"), (b'{"steps": true}', "--steps.*True.*int"), (b'{"gamma": 1.5}', "--gamma.*1.5")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "--config.*mine.json"),
+        (b"", "--config"),
+        (b"[]", "--config"),
+        (b"\xff", "--config"),
+        (b'{"lear": 1}', "--config.*lear"),
+        (b'{"steps": "many"}', "--steps.*many.*int"),
+        (b'{"steps": 2.5}', "--steps.*2.5.*int"),
+        (b'{"lr": "high"}', "--lr.*high.*float"),
+        (b'{"compile": 1}', "--compile.*1.*bool"),
+        (b'{"steps": true}', "--steps.*True.*int"),
+        (b'{"gamma": 1.5}', "--gamma.*1.5"),
+    ],
+)
 def test_a_config_that_is_none(content, says):
     if content is not None:
         Path("mine.json").write_bytes(content)
@@ -1240,21 +1687,35 @@ def test_clip_0_is_off():
     assert same(checkpoint("off")["model"], checkpoint("far")["model"])
     trained("--clip 0.01 --out near")
     assert not same(checkpoint("off")["model"], checkpoint("near")["model"])
-    assert [r["grad_norm"] for r in log("off", "grad_norm")] == [r["grad_norm"] for r in log("far", "grad_norm")]
+    assert [r["grad_norm"] for r in log("off", "grad_norm")] == [
+        r["grad_norm"] for r in log("far", "grad_norm")
+    ]
 
 
 def test_schedules():
-    trained("--steps 12 --warmup 2 --lr 1e-3 --min-lr 0.2 --log-interval 1 --schedule constant --out a")
+    trained(
+        "--steps 12 --warmup 2 --lr 1e-3 --min-lr 0.2 --log-interval 1 --schedule constant --out a"
+    )
     assert [r["lr"] for r in log("a", "train_loss")] == pytest.approx([5e-4] + [1e-3] * 11)
-    c = train_gpt.complete(train_gpt.Config(steps=101, warmup=10, lr=1.0, min_lr=0.1, schedule="wsd"))
+    c = train_gpt.complete(
+        train_gpt.Config(steps=101, warmup=10, lr=1.0, min_lr=0.1, schedule="wsd")
+    )
     lr = [train_gpt.learning_rate(c, step) for step in range(101)]
     assert lr[9:81] == [1.0] * 72 and lr[-1] == pytest.approx(0.1)
     assert np.diff(lr[80:]) == pytest.approx([-0.9 / 20] * 20)
 
 
-@pytest.mark.parametrize("schedule, stop, steps, fits", [
-    ("constant", 7, 18, True), ("constant", 7, 9, True), ("constant", 7, 6, False), ("wsd", 7, 24, True), ("wsd", 11, 24, False),
-    ("cosine", 7, 24, False)])
+@pytest.mark.parametrize(
+    "schedule, stop, steps, fits",
+    [
+        ("constant", 7, 18, True),
+        ("constant", 7, 9, True),
+        ("constant", 7, 6, False),
+        ("wsd", 7, 24, True),
+        ("wsd", 11, 24, False),
+        ("cosine", 7, 24, False),
+    ],
+)
 def test_steps_may_change_where_the_schedule_so_far_does_not(schedule, stop, steps, fits):
     flags = f"--schedule {schedule} --checkpoint-interval 100 "
     stopped(flags, stop)
@@ -1270,8 +1731,12 @@ def test_init_goes_on_from_weights_on_other_data(finished):
     Path("other.txt").write_bytes(TEXT[::-1])
     weights = checkpoint()["model"]
     for source in (RUN, RUN / "hf"):
-        trained(f"--init {source} --data other.txt --out other --overwrite --lr 1e-9 --optimizer adamw --context 16 --steps 4 "
-                "--warmup 1 --batch-size 4 --eval-sequences 8", tiny="")
+        trained(
+            f"--init {source} --data other.txt --out other --overwrite --lr 1e-9 "
+            "--optimizer adamw --context 16 --steps 4 "
+            "--warmup 1 --batch-size 4 --eval-sequences 8",
+            tiny="",
+        )
         assert settings(Path("other")).width == 32
         for name, w in checkpoint("other")["model"].items():
             torch.testing.assert_close(w, weights[name], rtol=0, atol=1e-7)
@@ -1281,9 +1746,16 @@ def test_init_goes_on_from_weights_on_other_data(finished):
     assert settings(Path("more")).init == "other"
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--init nowhere", "nowhere"), ("--init runs/gpt --layers 2", "--layers.*2.*1"), ("--init runs/gpt --heads 4", "--heads"),
-    ("--init runs/gpt --tokenizer gpt2", "--tokenizer"), ("--init runs/gpt --data ready", "--init.*300.*256")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--init nowhere", "nowhere"),
+        ("--init runs/gpt --layers 2", "--layers.*2.*1"),
+        ("--init runs/gpt --heads 4", "--heads"),
+        ("--init runs/gpt --tokenizer gpt2", "--tokenizer"),
+        ("--init runs/gpt --data ready", "--init.*300.*256"),
+    ],
+)
 def test_init_refuses_another_model(finished, flags, says):
     Path("ready").mkdir()
     for part in ("train", "val"):
@@ -1294,16 +1766,20 @@ def test_init_refuses_another_model(finished, flags, says):
 
 def test_keep_best():
     """The loss rises after step 5: the best stays, and can be sampled, evaluated, begun with."""
+
     def spoil(opt):
         with torch.no_grad():
             for p in opt.param_groups[0]["params"] + opt.param_groups[1]["params"]:
                 p.add_(torch.randn_like(p))
+
     with in_step(6, spoil):
         trained("--keep-best")
     losses = {r["step"]: r["val_loss"] for r in log(RUN, "val_loss") if r["step"]}
     best = min(losses, key=losses.get)
     assert best == 5 and checkpoint(RUN / "best")["step"] == 5 and checkpoint()["step"] == 12
-    assert trained("--eval-only --out runs/gpt/best", tiny="") == f"validation loss {losses[5]:.4f}\n"
+    assert (
+        trained("--eval-only --out runs/gpt/best", tiny="") == f"validation loss {losses[5]:.4f}\n"
+    )
     trained("--sample runs/gpt/best --tokens 3", tiny="")
     stopped("--keep-best --out two", 7)
     best = checkpoint("two/best")
@@ -1317,7 +1793,9 @@ def test_samples_and_prompts_from_a_file(finished):
     out = trained(f"--sample {RUN} --prompt FILE:prompt.txt --num-samples 3 --tokens 30", tiny="")
     texts = out.removesuffix("\n").split("\n---------------\n")
     assert len(set(texts)) == 3 and all(text.startswith("1 4 9\n16 é") for text in texts)
-    assert trained(f"--sample {RUN} --prompt FILE:prompt.txt --tokens 30", tiny="") == texts[0] + "\n"
+    assert (
+        trained(f"--sample {RUN} --prompt FILE:prompt.txt --tokens 30", tiny="") == texts[0] + "\n"
+    )
     refused(f"--sample {RUN} --prompt FILE:nothing.txt", "--prompt.*nothing.txt", tiny="")
 
 
@@ -1331,12 +1809,24 @@ def test_muon_is_torchs_on_the_hidden_matrices():
     torch.manual_seed(c.seed)
     model, data = train_gpt.Llama(c, 256), train_gpt.Data(c)
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    others, norms = ([model.model.embed_tokens.weight, model.lm_head.weight], [p for p in model.parameters() if p.dim() == 1])
-    both = (torch.optim.Muon(hidden, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([{"params": others, "weight_decay": c.weight_decay}, {"params": norms, "weight_decay": 0}],
-                              betas=(c.beta1, c.beta2), eps=c.eps, fused=True))
+    others, norms = (
+        [model.model.embed_tokens.weight, model.lm_head.weight],
+        [p for p in model.parameters() if p.dim() == 1],
+    )
+    both = (
+        torch.optim.Muon(hidden, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [
+                {"params": others, "weight_decay": c.weight_decay},
+                {"params": norms, "weight_decay": 0},
+            ],
+            betas=(c.beta1, c.beta2),
+            eps=c.eps,
+            fused=True,
+        ),
+    )
     for step in range(c.steps):
-        (x, y, _), = data.batch(step)
+        ((x, y, _),) = data.batch(step)
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         for opt in both:
             for group in opt.param_groups:
@@ -1369,7 +1859,9 @@ def test_ire_at_kappa_0_is_muon():
 
 def test_muon_is_refused_where_it_cannot_be(monkeypatch):
     if hasattr(torch.optim, "Muon"):
-        refused("--optimizer muon-ire --curvature second_moment", "--curvature.*second_moment.*fisher")
+        refused(
+            "--optimizer muon-ire --curvature second_moment", "--curvature.*second_moment.*fisher"
+        )
         monkeypatch.delattr(torch.optim, "Muon")
     refused("--optimizer muon", "--optimizer.*muon.*2.9")
 
@@ -1384,12 +1876,19 @@ def test_a_compiled_run_warms_up_before_its_clock(monkeypatch):
     first = log(RUN / "adamw")
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert first[-1]["val_loss"] < first[0]["val_loss"] and 0 < frames
-    seconds = [json.loads((RUN / "compare.json").read_text())[name]["seconds"] for name in ("adamw", "admire")]
+    seconds = [
+        json.loads((RUN / "compare.json").read_text())[name]["seconds"]
+        for name in ("adamw", "admire")
+    ]
     assert max(seconds) < 5  # compiling takes more; this is no timing
 
 
 def test_validation_has_whole_batches_of_the_same_sequences(monkeypatch):
-    c = train_gpt.complete(train_gpt.Config(data="text.txt", context=32, batch_size=12, eval_sequences=40, device="cpu"))
+    c = train_gpt.complete(
+        train_gpt.Config(
+            data="text.txt", context=32, batch_size=12, eval_sequences=40, device="cpu"
+        )
+    )
     data = train_gpt.Data(c)
     whole = torch.cat([x for x, _ in data.validation()])
     assert len(whole) == 36 and all(len(x) == c.micro_batch for x, _ in data.validation())

@@ -1,4 +1,5 @@
-"""What the toys share: the command line, the look of the figures and a network whose Hessian is one call."""
+"""What the toys share: the command line, the look of figures, a network of one vector."""
+
 import argparse
 from pathlib import Path
 
@@ -7,19 +8,38 @@ from matplotlib.animation import Animation, PillowWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 # Okabe and Ito's palette, which colour-blind eyes tell apart
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+RED = "#D55E00"
+PINK = "#CC79A7"
 GREY = "#8A8A8A"
 STYLE = {
-    "font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 10, "legend.frameon": False, "legend.handlelength": 1.4,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#E6E6E6", "grid.linewidth": 0.6, "lines.linewidth": 1.8, "savefig.dpi": 200,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 200,
 }
 
 
 def output_path(doc, name, argv=None):
     """The command line of a toy: where its figure goes."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / f"toy-{name}.png", help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = ROOT / "results" / f"toy-{name}.png"
+    parser.add_argument("--out", type=Path, default=default, help="default: %(default)s")
     torch.set_num_threads(1)  # the tensors are tiny
     return parser.parse_args(argv).out
 
@@ -35,15 +55,20 @@ def save(drawing, path):
 
 
 def network(*widths):
-    """A tanh network of one vector of parameters, so that torch.func.hessian is a matrix and a mask is a vector:
-    predict(theta, x), and an initial theta in float64."""
-    layers = list(zip(widths, widths[1:]))
+    """A tanh network whose parameters are one vector, so that torch.func.hessian is a matrix and a
+    mask is a vector: predict(theta, x), and an initial theta in float64."""
+    layers = list(zip(widths, widths[1:], strict=False))
 
     def predict(theta, x):
         for i, (n_in, n_out) in enumerate(layers):
-            weight, bias, theta = theta.split([n_in * n_out, n_out, len(theta) - (n_in + 1) * n_out])
-            x = (x.tanh() if i else x) @ weight.view(n_in, n_out) + bias
+            rest = len(theta) - (n_in + 1) * n_out
+            weight, bias, theta = theta.split([n_in * n_out, n_out, rest])
+            if i:
+                x = x.tanh()
+            x = x @ weight.view(n_in, n_out) + bias
         return x
 
-    parts = [part for n_in, n_out in layers for part in (torch.randn(n_in * n_out) / n_in**0.5, torch.zeros(n_out))]
+    parts = []
+    for n_in, n_out in layers:
+        parts += [torch.randn(n_in * n_out) / n_in**0.5, torch.zeros(n_out)]
     return predict, torch.cat(parts).double()

@@ -1,14 +1,17 @@
-"""How good is the diagonal-Fisher mask? Compared with exact curvature on a network small enough to have it.
+"""How good is the diagonal-Fisher mask? Compared with exact curvature on a network that allows it.
 
     python toy/mask.py                    # results/toy-mask.png
 
-A probe (Eq. 6) squares one gradient g of a batch with sampled labels. Over the labels g_i has mean 0 and variance
-G_i / B, G being the diagonal of the Gauss-Newton matrix; in large batches it is normal, so that B g_i^2 follows
-G_i chi^2_1: right on average, but with relative noise sqrt(2) at any batch size. Averaging m probes gives
-G_i chi^2_m / m. Seen: the overlap of the probes' flat sets with the exact one is what this predicts; more draws
-sharpen it, larger batches do not; and the exact mask changes far more slowly than sampling makes the probe's jump.
+A probe (Eq. 6) squares one gradient g of a batch with sampled labels. Over the labels g_i has mean
+0 and variance G_i / B, G being the diagonal of the Gauss-Newton matrix; in large batches it is
+normal, so that B g_i^2 follows G_i chi^2_1: right on average, but with relative noise sqrt(2) at
+any batch size. Averaging m probes gives G_i chi^2_m / m. Seen: the overlap of the probes' flat sets
+with the exact one is what this predicts; more draws sharpen it, larger batches do not; and the
+exact mask changes far more slowly than sampling makes the probe's jump.
 """
+
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,10 +21,30 @@ from torch.func import grad, hessian, jacrev, vmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ire import SGDIRE, AdmIRE, sampled_cross_entropy
-from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, STYLE, network, output_path, save
+from toy.common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    STYLE,
+    network,
+    output_path,
+    save,
+)
 
-GAMMA, SAMPLES, CLASSES, STEPS, EVERY, REPEATS = 0.6, 256, 4, 600, 5, 16
-BATCHES, DRAWS, LAGS = (1, 16, SAMPLES), (1, 4, 16, 64), (5, 10, 20, 50, 100, 200)
+GAMMA = 0.6
+SAMPLES = 256
+CLASSES = 4
+STEPS = 600  # of the training, halfway to its end
+EVERY = 5  # steps between two exact flat sets
+REPEATS = 16  # draws behind a mean
+# what is scanned: batch sizes, averaged probes, steps between two masks
+BATCHES = (1, 16, SAMPLES)
+DRAWS = (1, 4, 16, 64)
+LAGS = (5, 10, 20, 50, 100, 200)
 
 
 def flat_set(h):
@@ -30,7 +53,7 @@ def flat_set(h):
     opt = SGDIRE([theta], lr=0, kappa=0, gamma=GAMMA)
     with opt.probe():
         (h.abs().sqrt() @ theta).backward()  # a gradient whose square is h
-    return opt.state[theta]["flat"]
+    return opt.masks[theta]
 
 
 def overlap(flat, true):
@@ -44,18 +67,25 @@ def quality(h, exact):
     return overlap(flat_set(h), flat_set(exact)), torch.corrcoef(ranks)[0, 1].item()
 
 
-def average(pairs):
-    return tuple(torch.tensor(list(pairs)).mean(0).tolist())
+def average(rows):
+    return torch.tensor(list(rows)).mean(0).tolist()
+
+
+def mean_quality(draw, exact):
+    """The mean of `quality` over REPEATS calls of draw()."""
+    return tuple(average(quality(draw(), exact) for _ in range(REPEATS)))
 
 
 def gauss_newton(predict, theta, x):
     """The diagonal of J^T (diag(p) - p p^T) J, mean over x: also that of the Fisher matrix."""
-    J, p = jacrev(predict)(theta, x), predict(theta, x).softmax(-1)[..., None]  # (samples, classes, parameters)
+    J = jacrev(predict)(theta, x)  # (samples, classes, parameters)
+    p = predict(theta, x).softmax(-1)[..., None]  # (samples, classes, 1)
     return ((p * J**2).sum(1) - (p * J).sum(1) ** 2).mean(0)
 
 
 def train():
-    """The network, halfway through its training by AdmIRE, and the exact flat set each EVERY steps on the way."""
+    """The network, halfway through its training by AdmIRE, and the exact flat set each EVERY steps
+    on the way: x, y, predict, theta, Adam's second moment, the flat sets."""
     teacher, weights = network(8, 16, CLASSES)
     x = torch.randn(SAMPLES, 8, dtype=torch.float64) * torch.logspace(0, -1, 8)
     y = (teacher(3 * weights, x) + 0.3 * torch.randn(SAMPLES, CLASSES)).argmax(-1)
@@ -75,84 +105,125 @@ def train():
     return x, y, predict, theta, opt.state[theta]["exp_avg_sq"], history
 
 
+def draws(predict, theta, x, batch, m):
+    """h of Eq. 6, averaged over m batches."""
+
+    def sampled_loss(theta, x):
+        return sampled_cross_entropy(predict(theta, x))
+
+    rows = torch.stack([torch.randperm(SAMPLES)[:batch] for _ in range(m)])  # (m, batch)
+    gradients = vmap(grad(sampled_loss), (None, 0), randomness="different")(theta, x[rows])
+    return batch * gradients.square().mean(0)
+
+
+def chi2(G, m):
+    """What theory says that m averaged probes look like."""
+    return G * torch.randn(m, len(G)).square().mean(0)
+
+
+def probed(predict, theta, x, seed):
+    """The mask of one of ire.py's own probes."""
+    torch.manual_seed(seed)
+    opt = SGDIRE([theta], lr=0, kappa=0, gamma=GAMMA)
+    with opt.probe():
+        sampled_cross_entropy(predict(theta, x)).backward()
+    return opt.masks[theta]
+
+
+def kinds_of_curvature(x, y, predict, here, second_moment, G):
+    """Several diagonals beside the Gauss-Newton matrix's and the Hessian's."""
+
+    def loss(theta, x, y):
+        return F.cross_entropy(predict(theta, x), y)
+
+    H = hessian(loss)(here, x, y).diagonal()
+    per_sample = vmap(grad(loss), (None, 0, 0))(here, x[:, None], y[:, None])
+    one_probe = f"1 probe, batch {SAMPLES}"
+    kinds = {
+        one_probe: lambda: draws(predict, here, x, SAMPLES, 1),
+        "16 probes, batch 16": lambda: draws(predict, here, x, 16, 16),
+        "squared full gradient": lambda: grad(loss)(here, x, y).square(),
+        "empirical Fisher": lambda: per_sample.square().mean(0),
+        "Adam's second moment": lambda: second_moment,
+        "Gauss-Newton": lambda: G,
+    }
+    return {name: [mean_quality(h, exact) for exact in (G, H)] for name, h in kinds.items()}
+
+
 def measure():
     torch.manual_seed(0)
     x, y, predict, theta, second_moment, history = train()
     here = theta.detach()
     G = gauss_newton(predict, here, x)
-
-    def loss(theta, x, y):
-        return F.cross_entropy(predict(theta, x), y)
-
-    def draws(batch, m):
-        """h of Eq. 6, averaged over m batches."""
-        def gradient(x):
-            return grad(lambda theta: sampled_cross_entropy(predict(theta, x)))(here)
-
-        batches = torch.stack([torch.randperm(SAMPLES)[:batch] for _ in range(m)])
-        return batch * vmap(gradient, randomness="different")(x[batches]).square().mean(0)
-
-    def chi2(m):
-        return G * torch.randn(m, len(G)).square().mean(0)
-
-    def probe(seed):
-        torch.manual_seed(seed)
-        opt = SGDIRE([theta], lr=0, kappa=0, gamma=GAMMA)
-        with opt.probe():
-            sampled_cross_entropy(predict(theta, x)).backward()
-        return opt.state[theta]["flat"]
-
-    H = hessian(loss)(here, x, y).diagonal()
-    per_sample = vmap(grad(loss), (None, 0, 0))(here, x[:, None], y[:, None]).square().mean(0)
-    estimates = {
-        f"1 probe, batch {SAMPLES}": lambda: draws(SAMPLES, 1), "16 probes, batch 16": lambda: draws(16, 16),
-        "squared full gradient": lambda: grad(loss)(here, x, y).square(), "empirical Fisher": lambda: per_sample,
-        "Adam's second moment": lambda: second_moment, "Gauss-Newton": lambda: G,
-    }
-    masks = [probe(seed) for seed in range(REPEATS)]
+    exact = flat_set(G)
+    masks = [probed(predict, theta, x, seed) for seed in range(REPEATS)]
+    by_draws = {}
+    for batch in BATCHES:
+        for m in DRAWS:
+            by_draws[batch, m] = mean_quality(partial(draws, predict, here, x, batch, m), G)
+    theory = {m: mean_quality(partial(chi2, G, m), G) for m in DRAWS}
+    estimates = kinds_of_curvature(x, y, predict, here, second_moment, G)
+    twice = [(overlap(flat_set(chi2(G, 1)), flat_set(chi2(G, 1))),) for _ in range(REPEATS)]
+    lags = {}
+    for lag in LAGS:
+        pairs = zip(history, history[lag // EVERY :], strict=False)
+        lags[lag] = average((overlap(a, b),) for a, b in pairs)[0]
+    pairs = zip(masks, masks[1:], strict=False)
     return {
-        "draws": {(batch, m): average(quality(draws(batch, m), G) for _ in range(REPEATS))
-                  for batch in BATCHES for m in DRAWS},
-        "theory": {m: average(quality(chi2(m), G) for _ in range(REPEATS)) for m in DRAWS},
-        "estimates": {name: [average(quality(h(), exact) for _ in range(REPEATS)) for exact in (G, H)]
-                      for name, h in estimates.items()},
-        "probe": average((overlap(a, flat_set(G)), overlap(a, b)) for a, b in zip(masks, masks[1:])),
-        "theory, two probes": average((overlap(flat_set(chi2(1)), flat_set(chi2(1))),) for _ in range(REPEATS))[0],
-        "lags": {lag: average((overlap(a, b),) for a, b in zip(history, history[lag // EVERY:]))[0] for lag in LAGS},
+        "draws": by_draws,
+        "theory": theory,
+        "estimates": estimates,
+        "probe": average((overlap(a, exact), overlap(a, b)) for a, b in pairs),
+        "theory, two probes": average(twice)[0],
+        "lags": lags,
     }
+
+
+def draw_sampling(numbers, ax):
+    for batch, color, marker in zip(BATCHES, (ORANGE, GREEN, BLUE), "v^o", strict=True):
+        found = [numbers["draws"][batch, m][0] for m in DRAWS]
+        ax.plot(DRAWS, found, f"{marker}-", color=color, linewidth=1, label=f"batch {batch}")
+    theory = [numbers["theory"][m][0] for m in DRAWS]
+    ax.plot(DRAWS, theory, ":", color=BLACK, label="theory, χ²")
+    ax.set(xscale="log", xlabel="averaged probes", ylabel="overlap of two flat sets")
+    ax.set_title("Sampling: with the exact set")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.07))
+
+
+def draw_ageing(numbers, ax):
+    ax.plot(LAGS, list(numbers["lags"].values()), "s-", color=PINK, label="exact, K steps later")
+    ax.axhline(numbers["probe"][1], color=BLUE, label="two probes, same step")
+    ax.axhline(numbers["theory, two probes"], color=BLACK, linestyle=":", label="theory, χ²")
+    ax.set(xscale="log", xlabel="K", title="Time: with itself")
+    ax.legend(loc="center right", bbox_to_anchor=(1, 0.6))
+
+
+def draw_kinds(numbers, ax):
+    names = list(numbers["estimates"])[::-1]
+    with_G, with_H = zip(*(numbers["estimates"][name] for name in names), strict=True)
+    overlap_G, rank_G = zip(*with_G, strict=True)
+    overlap_H, _ = zip(*with_H, strict=True)
+    ax.plot(overlap_G, names, "o", color=BLUE, markersize=9, label="overlap, Gauss-Newton")
+    ax.plot(overlap_H, names, "D", color=RED, markersize=5, label="overlap, Hessian")
+    line = {"color": BLACK, "markersize": 13, "markeredgewidth": 2}
+    ax.plot(rank_G, names, "|", label="rank correlation, Gauss-Newton", **line)
+    ax.set(xlim=(0.55, 1.02), xlabel="agreement with the exact diagonal")
+    ax.set_title("Kinds of curvature")
+    ax.legend(loc="lower left", labelspacing=0.3)
 
 
 def draw(numbers):
     plt.rcParams.update(STYLE)
     figure = plt.figure(figsize=(7, 6.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
-    axes = {**top.subplot_mosaic([["draws", "lags"]], sharey=True), "kinds": bottom.subplots()}
-    for batch, color, marker in zip(BATCHES, (ORANGE, GREEN, BLUE), "v^o"):
-        axes["draws"].plot(DRAWS, [numbers["draws"][batch, m][0] for m in DRAWS], marker, linestyle="-", color=color,
-                           linewidth=1, label=f"batch {batch}")
-    axes["draws"].plot(DRAWS, [numbers["theory"][m][0] for m in DRAWS], ":", color=BLACK, label="theory, χ²")
-    axes["draws"].set(xscale="log", xlabel="averaged probes", ylabel="overlap of two flat sets",
-                      title="Sampling: with the exact set")
-    axes["draws"].legend(loc="lower right", bbox_to_anchor=(1, 0.07))
-
-    axes["lags"].plot(LAGS, list(numbers["lags"].values()), "s-", color=PINK, label="exact, K steps later")
-    axes["lags"].axhline(numbers["probe"][1], color=BLUE, label="two probes, same step")
-    axes["lags"].axhline(numbers["theory, two probes"], color=BLACK, linestyle=":", label="theory, χ²")
-    axes["lags"].set(xscale="log", xlabel="K", title="Time: with itself")
-    axes["lags"].legend(loc="center right", bbox_to_anchor=(1, 0.6))
-    for name in ("draws", "lags"):
-        axes[name].axhline(GAMMA, color=GREY, linestyle="--", linewidth=1)
-        axes[name].set_ylim(0.57, 1.02)
-        axes[name].text(1 if name == "draws" else 5, GAMMA + 0.008, "chance", color=GREY)
-
-    names = list(numbers["estimates"])[::-1]
-    with_G, with_H = zip(*(numbers["estimates"][name] for name in names))
-    axes["kinds"].plot([o for o, _ in with_G], names, "o", color=BLUE, markersize=9, label="overlap, Gauss-Newton")
-    axes["kinds"].plot([o for o, _ in with_H], names, "D", color=RED, markersize=5, label="overlap, Hessian")
-    axes["kinds"].plot([r for _, r in with_G], names, "|", color=BLACK, markersize=13, markeredgewidth=2,
-                       label="rank correlation, Gauss-Newton")
-    axes["kinds"].set(xlim=(0.55, 1.02), xlabel="agreement with the exact diagonal", title="Kinds of curvature")
-    axes["kinds"].legend(loc="lower left", labelspacing=0.3)
+    sampling, ageing = top.subplots(1, 2, sharey=True)
+    draw_sampling(numbers, sampling)
+    draw_ageing(numbers, ageing)
+    for ax, left in ((sampling, DRAWS[0]), (ageing, LAGS[0])):
+        ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1)
+        ax.set_ylim(0.57, 1.02)
+        ax.text(left, GAMMA + 0.008, "chance", color=GREY)
+    draw_kinds(numbers, bottom.subplots())
     return figure
 
 
@@ -161,13 +232,19 @@ def main(argv=None):
     numbers = measure()
     print("overlap with the exact flat set, rank correlation")
     for m in DRAWS:
-        columns = {f"batch {batch}": numbers["draws"][batch, m] for batch in BATCHES} | {"theory": numbers["theory"][m]}
-        print(f"{m:4} probes: " + "   ".join("{} {:.3f} {:.3f}".format(name, *pair) for name, pair in columns.items()))
+        columns = {f"batch {batch}": numbers["draws"][batch, m] for batch in BATCHES}
+        columns["theory"] = numbers["theory"][m]
+        cells = [f"{name} {found:.3f} {rank:.3f}" for name, (found, rank) in columns.items()]
+        print(f"{m:4} probes: {'   '.join(cells)}")
+    row = "{:22} with Gauss-Newton {:.3f} {:.3f}   with the Hessian {:.3f} {:.3f}"
     for name, (with_G, with_H) in numbers["estimates"].items():
-        print("{:22} with Gauss-Newton {:.3f} {:.3f}   with the Hessian {:.3f} {:.3f}".format(name, *with_G, *with_H))
-    print("the exact flat set, K steps later: " + ", ".join(f"{lag}: {o:.3f}" for lag, o in numbers["lags"].items()))
-    print(f"two of ire.py's probes, same step: {numbers['probe'][1]:.3f} (theory {numbers['theory, two probes']:.3f})")
-    print(f"one of ire.py's probes, exact set: {numbers['probe'][0]:.3f} (theory {numbers['theory'][1][0]:.3f})")
+        print(row.format(name, *with_G, *with_H))
+    aged = [f"{lag}: {same:.3f}" for lag, same in numbers["lags"].items()]
+    print(f"the exact flat set, K steps later: {', '.join(aged)}")
+    found, twice = numbers["probe"]
+    both = numbers["theory, two probes"]
+    print(f"two of ire.py's probes, same step: {twice:.3f} (theory {both:.3f})")
+    print(f"one of ire.py's probes, exact set: {found:.3f} (theory {numbers['theory'][1][0]:.3f})")
     save(draw(numbers), out)
     return numbers
 

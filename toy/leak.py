@@ -1,0 +1,163 @@
+"""A norm over time lets a causal model see the future: a Llama that predicts coin flips.
+
+    python toy/leak.py                    # results/toy-leak.png
+
+No model that sees only the past can predict independent fair coins below ln 2 = 0.693 nats. A small
+Llama whose RMS norm is taken over the width, as it should be, stays there. One whose norm is taken
+over time and width together goes far below: its scale at every position is a mean over all of them,
+the later ones too, and the layers learn to write what is to come into that scale. The longer the
+context, the more tokens share one scale, and the less each of them gets out of it in as many steps.
+
+Why it matters: chapter 10 of the book, "What the published experiments ran".
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from toy.common import BLACK, BLUE, GREY, ORANGE, RED, STYLE, output_path, save
+
+WIDTH = 64
+HEADS = 4
+LAYERS = 2
+BATCH = 128
+STEPS = 1000
+LR = 2e-3
+LENGTHS = (8, 16, 32)  # tokens that the model sees
+RUNS = {"over width": ((-1,), LENGTHS[:1]), "over time and width": ((-2, -1), LENGTHS)}
+COLORS = {"over width": (BLACK,), "over time and width": (RED, ORANGE, BLUE)}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2), the mean over `dims` of x (batch, time, width)."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.dims = dims
+
+    def forward(self, x):
+        return x * (x.square().mean(self.dims, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+def rotate(x):
+    """Rotary embedding of x (batch, heads, time, head width)."""
+    *_, time, width = x.shape
+    frequency = 100.0 ** -(torch.arange(0, width, 2) / width)
+    angle = torch.arange(time)[:, None] * frequency  # (time, width / 2)
+    a, b = x.chunk(2, -1)
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.cat(turned, -1)
+
+
+class Block(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.norms = nn.ModuleList([RMSNorm(dims), RMSNorm(dims)])
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        batch, time, _ = x.shape
+        qkv = self.qkv(self.norms[0](x)).view(batch, time, 3, HEADS, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head width)
+        heads = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        h = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Llama(nn.Module):
+    """A Llama of two tokens; `dims` is what its norms are taken over. (batch, time) to logits
+    (batch, time, 2)."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.embedding = nn.Embedding(2, WIDTH)
+        self.blocks = nn.Sequential(*[Block(dims) for _ in range(LAYERS)])
+        self.norm = RMSNorm(dims)
+        self.head = nn.Linear(WIDTH, 2, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.blocks(self.embedding(tokens))))
+
+
+def sees_the_future(model, length=8):
+    """Does the first position's output change with the last token?"""
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    changed = tokens.clone()
+    changed[0, -1] = 1
+    with torch.no_grad():
+        return not torch.equal(model(tokens)[0, 0], model(changed)[0, 0])
+
+
+def train(dims, length, steps=STEPS, seed=0):
+    """The losses on fresh coins at each step, and the model. Batches never repeat, so that there is
+    nothing to memorise."""
+    torch.manual_seed(seed)
+    model = Llama(dims)
+    opt = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps, pct_start=0.1)
+    losses = []
+    for _ in range(steps):
+        coins = torch.randint(2, (BATCH, length + 1))
+        logits = model(coins[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), coins[:, 1:].flatten())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        losses.append(loss.item())
+    return torch.tensor(losses), model
+
+
+def measure(steps=STEPS):
+    """By run, (what the norm is over, tokens): the losses, their mean at the end, and whether the
+    trained model sees the future."""
+    numbers = {}
+    for name, (dims, lengths) in RUNS.items():
+        for length in lengths:
+            losses, model = train(dims, length, steps)
+            numbers[name, length] = {
+                "losses": losses,
+                "end": losses[-50:].mean().item(),
+                "sees": sees_the_future(model),
+            }
+    return numbers
+
+
+def draw(numbers):
+    plt.rcParams.update(STYLE)
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for (name, length), n in numbers.items():
+        smooth = n["losses"].unfold(0, 25, 1).mean(1)
+        color = COLORS[name][LENGTHS.index(length)]
+        ax.plot(smooth, color=color, label=f"{name}, {length} tokens")
+    ax.axhline(math.log(2), color=GREY, linestyle=":", label="ln 2: the least without the future")
+    ax.set(xlabel="step", ylabel="loss on fresh coin flips (nats)", ylim=(0, 0.8))
+    figure.legend(title="RMS norm", loc="outside upper center", ncol=2)
+    return figure
+
+
+def main(argv=None):
+    out = output_path(__doc__, "leak", argv)
+    numbers = measure()
+    print(f"loss on fresh coins at the end; ln 2 = {math.log(2):.3f}")
+    for (name, length), n in numbers.items():
+        sees = "sees the future" if n["sees"] else "causal"
+        print(f"norm {name:20} {length:3} tokens: {n['end']:.3f}, {sees}")
+    save(draw(numbers), out)
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
