@@ -41,29 +41,33 @@ from step import environment, synchronize, write_report  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-# With four micro-batches a quarter of the batch feeds the probe; AdamW has the same four.
 VARIANTS = {
     "AdamW": {"optimizer": "adamw"},
     "AdmIRE, full probe": {"optimizer": "admire"},
     "AdmIRE, second_moment": {"optimizer": "admire", "curvature": "second_moment"},
-    "AdamW, 4 micro-batches": {"optimizer": "adamw", "parts": 4},
-    "AdmIRE, 4 micro-batches, probe on one": {
-        "optimizer": "admire",
-        "parts": 4,
-        "probe_batches": 1,
-    },
 }
 BEFORE = "3f5953a"
 
 
-def settings(typed, parts=1, **own):
-    """Settings of one row that never ends, has its warm-up behind it and cuts a micro-batch into
-    `parts`."""
-    endless = {**typed, **own, "steps": 10**6, "warmup": 100, "ire_warmup": 0}
-    c = train_gpt.complete(train_gpt.Config(**{**endless, "probe_batches": None}))
-    return train_gpt.complete(
-        train_gpt.Config(**{**endless, "micro_batch": c.micro_batch // parts})
-    )
+def settings(typed, **own):
+    """Settings of one row, that never ends and has its warm-up behind it."""
+    endless = {"steps": 10**6, "warmup": 100, "ire_warmup": 0, "probe_batches": None}
+    return train_gpt.complete(train_gpt.Config(**{**typed, **endless, **own}))
+
+
+def quarter_rows(typed):
+    """The rows in which a quarter of the batch feeds the probe: a step has four micro-batches or
+    more, AdamW's too."""
+    c = settings(typed, optimizer="adamw")
+    least = max(4, c.batch_size // c.micro_batch)
+    n = next(n for n in range(least, c.batch_size + 1) if c.batch_size % n == 0)
+    size = {"micro_batch": c.batch_size // n}
+    probed = "one" if n < 8 else n // 4
+    admire = settings(typed, optimizer="admire", probe_batches=n // 4, **size)
+    return {
+        f"AdamW, {n} micro-batches": settings(typed, optimizer="adamw", **size),
+        f"AdmIRE, {n} micro-batches, probe on {probed}": admire,
+    }
 
 
 class Ours:
@@ -193,10 +197,13 @@ def interval(run):
 def time_rows(typed, rounds):
     """The report: tokens a second of every row, and its ratio to train_gpt.py's AdamW."""
     adamw = settings(typed, optimizer="adamw")
+    quarter = quarter_rows(typed)
+    cut = next(iter(quarter))  # AdamW of as many micro-batches
     runs = {
         "plain GPT-2 loop, AdamW": Plain(adamw, GPT2),
         "plain transformers loop, AdamW": Plain(adamw, transformers_llama),
         **{name: Ours(settings(typed, **own)) for name, own in VARIANTS.items()},
+        **{name: Ours(c) for name, c in quarter.items()},
     }
     for run in runs.values():
         interval(run)  # warm-up, compilation
@@ -212,7 +219,7 @@ def time_rows(typed, rounds):
     print(f"{'':40}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}{'TFLOP/s':>10}")
     rows = {}
     for name, values in speeds.items():
-        base = speeds["AdamW, 4 micro-batches" if "micro" in name else "AdamW"]
+        base = speeds[cut if name in quarter else "AdamW"]
         ratios = [a / b for a, b in zip(values, base, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         rate = statistics.median(values)

@@ -206,3 +206,21 @@ def test_a_stage_runs_at_a_toy_size(tmp_path, number, capsys):
     assert all(step["done"] and step["code"] for step in report["steps"].values())
     assert stage_in(tmp_path, number) == 0
     assert capsys.readouterr().out.count("done before") == len(report["steps"])
+
+
+@pytest.mark.parametrize(
+    "typed, names",
+    [
+        ({}, ["AdamW, 4 micro-batches", "AdmIRE, 4 micro-batches, probe on one"]),
+        ({"batch_size": 240, "micro_batch": 20}, ["AdamW, 12 micro-batches", "AdmIRE, 12 mi"]),
+        ({"batch_size": 240, "micro_batch": 120}, ["AdamW, 4 micro-batches", "AdmIRE, 4 mic"]),
+    ],
+)
+def test_the_quarter_probe_gets_a_quarter(typed, names):
+    import train
+
+    rows = train.quarter_rows({"device": "cpu", **typed})
+    assert all(row.startswith(name) for row, name in zip(rows, names, strict=True))
+    adamw, admire = rows.values()
+    assert adamw.micro_batch == admire.micro_batch
+    assert admire.probe_batches * admire.micro_batch * 4 == admire.batch_size

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn as nn
 
@@ -86,12 +87,49 @@ all runs, controls, commands and machines are on the book's [results page](book/
 """
 
 
-def section():
-    return re.search(r"<!-- results:start -->\n(.*?)<!-- results:end -->", README, re.S)
+def gpu():
+    """The GPU's rows; results/train-229m-h100.json is DIR/train-229m.json of benchmarks/gpu.py."""
+    lines = [
+        "| H100, `python benchmarks/gpu.py 2` and `3` | 60m | 119m | 229m |",
+        "|---|---|---|---|",
+    ]
+    files = [ROOT / f"results/train-{preset}-h100.json" for preset in ("60m", "119m", "229m")]
+    rows = [json.loads(f.read_text())["rows"] if f.exists() else {} for f in files]
+    for label, mark, key in (
+        ("tokens a second, AdamW", "AdamW", "tokens_per_second"),
+        ("TFLOP/s, AdamW", "AdamW", "tflops"),
+        ("AdmIRE of AdamW, second moment", "AdmIRE, second_moment", "of_adamw"),
+        ("AdmIRE of AdamW, probe on a quarter", "probe on", "of_adamw"),
+        ("AdmIRE of AdamW, full probe", "AdmIRE, full probe", "of_adamw"),
+    ):
+        cells = [gpu_cell(found, mark, key) for found in rows]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def test_the_numbers_are_those_of_the_results():
-    assert section().group(1) == results(), "renew it: python tests/test_readme.py"
+def gpu_cell(rows, mark, key):
+    for name, row in rows.items():
+        if name == mark or (mark == "probe on" and mark in name):
+            return f"{row[key]:,.0f}" if key == "tokens_per_second" else f"{row[key]:.3g}"
+    return "not measured yet"
+
+
+SECTIONS = {"results": results, "gpu": gpu}
+
+
+def section(name):
+    return re.search(rf"<!-- {name}:start -->\n(.*?)<!-- {name}:end -->", README, re.S)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_numbers_are_those_of_the_results(name):
+    assert section(name).group(1) == SECTIONS[name](), "renew it: python tests/test_readme.py"
+
+
+def test_a_measured_row_of_the_gpu_is_quoted():
+    rows = {"AdmIRE, 8 micro-batches, probe on 2": {"of_adamw": 0.9712, "tokens_per_second": 1e6}}
+    assert gpu_cell(rows, "probe on", "of_adamw") == "0.971"
+    assert gpu_cell(rows, "AdamW", "tflops") == "not measured yet"
 
 
 def test_the_files_it_names_exist():
@@ -105,5 +143,9 @@ def test_the_files_it_names_exist():
 
 
 if __name__ == "__main__":
-    start, end = section().span(1)
-    (ROOT / "README.md").write_text(README[:start] + results() + README[end:])
+    text = README
+    for name, write in SECTIONS.items():
+        start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+        before, rest = text.split(start)
+        text = before + start + write() + end + rest.split(end)[1]
+    (ROOT / "README.md").write_text(text)
