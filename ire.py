@@ -761,7 +761,7 @@ def _modules(model, more):
 
 
 # ------------------------------------------------------------------------------------ memory
-_BATCH = {"cpu": 1 << 18}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
+_BATCH = {"cpu": 1 << 19}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
 
 
 def _batches(tensors):

@@ -546,7 +546,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(6, 4), (700, 500)])  # 350,000 elements are cut in two
+@pytest.mark.parametrize("shape", [(6, 4), (900, 700)])  # 630,000 elements are cut in two
 def test_layouts_give_the_same_bits(layout, shape):
     def run(lay_out):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
