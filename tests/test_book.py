@@ -335,6 +335,7 @@ PHONE = """<script>
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.slow
 def test_pages_open_without_errors_and_fit_a_phone(book, tmp_path):
     """All pages in frames of 390 pixels; a script writes what it measures into the title."""
     names = [f"book/{name}" for name in ("intro", "api", "results")]

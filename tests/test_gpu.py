@@ -103,6 +103,7 @@ def test_the_goals_are_of_an_h100():
     assert not any(row["goal"] for row in gpu.judge_speed(results, "Tesla T4"))
 
 
+@pytest.mark.slow
 def test_a_command_out_of_time_is_ended_with_its_workers(tmp_path):
     beats = tmp_path / "beats"
     child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.1)"
@@ -138,6 +139,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     assert "allowed is a folder without results of NVIDIA H100" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
     """The second call takes the run up at its checkpoint, the third has nothing to do."""
     run, commands = tmp_path / "work/muon-0", []

@@ -38,6 +38,7 @@ def run(tmp_path_factory):
 
 # ----------------------------------------------------------------------------------------- all toys
 @pytest.mark.parametrize("name", TOYS)
+@pytest.mark.slow
 def test_draws_a_figure_by_default_into_results(run, name):
     run(name)
     assert (run.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -217,6 +218,7 @@ def test_kinds_of_curvature(run):
 
 
 # --------------------------------------------------------------------------------- a norm over time
+@pytest.mark.slow
 def test_only_a_norm_over_time_sees_the_future_and_learns_coin_flips():
     ends = {}
     for name, (dims, _) in leak.RUNS.items():
@@ -227,6 +229,7 @@ def test_only_a_norm_over_time_sees_the_future_and_learns_coin_flips():
     assert ends["over time and width"] < 0.9 * math.log(2)
 
 
+@pytest.mark.slow
 def test_leak_draws_its_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leak, "measure", partial(leak.measure, steps=30))
     leak.main(["--out", str(tmp_path / "leak.png")])

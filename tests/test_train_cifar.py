@@ -331,6 +331,7 @@ def test_outputs():
         assert part in out
 
 
+@pytest.mark.slow
 def test_seeds_print_mean_and_error():
     out = trained("--seeds 3 --seed 5 --overwrite")
     runs = [log(RUN / f"seed-{seed}", "test_acc")[-1]["test_acc"] for seed in (5, 6, 7)]
@@ -400,6 +401,7 @@ def test_full_disk_while_it_writes_a_checkpoint(size, small_disk):
     assert checkpoint()["step"] == 4 and not list(RUN.glob(".*"))
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_real_process():
     flags = (
         "--data digits --limit-train 9 --limit-test 9 --epochs 200 --batch-size 2 --log-interval 10"
@@ -838,6 +840,7 @@ def test_sharpness_of_a_run(model):
 
 
 # --------------------------------------------------------------------------------- ranks
+@pytest.mark.slow
 def test_two_ranks():
     """The same batches, so the same weights within float error. The labels of the probe are each
     rank's own: kappa is 0."""

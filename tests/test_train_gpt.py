@@ -589,6 +589,7 @@ def paused(flags, where, call):
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.slow
 def test_signals_to_a_real_process(number):
     process = paused("", "train_gpt.Data.batch", 8)
     process.send_signal(number)
@@ -604,6 +605,7 @@ def test_signals_to_a_real_process(number):
 
 
 @pytest.mark.parametrize("where", ("torch.save", "os.replace"))
+@pytest.mark.slow
 def test_killed_while_it_writes_a_checkpoint(where):
     flags = "--checkpoint-interval 4 "
     process = paused(flags, where, 2)
@@ -1064,6 +1066,7 @@ def test_sample(finished):
     )
 
 
+@pytest.mark.slow
 def test_sample_in_a_real_process(finished):
     process = start(f"--sample {RUN} --prompt 'def ' --tokens 300", tiny="")
     out, err = process.communicate()
@@ -1347,6 +1350,7 @@ def test_a_checkpoint_of_an_older_or_newer_version_goes_on():
         ),
     ),
 )
+@pytest.mark.slow
 def test_variables_left_over_from_a_cluster(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -1457,6 +1461,7 @@ def test_a_checkpoint_without_its_log_goes_on():
     assert same(checkpoint(), whole) and [r["step"] for r in log()] == [8, 10, 12]
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_told_who_runs_there():
     process = paused("", "train_gpt.Data.batch", 8)
     before = tree(RUN)
@@ -1519,6 +1524,7 @@ def test_sampling_at_extreme_temperatures(finished):
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.slow
 def test_signals_outside_of_training(number, finished):
     """While data is prepared, and while text is drawn: no traceback, nothing left behind."""
     for where, flags, tiny in (

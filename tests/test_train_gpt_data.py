@@ -424,6 +424,7 @@ def hub(here, monkeypatch):
 
 
 @pytest.mark.parametrize("tokenizer", ("bytes", "gpt2"))
+@pytest.mark.slow
 def test_wikitext_2_through_datasets(hub, vocabulary, monkeypatch, tokenizer):
     flags = f"--data wikitext-2 --tokenizer {tokenizer} --width 16 --batch-size 2 "
     flags += "--eval-sequences 2 --lr 1e-2 --steps 50 --eval-interval 50 "

@@ -166,11 +166,13 @@ def sharded(root):
 
 
 @pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.slow
 def test_copies_on_ranks_are_one_process(root, alone, ranks):
     agree(trained(root / f"ddp{ranks}", ranks), alone)
 
 
 @fsdp
+@pytest.mark.slow
 def test_shards_on_ranks_are_one_process(sharded, alone):
     agree(sharded, alone)
 
@@ -230,6 +232,7 @@ def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(
 @fsdp
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
 @pytest.mark.parametrize("flags", (pytest.param("", marks=pytest.mark.slow), "--fsdp"))
+@pytest.mark.slow
 def test_muon_with_ire_on_ranks_is_one_process(root, flags):
     one, two = root / f"muon1{flags}", root / f"muon2{flags}"
     trained(one, 1, "--optimizer muon-ire --steps 6")
@@ -241,12 +244,14 @@ def test_muon_with_ire_on_ranks_is_one_process(root, flags):
         )  # its iteration is in bfloat16
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all(root):
     process = torchrun(root / "broken", 2, "", "fail")
     assert process.wait(timeout=60) != 0
     assert "RuntimeError: rank 1 has lost its mind" in (root / "broken/err").read_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_says_so_once(root):
     process = torchrun(root / "wrong", 2, "--gamma 1.5")
     assert process.wait(timeout=60) != 0
