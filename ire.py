@@ -344,8 +344,10 @@ class IRE(_Wrapper):
                     what = f"no exp_avg_sq in {type(self.base).__name__}'s state"
                     if v is not None:
                         what = f"exp_avg_sq of another shape or basis in {type(self.base).__name__}"
-                    allowed = "one number for each coordinate; kappa 0 in its group leaves p out"
-                    _require(False, f"second_moment of a parameter {tuple(p.shape)}", what, allowed)
+                    raise ValueError(
+                        f"second_moment of a parameter {tuple(p.shape)}: got {what}, allowed is "
+                        "one number for each coordinate; kappa 0 in its group leaves p out"
+                    )
         return moments
 
     @torch.no_grad()
@@ -622,10 +624,9 @@ def _threshold(h, gamma):
         return torch.tensor(-1.0), 0
     threshold, zeros = _kth_and_zeros(h, k)
     if zeros == n:
-        text = (
-            "IRE: the curvature is 0 everywhere, so the last mask goes on: is the probe's loss one"
-        )
-        warnings.warn(f"{text} that depends on the weights?", stacklevel=2)
+        text = "IRE: the curvature is 0 everywhere, so the last mask goes on"
+        text += ": is the probe's loss one that depends on the weights?"
+        warnings.warn(text, stacklevel=2)
         return None, zeros
     if not threshold.isfinite():
         text = f"IRE: more than {1 - gamma:.2g} of the curvature is not finite, and counts as sharp"
@@ -641,16 +642,17 @@ def _at_most(h, threshold, p):
     return flat
 
 
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
 def _kth_and_zeros(tensors, k, group=None):
     """kth_smallest on the CPU, and the number of zeros. A radix select: the bits of non-negative
     floats order as the numbers do, so a histogram for every 16 bits finds it, without a copy of
     the model."""
     wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
-    floats, ints, bits = (
-        (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
-    )
+    floats = torch.float64 if wide else torch.float32
     prefix = None
-    for shift in range(bits - 16, -1, -16):
+    for shift in range(torch.finfo(floats).bits - 16, -1, -16):
         counts = _total(partial(_histogram, floats, shift, prefix), tensors, group)
         below = counts.cumsum(0)
         if prefix is None:
@@ -658,16 +660,17 @@ def _kth_and_zeros(tensors, k, group=None):
             n = int(below[-1])
             good = isinstance(k, numbers.Integral) and 1 <= k <= n
             _require(good, "k", k, f"1 to the number of elements, {n}")
-            prefix, rank = 0, k
+            prefix = 0
+            rank = k
         digit = int(torch.searchsorted(below, rank))
         rank -= int(below[digit] - counts[digit])
         prefix = prefix << 16 | digit
-    return torch.tensor(prefix, dtype=ints).view(floats), zeros
+    return torch.tensor(prefix, dtype=_BITS[floats]).view(floats), zeros
 
 
 def _histogram(floats, shift, prefix, tensors):
     """Counts (65536) of the 16 bits from `shift` on, of |x| whose bits above those are `prefix`."""
-    ints = torch.int64 if floats == torch.float64 else torch.int32
+    ints = _BITS[floats]
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensors[0].device)
     for where in _batches(tensors):
         x = _joined([_piece(*at) for at in where])

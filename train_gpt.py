@@ -240,6 +240,7 @@ def complete(given: Config) -> Config:
             setattr(c, name, value)
     check_values(c)
     choose(c, given)
+    fit(c, given)
     check_settings(c)
     check_memory(c)
     return c
@@ -301,7 +302,7 @@ def compiler_error(device):
 
 
 def choose(c, given):
-    """Settings that depend on the machine, or on others."""
+    """Settings that depend on the machine."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     here = [name for name, found in there.items() if found] + ["cpu"]
     c.device = here[0] if c.device == "auto" else c.device
@@ -315,6 +316,10 @@ def choose(c, given):
         note(f"goes on without torch.compile: {compiler_error(c.device)}")
         c.compile = False
     c.fsdp = c.fsdp and (LAUNCHED or bool(given.fsdp))  # one process can go on with it
+
+
+def fit(c, given):
+    """Settings that depend on others."""
     if given.warmup is None and not c.resume:
         c.warmup = min(c.warmup, c.steps // 2)
     c.ire_warmup = c.warmup if c.ire_warmup is None else c.ire_warmup

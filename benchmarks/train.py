@@ -125,23 +125,25 @@ class GPT2(nn.Module):
         return self.head(self.norm(h))
 
 
-def transformers_llama(c, vocab):
-    from transformers import LlamaConfig, LlamaForCausalLM
+class TransformersLlama(nn.Module):
+    def __init__(self, c, vocab):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=c.width,
-            intermediate_size=c.ffn,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            max_position_embeddings=c.context,
-            use_cache=False,
+        self.llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=c.width,
+                intermediate_size=c.ffn,
+                num_hidden_layers=c.layers,
+                num_attention_heads=c.heads,
+                max_position_embeddings=c.context,
+                use_cache=False,
+            )
         )
-    )
-    forward = model.forward
-    model.forward = lambda x: forward(input_ids=x).logits
-    return model
+
+    def forward(self, x):
+        return self.llama(input_ids=x).logits
 
 
 class Plain:
@@ -201,7 +203,7 @@ def time_rows(typed, rounds):
     cut = next(iter(quarter))  # AdamW of as many micro-batches
     runs = {
         "plain GPT-2 loop, AdamW": Plain(adamw, GPT2),
-        "plain transformers loop, AdamW": Plain(adamw, transformers_llama),
+        "plain transformers loop, AdamW": Plain(adamw, TransformersLlama),
         **{name: Ours(settings(typed, **own)) for name, own in VARIANTS.items()},
         **{name: Ours(c) for name, c in quarter.items()},
     }
