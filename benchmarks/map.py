@@ -17,7 +17,6 @@ script cleanly.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -32,7 +31,7 @@ import forms  # noqa: E402
 from map_report import draw, draw_forms, table  # noqa: E402
 from speedup_optimizers import MuonAndAdamW, adamw  # noqa: E402
 from step import environment  # noqa: E402
-from study import NotHeld, Runs, crossing, mean, search  # noqa: E402
+from study import NotHeld, Runs, crossing, locked, mean, search  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -536,14 +535,8 @@ def main():
     parser.add_argument("--summary", action="store_true", help="run nothing")
     parser.add_argument("--file", type=Path, default=RESULTS, help="default results/map.json")
     args = parser.parse_args()
-    lock = ROOT / "runs" / "map" / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
     results = Results(args.file, train)
-    with open(lock, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit(f"map.py: another process works on {args.file}")
+    with locked(ROOT / "runs" / "map" / "lock", args.file):
         if not args.summary:
             check_commit(results)
             run_all(results)

@@ -38,7 +38,6 @@ They are kept in results/speedup-ROW.json, with the figure beside it. The protoc
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -56,7 +55,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from speedup_optimizers import builder  # noqa: E402
 from speedup_report import draw, in_time, step_time, table  # noqa: E402
 from step import environment  # noqa: E402
-from study import NotHeld, Runs, crossing, mean, search  # noqa: E402
+from study import NotHeld, Runs, crossing, locked, mean, search  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -536,13 +535,7 @@ def main():
     given = {"data": args.data, "device": args.device}
     model = {name: value for name, value in given.items() if value}
     results = Results(args.row, path, train, **model)
-    lock = ROOT / "runs" / "speedup" / f"{args.row}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit(f"speedup.py: another process works on {path}")
+    with locked(ROOT / "runs" / "speedup" / f"{args.row}.lock", path):
         if not args.summary:
             results.environment = environment(args.device or "cpu")
             run_plan(results, args.stages)

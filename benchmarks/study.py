@@ -6,10 +6,13 @@ saved at once, so that a study goes on where it stopped.
 
 import contextlib
 import copy
+import fcntl
 import itertools
 import json
 import math
 import statistics
+import sys
+from pathlib import Path
 
 import train_gpt
 
@@ -70,6 +73,18 @@ class Runs:
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)  # a run a line
         text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]')
         train_gpt.write_atomically(self.path, lambda f: f.write(text.encode()))
+
+
+@contextlib.contextmanager
+def locked(lock, path):
+    """Ends the script where another process holds the file `lock`, and so works on `path`."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"{Path(sys.argv[0]).name}: another process works on {path}")
+        yield
 
 
 # --------------------------------------------------------------------------- search
