@@ -2,6 +2,7 @@
 
     python benchmarks/map.py                # run what is missing, go on where it stopped
     python benchmarks/map.py --summary      # table and figure of the runs that are held
+    python benchmarks/map.py --time         # seconds of a step of each form beside its base's
 
 The protocol is that of benchmarks/speedup.py, smaller. At each place of the map every optimizer
 gets the same number of trials of learning rate and warm-up in the same search on seed 0, which
@@ -21,9 +22,12 @@ import io
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -323,9 +327,11 @@ class Results(Runs):
             return {"settings": settings, **train(settings)}
 
         super().__init__(path, settings_of, train and run, self.summary)
+        self.times = json.loads(path.read_text()).get("times", {}) if path.exists() else {}
 
     def summary(self):
-        return {"command": "python benchmarks/map.py", **plan(), "gains": gains(self)}
+        head = {"command": "python benchmarks/map.py", **plan()}
+        return head | {"gains": gains(self), "times": self.times}
 
     def commits(self):
         return {run["commit"] for run in self.runs}
@@ -516,6 +522,51 @@ def steps_saved(results, place, base, losses):
     return {"steps_saved": share, "steps_saved_stderr": error, "extrapolated_on": beyond}
 
 
+# --------------------------------------------------------------------------- time
+class Timed:
+    """A run of a form, to be timed a few steps at a time."""
+
+    def __init__(self, place, name):
+        form = FORMS[name]
+        settings = {"place": place, "form": name, "seed": 0, **START}
+        settings |= {setting: form.settings[setting] for setting in form.grid}
+        self.c = config(settings, ROOT / "runs" / "map" / "timed")
+        self.data = train_gpt.Data(self.c)
+        torch.manual_seed(0)
+        self.model = train_gpt.make_model(self.c, self.data.vocab)
+        self.optimizer = builder(settings)(self.model, self.c)
+        self.scaler = torch.amp.GradScaler(self.c.device, enabled=False)
+        self.step = 0
+
+    def seconds(self, steps=10):
+        """Of so many steps: as many as the factors stay, so that each time has one refresh."""
+        begun = time.perf_counter()
+        for _ in range(steps):
+            batch = self.data.batch(self.step)
+            train_gpt.train_step(self.model, self.optimizer, batch, self.step, self.c, self.scaler)
+            self.step += 1
+        return time.perf_counter() - begun
+
+
+def time_forms(place, rounds):
+    """{"forms": {form: its time over its base's, with quartiles}, ...}; all take turns."""
+    runs = {name: Timed(place, name) for name in FORMS}
+    seconds = {name: [] for name in FORMS}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            elapsed = run.seconds()
+            if i > 0:  # the first warms up
+                seconds[name].append(elapsed)
+    rows = {}
+    for name, form in FORMS.items():
+        pairs = zip(seconds[name], seconds[BASES[form.base]], strict=True)
+        low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        rows[name] = {"of_base": middle, "quartiles": [low, high]}
+        rows[name]["ms_a_step"] = 100 * statistics.median(seconds[name])
+        print(f"{name:45}{rows[name]['ms_a_step']:8.1f} ms{middle:7.3f} ({low:.3f}-{high:.3f})")
+    return {"rounds": rounds, "environment": environment("cpu"), "forms": rows}
+
+
 # --------------------------------------------------------------------------- command line
 def check_commit(results):
     """All runs that are compared are of one commit."""
@@ -533,11 +584,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--summary", action="store_true", help="run nothing")
+    parser.add_argument("--time", metavar="PLACE", nargs="?", const="500x16", choices=PLACES)
+    parser.add_argument("--rounds", type=int, default=20, help="of --time")
     parser.add_argument("--file", type=Path, default=RESULTS, help="default results/map.json")
     args = parser.parse_args()
     results = Results(args.file, train)
     with locked(ROOT / "runs" / "map" / "lock", args.file):
-        if not args.summary:
+        if args.time:
+            results.times[args.time] = time_forms(args.time, args.rounds)
+        elif not args.summary:
             check_commit(results)
             run_all(results)
         results.save()

@@ -394,9 +394,9 @@ def test_figure_of_the_other_forms_and_the_edge_of_the_grid(results, tmp_path):
     assert "| 0.004 | 0.02 (edge) |" in map_report.table({**report, "gains": [row]})
 
 
-@muon
-@pytest.mark.parametrize("name", ["AdamW", "hard mask over Muon", "multipliers by hand"])
-def test_trains_a_run_and_records_how(tmp_path, monkeypatch, name):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A place of five steps and four sequences of a small model."""
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 2000)
     monkeypatch.setitem(study.MODELS, "nano", SMALL)
@@ -404,6 +404,22 @@ def test_trains_a_run_and_records_how(tmp_path, monkeypatch, name):
     data = {"data": str(text), "data_dir": str(tmp_path), "eval_sequences": 8}
     monkeypatch.setattr(study, "FIXED", {**study.FIXED, **data})
     monkeypatch.setattr(study, "ROOT", tmp_path)
+
+
+@muon
+def test_times_take_turns_and_stay_in_the_file(small, tmp_path):
+    results = study.Results(tmp_path / "map.json")
+    results.times["250x4"] = study.time_forms("250x4", rounds=2)
+    results.save()
+    forms = study.Results(tmp_path / "map.json").times["250x4"]["forms"]
+    assert forms.keys() == study.FORMS.keys()
+    assert forms["AdamW"]["of_base"] == forms["Muon"]["of_base"] == 1
+    assert all(row["ms_a_step"] > 0 for row in forms.values())
+
+
+@muon
+@pytest.mark.parametrize("name", ["AdamW", "hard mask over Muon", "multipliers by hand"])
+def test_trains_a_run_and_records_how(small, tmp_path, name):
     settings = {"place": "250x4", "form": name, "lr": 1e-3, "warmup_fraction": 0.25, "seed": 1}
     settings |= {setting: study.FORMS[name].settings[setting] for setting in study.FORMS[name].grid}
     run = study.train(settings)
