@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import forms  # noqa: E402
-from map_report import draw, draw_forms, table  # noqa: E402
+from map_report import draw, table  # noqa: E402
 from speedup_optimizers import MuonAndAdamW, adamw  # noqa: E402
 from step import environment  # noqa: E402
 from study import NotHeld, Runs, crossing, locked, mean, search  # noqa: E402
@@ -599,7 +599,6 @@ def main():
     report = json.loads(args.file.read_text())
     print(table(report))
     draw(report, args.file.with_suffix(".png"))
-    draw_forms(report, args.file.with_name(f"{args.file.stem}-forms.png"))
 
 
 if __name__ == "__main__":

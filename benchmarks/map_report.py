@@ -1,5 +1,7 @@
 """What benchmarks/map.py computes from its runs is shown here: a table and the map itself."""
 
+from functools import partial
+
 import numpy as np
 from study import number
 
@@ -68,10 +70,21 @@ def missing(report):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """A panel for each form: the gain as colour and number over the batch and the length."""
+    """The map at `path`, the other forms beside it, where any was judged."""
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figures = {path: the_map(report), path.with_stem(f"{path.stem}-forms"): the_forms(report)}
+    for name, figure in figures.items():
+        if figure:
+            train_gpt.write_atomically(name, partial(figure.savefig, format="png"))
+            plt.close(figure)
+
+
+def the_map(report):
+    """A panel for each form: the gain as colour and number over the batch and the length."""
     import matplotlib.pyplot as plt
 
     from toy.common import STYLE
@@ -86,8 +99,7 @@ def draw(report, path):
             cells = {(p["batch"], p["steps"]): rows.get(name) for name, p in places.items()}
             image = draw_panel(panel, form, cells, batches, lengths)
         draw_key(axes[1, 2], image)
-        train_gpt.write_atomically(path, lambda f: figure.savefig(f, format="png"))
-        plt.close(figure)
+    return figure
 
 
 def draw_panel(panel, form, cells, batches, lengths):
@@ -132,11 +144,9 @@ def draw_key(panel, image):
     panel.figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label="gain")
 
 
-def draw_forms(report, path):
-    """The other forms beside those of the map, a panel for each place at which they were judged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def the_forms(report):
+    """The other forms beside those of the map, a panel for each place at which they were judged;
+    None while there are none."""
     import matplotlib.pyplot as plt
 
     from toy.common import STYLE
@@ -146,7 +156,7 @@ def draw_forms(report, path):
     panels = {place: [row for row in judged if row["place"] == place] for place in report["places"]}
     panels = {place: rows for place, rows in panels.items() if place in others}
     if not panels:
-        return
+        return None
     heights = [0.9 + 0.24 * len(rows) for rows in panels.values()]
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7, sum(heights)), layout="constrained")
@@ -155,8 +165,7 @@ def draw_forms(report, path):
             at = report["places"][place]
             title = f"{at['model']}, {at['steps']} steps, {at['batch']} sequences"
             draw_forms_at(panel, title, rows)
-        train_gpt.write_atomically(path, lambda f: figure.savefig(f, format="png"))
-        plt.close(figure)
+    return figure
 
 
 def draw_forms_at(panel, title, rows):

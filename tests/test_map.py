@@ -381,14 +381,13 @@ def test_nothing_is_held(tmp_path):
     report = json.loads(results.path.read_text())
     assert report["gains"] == [] and "not measured yet at 250x4: AdamW" in map_report.table(report)
     map_report.draw(report, tmp_path / "map.png")
-    map_report.draw_forms(report, tmp_path / "forms.png")
-    assert (tmp_path / "map.png").exists() and not (tmp_path / "forms.png").exists()
+    assert (tmp_path / "map.png").exists() and not (tmp_path / "map-forms.png").exists()
 
 
 def test_figure_of_the_other_forms_and_the_edge_of_the_grid(results, tmp_path):
     report = results.summary()
-    map_report.draw_forms(report, tmp_path / "forms.png")
-    assert (tmp_path / "forms.png").read_bytes().startswith(b"\x89PNG")
+    map_report.draw(report, tmp_path / "map.png")
+    assert (tmp_path / "map-forms.png").read_bytes().startswith(b"\x89PNG")
     row = {**report["gains"][0], "warmup_fraction": 0.02, "at_edge": ["warmup_fraction"]}
     assert report["gains"][0]["at_edge"] == []
     assert "| 0.004 | 0.02 (edge) |" in map_report.table({**report, "gains": [row]})
