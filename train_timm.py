@@ -36,7 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 ROWS = {
     "small": {"model": "resnet18", "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05},
-    # RandAugment(2, 15) is torchvision's, of 30; timm counts to 10, and applies half of them
+    # the paper's RandAugment(2, 15) counts to 30, timm's to 10 and skips half of its operations
     "vit-s": {
         "model": "vit_small_patch16_224",
         "opt": "adamw",
@@ -75,6 +75,7 @@ def parse(words=None):
     add("--resume", action="store_true")
     add("--model", help="a name of timm.list_models()")
     add("--epochs", type=int, default=20)
+    add("--stop", type=int, help="end after this epoch, for jobs of limited time; then --resume")
     add("--batch", type=int, default=64, help="images a step; even, for Mixup")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
     add("--seed", type=int, default=0)
@@ -185,7 +186,7 @@ def train(c):
     parts = {"model": model, "ema": ema.module, "opt": opt}
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    for epoch in range(load(out, parts) if c.resume else 0, c.epochs):
+    for epoch in range(load(out, parts) if c.resume else 0, c.stop or c.epochs):
         # of torch, numpy and random: then an epoch's order, crops and mixtures need no other's past
         random_seed(10_000 * c.seed + epoch)
         start = time.perf_counter()
