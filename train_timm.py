@@ -36,7 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 ROWS = {
     "small": {"model": "resnet18", "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05},
-    # the paper's RandAugment(2, 15) counts to 30, timm's to 10 and skips half of its operations
+    # the paper's RandAugment(2, 15) counts to 30, timm's to 10, with probability 1/2
     "vit-s": {
         "model": "vit_small_patch16_224",
         "opt": "adamw",

@@ -1,5 +1,5 @@
-"""train_timm.py and chapter 11's loop with the real timm, where timm and a torchvision that fits its
-torch are: pip install -r requirements-timm.txt pytest, in an environment of its own."""
+"""train_timm.py and chapter 11's loop with the real timm, where it is and torchvision fits torch:
+pip install -r requirements-timm.txt pytest, in an environment of its own."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from ire import IRE, SAM, sampled_cross_entropy
 
-timm = pytest.importorskip("timm")
 try:
+    import timm
     import torchvision  # noqa: F401
-except (ImportError, RuntimeError) as problem:
-    pytest.skip(f"torchvision does not fit torch: {problem}", allow_module_level=True)
+except (ImportError, RuntimeError) as problem:  # RuntimeError: built for another torch
+    pytest.skip(f"needs timm and torchvision: {problem}", allow_module_level=True)
 
 from PIL import Image
 from timm.data import Mixup
