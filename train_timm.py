@@ -163,7 +163,7 @@ def accuracy(model, batches):
         best = model(x.to(DEVICE)).topk(min(5, model.num_classes)).indices
         right = best == y.to(DEVICE)[:, None]
         hits += torch.stack((right[:, 0].sum(), right.sum()))
-    return [round(share, 2) for share in (100 * hits / len(batches.dataset)).tolist()]
+    return (100 * hits / len(batches.dataset)).tolist()
 
 
 def train(c):
@@ -199,10 +199,13 @@ def train(c):
             schedule.step_update(step)
             total += train_step(c, model, opt, x, y)
             ema.update(model, step + 1)
-        row = {"epoch": epoch + 1, "loss": round(float(total / steps), 4)}
-        row["images_per_second"] = round(steps * c.batch / (time.perf_counter() - start), 1)
-        row |= {"top1, top5": accuracy(model, tests), "ema's": accuracy(ema.module, tests)}
-        print(json.dumps(row), flush=True)
+        total = float(total)  # waits for the device
+        seconds = time.perf_counter() - start
+        top1, top5 = accuracy(model, tests)
+        row = {"epoch": epoch + 1, "loss": total / steps, "top1": top1, "top5": top5}
+        row["ema_top1"], row["ema_top5"] = accuracy(ema.module, tests)
+        row["images_per_second"] = steps * c.batch / seconds
+        print(*(f"{name} {value:.4g}" for name, value in row.items()), sep="  ", flush=True)
         save(out, parts, epoch + 1, row)
     return model, ema.module
 
