@@ -80,7 +80,7 @@ def parse(words=None):
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
     add("--seed", type=int, default=0)
     add("--opt", help="a name of timm.optim.list_optimizers()")
-    add("--lr", type=float)
+    add("--lr", type=float, help="in proportion to --batch: a row's is for its 1024")
     add("--weight-decay", type=float)
     add("--warmup-epochs", type=int, default=1, help="of the learning rate, from 0 to lr")
     add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: any")
