@@ -972,7 +972,8 @@ def draw(path, *runs):
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for c, color in zip(runs, ("#0072B2", "#D55E00"), strict=False):
+    for c in runs:
+        color = "#0072B2" if has_ire(c) else "#000000"  # as in the book's figures
         log = read_log(c.out)
         training, validation = (
             np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T

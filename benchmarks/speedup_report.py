@@ -64,8 +64,8 @@ def table(report):
 
 # --------------------------------------------------------------------------- figure
 def draw(report, path):
-    """Above, AdamW's loss over the length of its schedule and AdmIRE's level; below, the others at
-    the same steps."""
+    """Above, AdamW's loss over the length of its schedule and AdmIRE's level; below, all others at
+    the same steps: in three groups, the best first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +83,7 @@ def draw(report, path):
         if row["steps"] == steps and label != "AdamW"
     }
     with plt.rc_context(STYLE):
-        heights = 2.8, 0.8 + 0.26 * len(others)
+        heights = 2.8, 0.8 + 0.22 * (len(others) + len(GROUPS))
         figure = plt.figure(figsize=(4.8, sum(heights)), layout="constrained")
         parts = figure.subfigures(2, height_ratios=heights)
         draw_lengths(parts[0].subplots(), rows)
@@ -93,7 +93,7 @@ def draw(report, path):
 
 
 def draw_lengths(axes, rows):
-    from toy.common import BLUE, RED
+    from toy.common import BLACK, BLUE
 
     steps = rows["AdmIRE"]["steps"]
     curve = sorted(
@@ -102,31 +102,53 @@ def draw_lengths(axes, rows):
         if label == "AdamW" or label.endswith("times the steps")
     )
     lengths, gaps, errors = zip(*curve, strict=True)
-    style = {"color": BLUE, "marker": "o", "ms": 4}
+    style = {"color": BLACK, "marker": "o", "ms": 4}
     axes.errorbar(lengths, gaps, errors, label="AdamW, each schedule to its end", **style)
     level, error = rows["AdmIRE"]["minus_adamw"], rows["AdmIRE"]["minus_adamw_stderr"] or 0
-    axes.axhline(level, color=RED, label=f"AdmIRE, {steps} steps")
-    axes.axhspan(level - error, level + error, color=RED, alpha=0.2, lw=0)
+    axes.axhline(level, color=BLUE, label=f"AdmIRE, {steps} steps")
+    axes.axhspan(level - error, level + error, color=BLUE, alpha=0.2, lw=0)
     if early := rows.get("AdmIRE from step 0, tuned so"):
         label = "on from step 0, tuned so"
-        axes.axhline(early["minus_adamw"], color=RED, ls="--", label=label)
+        axes.axhline(early["minus_adamw"], color=BLUE, ls="--", label=label)
     axes.set(xlabel="steps", ylabel=f"loss minus AdamW's\nat {steps} steps")
     axes.legend()
+
+
+GROUPS = "IRE", "controls", "other optimizers, settings"
+CONTROLS = "random", "inverted", "all coordinates", "sharpest", "lr jumps"
+
+
+def group_of(label):
+    if label.startswith("AdamW") or "Muon" in label:
+        return GROUPS[2]
+    return GROUPS[1] if label.startswith(CONTROLS) else GROUPS[0]
 
 
 def draw_others(axes, others):
     """Gaps to AdamW; those far to the left, Muon's, which would hide the rest, are named."""
     from toy.common import BLACK, BLUE, RED
 
-    level, error = others["AdmIRE"]
-    near = [gap for label, (gap, _) in others.items() if "Muon" not in label] + [0]
-    margin = 0.2 * (max(near) - min(near))
+    near = [0]
+    for label, (gap, spread) in others.items():
+        if "Muon" not in label:
+            near += [gap - spread, gap + spread]
+    margin = 0.1 * (max(near) - min(near))
     left, right = min(near) - margin, max(near) + margin
-    axes.axvline(0, color=BLUE)
-    axes.axvspan(level - error, level + error, color=RED, alpha=0.2, lw=0)
-    for i, (gap, spread) in enumerate(others.values()):
-        if gap < left:
-            axes.text(left, i, f"\u2190 {gap:.3f}", va="center")
-        axes.errorbar(gap, i, xerr=spread, color=BLACK, marker="o", ms=4)
-    axes.set_yticks(range(len(others)), others)
-    axes.set(xlabel="loss minus AdamW's", xlim=(left, right), ylim=(len(others) - 0.5, -0.5))
+    axes.axvline(0, color=BLACK, lw=1, zorder=1)
+    names = []
+    best_first = sorted(others, key=lambda label: others[label][0])
+    for group, color in zip(GROUPS, (BLUE, RED, BLACK), strict=True):
+        labels = [label for label in best_first if group_of(label) == group]
+        names += [group] if labels else []
+        for label in labels:
+            gap, spread = others[label]
+            if gap < left:
+                text = f" \u2190 {gap:.3f} ± {spread:.3f}"
+                background = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+                axes.text(left, len(names), text, va="center", bbox=background)
+            axes.errorbar(gap, len(names), xerr=spread, color=color, marker="o", ms=4)
+            names.append(label)
+    axes.set_yticks(range(len(names)), names)
+    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_fontweight("normal" if name in others else "bold")
+    axes.set(xlabel="loss minus AdamW's", xlim=(left, right), ylim=(len(names) - 0.5, -0.5))

@@ -16,6 +16,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbclient
+import nbformat
 import pytest
 import torch
 import yaml
@@ -121,6 +123,19 @@ def test_the_first_cell_fetches_once_and_only_on_colab(tmp_path):
     lost = run(["google.colab"], colab)  # one line says what to do
     assert lost.returncode == 1 and "upload the repository as ire-book/" in lost.stderr
     assert "Traceback" not in lost.stderr
+
+
+@pytest.mark.slow
+def test_chapter_1_has_sliders_on_colab():
+    code = [source(c) for c in cells(NOTEBOOKS[0], "code")]
+    (play,) = [c for c in code if "interact(" in c]
+    colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
+    run = nbformat.v4.new_notebook()
+    run.cells = [nbformat.v4.new_code_cell(c) for c in (colab, *code[: code.index(play) + 1])]
+    where = {"metadata": {"path": str(ROOT / "tutorials")}}
+    nbclient.NotebookClient(run, timeout=600, resources=where).execute()
+    shown = [o["data"] for o in run.cells[-1].outputs]
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
 
 
 # ------------------------------------------------------------------------------ addresses and works
