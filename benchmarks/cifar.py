@@ -12,15 +12,17 @@ SGD-IRE and SAM-IRE five pairs (ire_epoch, kappa) at their base's best one. evid
 2,000, 5 epochs, four trials each. The best trial is that with the highest accuracy on 2,000
 held-out training pictures, seed 0; it runs with three seeds, and those are tested on the test set.
 Tr(Hessian) is the training loss's on 128 training pictures.
-map: SAM-IRE at quick over kappa (0 is SAM) and gamma, with a decayed and a constant learning rate.
+map: SAM-IRE at quick and at SAM's best learning rate there, over kappa (0 is SAM) and gamma, with a
+decayed and a constant learning rate. All cells of a seed and a schedule share one run of SAM until
+IRE switches on, which is bit by bit what each would have done alone.
 speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -68,7 +70,7 @@ STUDIES = {
         },
     ),
 }
-STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"limit_test": 2000}}
+STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"log_interval": 5000 // 64}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
 SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
 QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
@@ -96,7 +98,7 @@ def best(study, runs, optimizer):
 def trace(c):
     """Tr(Hessian) of a finished run's training loss and its standard error."""
     c = train_cifar.complete(c)
-    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 2
+    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 1
     data = train_cifar.Data(c)
     model = train_cifar.make_model(c, data.classes)
     model.load_state_dict(train_cifar.load_checkpoint(c.out)["model"])
@@ -216,15 +218,16 @@ def show(table):
 
 def heat_map(args):
     """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
-    study = STUDIES["map"]
+    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
     file = args.file or ROOT / "results/cifar-map.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
     cells = [
-        {"kappa": kappa, "gamma": gamma, "schedule": schedule}
-        for schedule in SCHEDULES
-        for kappa in KAPPAS
-        for gamma in (GAMMAS if kappa else GAMMAS[-1:])  # without kappa gamma does nothing
+        {"lr": quick["table"]["sam"]["settings"]["lr"], "schedule": s, "kappa": k, "gamma": g}
+        for s in SCHEDULES
+        for k in KAPPAS
+        for g in (GAMMAS if k else GAMMAS[-1:])  # without kappa gamma does nothing
     ]
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = [r for r in runs if r["settings"] in cells]
     start = time.monotonic()
     for seed, own in itertools.product(SEEDS[:2], cells):
         if time.monotonic() - start > 60 * args.minutes:
@@ -234,7 +237,7 @@ def heat_map(args):
             report = {
                 "command": "python benchmarks/cifar.py map",
                 "environment": environment("cpu"),
-                "settings": train_cifar.PRESETS["quick"] | study["settings"],
+                "settings": train_cifar.PRESETS["quick"] | STUDIES["map"]["settings"],
                 "pictures": "CIFAR-10, each through JPEG once",
                 "trace_pictures": PICTURES,
                 "planned": 2 * len(cells),
@@ -245,17 +248,47 @@ def heat_map(args):
 
 
 def cell(args, own, seed):
-    """One run of the map; a run that diverges is a result too."""
+    """One run of the map, from where IRE switches on; a run that diverges is a result too."""
     c = config(args, "sam-ire", own, seed)
+    if not c.resume:
+        branch(common(args, own, seed), own, c.out)
+        c.resume = True
     try:
         r = train_cifar.train(c)
     except train_cifar.Halt as e:
         if e.code != 1:
             raise
         return {"diverged": str(e)}
-    value, error = trace(dataclasses.replace(c, resume=True))
-    result = {key: r[key] for key in ("test_acc", "train_loss", "seconds")}
-    return result | {"trace": value, "trace_error": error}
+    value, error = trace(c)
+    return {key: r[key] for key in ("test_acc", "train_loss")} | {
+        "trace": value,
+        "trace_error": error,
+    }
+
+
+def common(args, own, seed):
+    """The folder of the run of SAM that the cells of a schedule have in common: before it switches
+    on, IRE does nothing."""
+    shared = {name: own[name] for name in ("lr", "schedule")}
+    c = config(args, "sam-ire", shared, seed)
+    if not c.resume:
+        c = train_cifar.complete(c)
+        run = train_cifar.set_up(c, train_cifar.Data(c))
+        while run.step < c.ire_warmup:
+            train_cifar.train_step(run)
+            run.step += 1
+        train_cifar.save(run)
+    return c.out
+
+
+def branch(start, own, out):
+    """Writes a checkpoint that goes on from another one with its own kappa and gamma."""
+    saved = train_cifar.load_checkpoint(start)
+    saved["config"] |= own
+    for group in saved["optimizer"]["param_groups"]:
+        group |= {name: own[name] for name in ("kappa", "gamma")}
+    path = Path(out) / "checkpoint.pt"
+    train_cifar.write_atomically(path, lambda f: torch.save(saved, f))
 
 
 def draw_map(runs, path):
@@ -265,12 +298,16 @@ def draw_map(runs, path):
     import matplotlib.pyplot as plt
 
     labels = {"trace": "Tr(Hessian)", "train_loss": "training loss", "test_acc": "test accuracy, %"}
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for row, schedule in zip(axes, SCHEDULES, strict=True):
         for ax, (key, label) in zip(row, labels.items(), strict=True):
             values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]
             figure.colorbar(ax.imshow(values, origin="lower", aspect="auto"), ax=ax)
-            ax.set_xticks(range(len(KAPPAS)), KAPPAS)
+            for y, x in itertools.product(range(len(GAMMAS)), range(len(KAPPAS))):
+                text = "" if math.isnan(values[y][x]) else f"{values[y][x]:.3g}"
+                box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+                ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
+            ax.set_xticks(range(len(KAPPAS)), [f"{k:g}" for k in KAPPAS])
             ax.set_yticks(range(len(GAMMAS)), GAMMAS)
             ax.set(title=f"{label}, {schedule} lr", xlabel="kappa (0 is SAM)", ylabel="gamma")
     figure.savefig(path, dpi=110)
@@ -279,7 +316,7 @@ def draw_map(runs, path):
 def mean_of(runs, key, kappa, gamma, schedule):
     """Over the seeds of a cell; NaN is not measured, or diverged."""
     own = {"kappa": kappa, "gamma": gamma if kappa else GAMMAS[-1], "schedule": schedule}
-    found = [r[key] for r in runs if key in r and r["settings"] == own]
+    found = [r[key] for r in runs if key in r and own.items() <= r["settings"].items()]
     return statistics.mean(found) if found else float("nan")
 
 
