@@ -536,9 +536,14 @@ def sha256(path):
 
 
 def download(url, path: Path, digest):
-    """Goes on where a connection broke, now or in a later run."""
+    """Goes on where a connection broke, now or in a later run; of two processes one fetches it."""
+    with lock(path.parent, wait=True):
+        if not path.exists():
+            fetch(url, path, digest)
+
+
+def fetch(url, path, digest):
     part = path.with_name(f".{path.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     error = "its checksum is wrong"
     for _ in range(5):
@@ -717,6 +722,28 @@ def write_atomically(path: Path, write):
 
 def write_json(path: Path, value):
     write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+@contextlib.contextmanager
+def lock(folder: Path, wait=False):
+    """Keeps other processes out of the folder while this one works there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = (folder / "config.json").exists()
+                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
+                text = f"--out: got {folder}, allowed is a folder where no run goes on"
+                raise BadInput(f"{text}; process {pid} trains there") from None
+            except OSError:  # a network folder without locks
+                pass
+        yield
 
 
 def load_checkpoint(folder):
@@ -967,11 +994,14 @@ def train(c: Config):
     run = set_up(c, Data(c))
     if c.resume:
         restore(run)
-    if RANK == 0:
-        open_folder(run)
-        banner(run)
-    caught = []  # signals: the step that they come in is finished first
-    with on_signals(caught.append), report(run) as record:
+    with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            stack.enter_context(lock(Path(c.out)))
+            open_folder(run)
+            banner(run)
+        caught = []  # signals: the step that they come in is finished first
+        stack.enter_context(on_signals(caught.append))
+        record = stack.enter_context(report(run))
         loop(run, record, caught)
         if c.sharpness:
             record(**measure(run, caught))
@@ -1027,7 +1057,7 @@ def open_folder(run):
     if not c.resume:
         (out / "checkpoint.pt").unlink(missing_ok=True)
     lines = [json.dumps(r) + "\n" for r in log if r["step"] <= run.step]
-    write_json(out / "config.json", dataclasses.asdict(c) | environment())
+    write_json(out / "config.json", dataclasses.asdict(c) | environment() | {"pid": os.getpid()})
     write_atomically(out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
 
 

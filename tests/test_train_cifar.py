@@ -423,6 +423,33 @@ def test_sigterm_to_a_real_process():
     assert 20 <= checkpoint()["step"] < 800
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_told_who_runs_there():
+    """The first run waits in its 9th step, after two checkpoints, for a file."""
+    code = (
+        "import pathlib, sys, time; sys.path.insert(0, {!r}); import train_cifar\n"
+        "step = train_cifar.train_step\n"
+        "def waiting(run):\n"
+        "    while run.step == 8 and not pathlib.Path('go').exists():\n"
+        "        pathlib.Path('waits').touch()\n"
+        "        time.sleep(0.01)\n"
+        "    return step(run)\n"
+        "train_cifar.train_step = waiting\n"
+        "train_cifar.MODELS['tiny'] = lambda classes: train_cifar.resnet(8, classes)\n"
+        "sys.exit(train_cifar.main(sys.argv[1:]))"
+    ).format(str(SCRIPT.parent))
+    process = subprocess.Popen([sys.executable, "-c", code, *shlex.split(TINY)])
+    deadline = time.monotonic() + 60
+    while not Path("waits").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    for flags in ("", "--overwrite", "--resume"):
+        says = f"process {process.pid}" if flags else "--resume to go on"
+        refused(flags, "--out.*runs/cifar", says)
+    Path("go").touch()
+    assert process.wait(60) == 0 and checkpoint()["step"] == 12
+
+
 @pytest.mark.parametrize(
     "flag",
     (
@@ -712,6 +739,19 @@ def test_download_goes_on_in_a_later_run(monkeypatch):
         )
         load()
     assert len(seen) == 6 and int(seen[-1][6:-1]) > 0.9 * len(content)
+
+
+def test_two_downloads_at_once(monkeypatch):
+    content = official(monkeypatch)
+    with server(content, 1) as (url, seen):
+        monkeypatch.setattr(train_cifar, "URL", url)
+        threads = [threading.Thread(target=load) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(seen) == 2 and seen[0] == "bytes=0-" != seen[1]  # as one alone
+    assert [p.name for p in Path("data").iterdir()] == ["cifar-10-python.tar.gz"]
 
 
 def test_download_of_something_else(monkeypatch):
