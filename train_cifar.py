@@ -290,11 +290,14 @@ def check_values(c):
 
 
 def abilities(device):
-    """(dtype, compile) that suit it: before sm_80 bfloat16 is slow, before sm_70 Triton fails."""
-    if device != "cuda":
-        return "float32", False
-    capability = torch.cuda.get_device_capability()
-    return "bfloat16" if capability >= (8, 0) else "float16", capability >= (7, 0)
+    """(dtype, compile) that suit it: bfloat16 is slow on a CPU without AMX and before sm_80, and
+    Triton fails before sm_70."""
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        return "bfloat16" if capability >= (8, 0) else "float16", capability >= (7, 0)
+    known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    amx = known and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bfloat16" if amx else "float32", False
 
 
 @functools.cache
@@ -373,8 +376,8 @@ class Block(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)), inplace=True)
 
 
 class WideBlock(nn.Module):
@@ -389,9 +392,10 @@ class WideBlock(nn.Module):
             self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride, bias=False))
 
     def forward(self, x):
-        y = F.relu(self.norm1(x))
+        y = F.relu(self.norm1(x), inplace=True)
         shortcut = self.shortcut(y) if self.shortcut else x
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        y = F.relu(self.norm2(self.conv1(y)), inplace=True)
+        return shortcut + self.conv2(y)
 
 
 def stages(block, width, blocks):
@@ -421,7 +425,7 @@ def initialised(model):
 
 def resnet(depth, classes):
     """CIFAR's ResNet with projection shortcuts."""
-    layers = [conv(3, 16), nn.BatchNorm2d(16), nn.ReLU()]
+    layers = [conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
     layers += stages(Block, 16, (depth - 2) // 6)
     return initialised(nn.Sequential(*layers, *head(64, classes)))
 
@@ -430,7 +434,7 @@ def wide_resnet(depth, factor, classes):
     """WRN-depth-factor."""
     width = 64 * factor
     layers = [conv(3, 16), *stages(WideBlock, 16 * factor, (depth - 4) // 6)]
-    layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     return initialised(nn.Sequential(*layers, *head(width, classes)))
 
 
@@ -699,6 +703,10 @@ class Data:
             y = weight * y + (1 - weight) * y.flip(0)
         return x, y
 
+    def probe_batch(self):
+        """The pictures of a fixed probe, this rank's share: the first ones, as they are."""
+        return self.normalized(self.x[RANK : self.c.batch_size : RANKS])
+
 
 # --------------------------------------------------------------------------------------- files
 def write_atomically(path: Path, write):
@@ -919,9 +927,7 @@ def train_step(run):
         if c.kappa_decay and has_ire(c):
             group["kappa"] = c.kappa * lr / c.lr
     if getattr(optimizer, "probe_due", False):
-        probed = x
-        if c.probe == "fixed":  # the first pictures, as they are
-            probed = run.data.normalized(run.data.x[RANK : c.batch_size : RANKS])
+        probed = x if c.probe == "fresh" else run.data.probe_batch()
         with optimizer.probe(run.forward):
             with autocast(c):
                 logits = run.forward(probed)

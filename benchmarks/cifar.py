@@ -5,6 +5,7 @@
     python benchmarks/cifar.py quick --data-dir DIR --minutes 3    # some; the next call goes on
     python benchmarks/cifar.py evidence --data-dir DIR        # ResNet-56; results/cifar-jpeg.json
     python benchmarks/cifar.py map --data-dir DIR             # results/cifar-map.json and .png
+    python benchmarks/cifar.py probe --data-dir DIR           # results/cifar-probe.json
     python benchmarks/cifar.py speed --data-dir DIR           # results/cifar-speed-cpu.json
 
 quick: `--preset quick` on 5,000 training pictures. SGD and SAM get five learning rates each;
@@ -15,10 +16,12 @@ Tr(Hessian) is the training loss's on 128 training pictures.
 map: SAM-IRE at quick and at SAM's best learning rate there, over kappa (0 is SAM) and gamma, with a
 decayed and a constant learning rate. All cells of a seed and a schedule share one run of SAM until
 IRE switches on, which is bit by bit what each would have done alone.
+probe: SGD-IRE with quick's settings, its mask from other pictures than the first ones as they are.
 speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -61,7 +64,9 @@ STUDIES = {
     ),
     "quick": dict(
         file="cifar-quick",
-        settings=dict(preset="quick", limit_train=5000, device="cpu", eval_interval=100),
+        settings=dict(
+            preset="quick", limit_train=5000, device="cpu", dtype="float32", eval_interval=100
+        ),
         trials={
             "sgd": QUICK_RATES,
             "sgd-ire": QUICK_PAIRS,
@@ -72,6 +77,7 @@ STUDIES = {
 }
 STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"log_interval": 5000 // 64}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
+STUDIES["probe"] = {"settings": STUDIES["quick"]["settings"]}
 SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
 QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
 KAPPAS, GAMMAS, SCHEDULES = (0.0, 1.0, 2.0, 4.0, 8.0), (0.5, 0.7, 0.8, 0.9), ("cosine", "constant")
@@ -320,6 +326,65 @@ def mean_of(runs, key, kappa, gamma, schedule):
     return statistics.mean(found) if found else float("nan")
 
 
+def random_batch(data):
+    """The fixed probe's pictures as the authors' code has them: a random batch, augmented once."""
+    if not hasattr(data, "probed"):
+        data.probed = data.batch(0)[0]
+    return data.probed
+
+
+PROBED = {  # what to compare: the setting, and a probe batch in place of the script's own
+    "the first pictures": ("fixed", train_cifar.Data.probe_batch),
+    "a random, augmented batch": ("fixed", random_batch),
+    "the step's own batch": ("fresh", train_cifar.Data.probe_batch),
+}
+
+
+def probe(args):
+    """Does it matter which pictures the mask is from? Seed by seed, less the first pictures'."""
+    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
+    own = quick["table"]["sgd-ire"]["settings"]
+    file = args.file or ROOT / "results/cifar-probe.json"
+    report = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    runs = report["runs"]
+    for seed, name in itertools.product(SEEDS, PROBED):
+        if any((r["probe"], r["seed"]) == (name, seed) for r in runs):
+            continue
+        kind, train_cifar.Data.probe_batch = PROBED[name]
+        c = config(args, "sgd-ire", own, seed, probe=kind)
+        c.out += f"-{name.replace(' ', '-')}"
+        c.resume = Path(c.out, "checkpoint.pt").exists()
+        r = train_cifar.train(c)
+        value, error = trace(dataclasses.replace(c, resume=True))
+        result = {key: r[key] for key in ("test_acc", "train_loss")}
+        runs.append({"probe": name, "seed": seed} | result | {"trace": value, "trace_error": error})
+        report |= {
+            "command": "python benchmarks/cifar.py probe",
+            "environment": environment("cpu"),
+            "settings": train_cifar.PRESETS["quick"] | STUDIES["probe"]["settings"] | own,
+            "less_first": less_first(runs),
+        }
+        write_report(report, file)
+    for name, row in report["less_first"].items():
+        texts = [f"{key} {mean:+.4g} +- {error:.2g}" for key, (mean, error) in row.items()]
+        print(f"{name}: {', '.join(texts)}")
+
+
+def less_first(runs):
+    """Mean and standard error over seeds of each quantity less that of the first pictures."""
+    value = {(r["probe"], r["seed"]): r for r in runs}
+    first, *others = PROBED
+    if len(value) < len(PROBED) * len(SEEDS):
+        return {}
+    table = {}
+    for name in others:
+        table[name] = {}
+        for key in ("test_acc", "train_loss", "trace"):
+            gains = [value[name, seed][key] - value[first, seed][key] for seed in SEEDS]
+            table[name][key] = train_cifar.mean_and_error(gains)
+    return table
+
+
 def draw(rows, table, path):
     import matplotlib
 
@@ -423,50 +488,63 @@ def seconds(step, count):
     return time.perf_counter() - start
 
 
-def interleaved(c, args):
-    """Times of rounds of a few steps of the two loops in turn, without the first, and the share of
-    each that its batches take."""
-    data = train_cifar.Data(c)
-    plain, ours = PlainLoop(c, data), OurLoop(c, data)
-    times, share = {"plain": [], "ours": []}, {}
+def interleaved(loops, args):
+    """Times of rounds of a few steps of the loops in turn, without the first round."""
+    times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
-        times["plain"].append(seconds(plain.step, args.steps))
-        times["ours"].append(seconds(ours.step, args.steps))
-    batches = {"plain": plain.batch, "ours": functools.partial(data.batch, 0)}
-    for name, batch in batches.items():
-        share[name] = seconds(batch, args.steps) / statistics.median(times[name][1:])
-    return {name: values[1:] for name, values in times.items()}, share
+        for name, loop in loops.items():
+            times[name].append(seconds(loop.step, args.steps))
+    return {name: values[1:] for name, values in times.items()}
 
 
 def speed(args):
-    """SGD and SAM; float32, one process."""
+    """SGD and SAM, one process: the plain loop and ours in float32, and ours in what the script
+    chooses on this machine if that is another."""
     report = {
         "command": " ".join(["python", "benchmarks/cifar.py", *sys.argv[1:]]),
         "environment": environment("cpu"),
         "rounds": args.rounds,
+        "steps": args.steps,
         "rows": {},
     }
     for optimizer in ("sgd", "sam"):
-        c = train_cifar.Config(data_dir=str(args.data_dir), optimizer=optimizer, device="cpu")
-        c = train_cifar.complete(c)
-        times, share = interleaved(c, args)
+        typed = {"data_dir": str(args.data_dir), "optimizer": optimizer, "device": "cpu"}
+        c = train_cifar.complete(train_cifar.Config(**typed, dtype="float32"))
+        chosen = train_cifar.complete(train_cifar.Config(**typed))
+        data = train_cifar.Data(c)
+        loops = {"plain, float32": PlainLoop(c, data), "ours, float32": OurLoop(c, data)}
+        if chosen.dtype != "float32":
+            loops[f"ours, {chosen.dtype}, the default here"] = OurLoop(chosen, data)
+        times = interleaved(loops, args)
         for name, values in times.items():
-            rate = args.steps * c.batch_size / statistics.median(values)
-            row = {"images_per_second": rate, "loader_share": share[name]}
-            report["rows"][name if optimizer == "sgd" else f"{name}, SAM"] = row
-        ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        print(f"{optimizer}: ours / plain {ratio:.3f}, quartiles {low:.3f} to {high:.3f}")
-        prefix = "" if optimizer == "sgd" else "sam_"
-        report |= {f"{prefix}ours_of_plain": ratio, f"{prefix}quartiles": [low, high]}
+            ratios = [a / b for a, b in zip(times["plain, float32"], values, strict=True)]
+            low, ratio, high = statistics.quantiles(ratios, n=4)
+            batch = loops[name].batch if "plain" in name else functools.partial(data.batch, 0)
+            time_a_step = statistics.median(values) / args.steps
+            report["rows"][f"{optimizer.upper()}, {name}"] = {
+                "images_per_second": c.batch_size / time_a_step,
+                "of_plain": ratio,
+                "quartiles": [low, high],
+                "loader_share": seconds(batch, args.steps) / args.steps / time_a_step,
+            }
+            print(f"{optimizer}, {name}: {ratio:.3f} of plain, quartiles {low:.3f} to {high:.3f}")
     write_report(report, args.file or ROOT / "results/cifar-speed-cpu.json")
+
+
+COMMANDS = {
+    "quick": evidence,
+    "evidence": evidence,
+    "map": heat_map,
+    "probe": probe,
+    "speed": speed,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("quick", "evidence", "map", "speed"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs/evidence-cifar"), help="evidence: checkpoints"
@@ -479,7 +557,7 @@ def main():
     parser.add_argument("--file", type=Path)
     parser.add_argument("--mark", help="ignored: a word to find the process by")
     args = parser.parse_args()
-    {"evidence": evidence, "quick": evidence, "map": heat_map, "speed": speed}[args.what](args)
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":

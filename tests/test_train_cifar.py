@@ -1,5 +1,6 @@
 """train_cifar.py as a user runs it: tiny models on a few digits, most of them in this process."""
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -54,7 +55,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_cifar, "URL", "http://127.0.0.1:9/"
     )  # nothing is fetched from elsewhere
+    float32_by_default(monkeypatch)
     return tmp_path
+
+
+def float32_by_default(monkeypatch):
+    """As on a CPU without AMX."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
 def cifar(flags="", tiny=TINY):
@@ -475,6 +482,7 @@ def _finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
+        float32_by_default(m)
         trained()
     return folder
 
@@ -886,7 +894,7 @@ def test_two_ranks():
     rank's own: kappa is 0."""
     flags = (
         "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 "
-        "--optimizer sam-ire "
+        "--optimizer sam-ire --dtype float32 "
         "--base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic "
     )
     command = [
@@ -934,6 +942,16 @@ def test_dtype_and_compile_by_capability(capability, dtype, compiles, monkeypatc
         assert (c.device, c.compile) == ("cuda", compiles)
         assert c.dtype == ("float32" if sam_without_scaler else dtype)
         assert (c.sharpness_images, c.sharpness_probes, c.sharpness_products) == (1024, 16, 60)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bfloat16_on_a_cpu_with_amx(optimizer, monkeypatch):
+    for amx, dtype in ((True, "bfloat16"), (False, "float32")):
+        capabilities = {"amx_bf16": amx, "avx512_bf16": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
+        assert settings(optimizer=optimizer, device="cpu").dtype == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as an older torch
+    assert settings(optimizer=optimizer, device="cpu").dtype == "float32"
 
 
 def test_no_compiler(monkeypatch, capsys):
@@ -1070,3 +1088,24 @@ def test_sharpness_is_of_true_float32(monkeypatch):
     train_cifar.sharpness(train_cifar.make_model(c, 10), pictures, c)
     assert seen == [("highest", False)]
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+# ------------------------------------------------------------------------------- benchmarks
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", (0.0, 4.0))
+def test_a_cell_of_the_heat_map_is_a_run_of_its_own(kappa, here, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    import cifar as bench
+
+    small = dict(data="digits", model="tiny", limit_train=70, limit_test=20, epochs=3)
+    small |= dict(batch_size=16, interval=3, warmup=1, device="cpu")
+    monkeypatch.setitem(bench.STUDIES, "map", {"settings": small})
+    args = argparse.Namespace(what="map", scratch=here, data_dir=here)
+    own = {"lr": 0.02, "schedule": "constant", "kappa": kappa, "gamma": 0.5}
+    found = bench.cell(args, own, 1)
+    c = train_cifar.Config(**small, **own, optimizer="sam-ire", seed=1, out="alone")
+    alone = train_cifar.train(c)
+    assert {key: alone[key] for key in ("test_acc", "train_loss")}.items() <= found.items()
+    assert found["trace_error"] > 0
+    folder = bench.config(args, "sam-ire", own, 1).out
+    assert same(checkpoint(folder), checkpoint("alone"))
