@@ -518,6 +518,11 @@ CIFAR = {
 }
 
 
+def latin1(text, _):
+    """Python 3 writes bytes so for Python 2."""
+    return text.encode("latin1")
+
+
 class Unpickler(pickle.Unpickler):
     """A pickle that names more than arrays could run code."""
 
@@ -525,7 +530,7 @@ class Unpickler(pickle.Unpickler):
         "ndarray": np.ndarray,
         "dtype": np.dtype,
         "_reconstruct": np.empty(0).__reduce__()[0],
-        "encode": lambda text, _: text.encode("latin1"),  # bytes, as Python 3 writes them for 2
+        "encode": latin1,
     }
 
     def find_class(self, module, name):
@@ -1141,15 +1146,9 @@ def loop(run, record, caught):
         pending.append(train_step(run))
         run.step += 1
         number = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
-        log_due, test_due, save_due = (
-            run.step % every == 0 or run.step == run.steps
-            for every in (
-                c.log_interval,
-                c.eval_interval * per_epoch,
-                c.checkpoint_interval * per_epoch,
-            )
-        )
-        if not (log_due or test_due or save_due or number):
+        test_due = due(run, c.eval_interval * per_epoch)
+        save_due = due(run, c.checkpoint_interval * per_epoch)
+        if not (due(run, c.log_interval) or test_due or save_due or number):
             continue
         losses = over_ranks(torch.stack(pending).cpu())  # only here it waits for the device
         losses = [loss / RANKS for loss in losses]
@@ -1162,6 +1161,10 @@ def loop(run, record, caught):
         if number and run.step < run.steps:
             raise stopped(number, "the checkpoint is written, go on with --resume")
         pending, clock = [], time.perf_counter()
+
+
+def due(run, interval):
+    return run.step % interval == 0 or run.step == run.steps
 
 
 def test(run):
@@ -1191,25 +1194,29 @@ def check_finite(run, losses):
 def train_seeds(c: Config):
     """As many runs as --seeds says, in OUT/seed-N."""
     c = dataclasses.replace(c, out=c.out or DEFAULTS["out"])
-    paths = Path(c.out).glob("seed-*/checkpoint.pt") if c.resume else ()
-    begun = sorted(int(path.parent.name.removeprefix("seed-")) for path in paths)
+    out, start, begun = c.out, c.seed, []
     if c.resume:
+        paths = Path(out).glob("seed-*/checkpoint.pt")
+        begun = sorted(int(path.parent.name.removeprefix("seed-")) for path in paths)
         check(c, "out", begun, "a folder with runs in seed-0, seed-1, ... to go on with")
-        if c.seed is None:
-            c.seed = begun[0]
-        first = dataclasses.replace(c, seed=None, out=f"{c.out}/seed-{begun[0]}")
-        typed, c = c, complete(first)  # the other seeds are like it
-        c = dataclasses.replace(c, seed=typed.seed, out=typed.out, seeds=typed.seeds)
+        start = begun[0] if start is None else start
+        first = dataclasses.replace(c, seed=None, out=f"{out}/seed-{begun[0]}")
+        c = complete(first)  # the other seeds are like it
+    start = start or 0
     runs = []
-    for seed in range(c.seed or 0, (c.seed or 0) + c.seeds):
-        own = {"seed": seed, "out": f"{c.out}/seed-{seed}", "resume": seed in begun}
+    for seed in range(start, start + c.seeds):
+        own = {"seed": seed, "out": f"{out}/seed-{seed}", "resume": seed in begun}
         runs.append(train(dataclasses.replace(c, **own)))
     if RANK == 0:
-        for key in ("test_acc", "best_acc", "test_loss", "trace", "lambda_max"):
-            if key in runs[0]:
-                mean, error = mean_and_error([r[key] for r in runs])
-                text = f"{mean:.4g} +- {error:.2g}, mean and standard error of {c.seeds} seeds"
-                print(f"{key:11}{text}")
+        print_means(runs)
+
+
+def print_means(runs):
+    for key in ("test_acc", "best_acc", "test_loss", "trace", "lambda_max"):
+        if key in runs[0]:
+            mean, error = mean_and_error([r[key] for r in runs])
+            text = f"{mean:.4g} +- {error:.2g}, mean and standard error of {len(runs)} seeds"
+            print(f"{key:11}{text}")
 
 
 def mean_and_error(values):
@@ -1352,8 +1359,10 @@ def parse(arguments):
             cases = (SUITED | PRESETS).items()
             rows = [f"{case} {values[name]}" for case, values in cases if name in values]
             text += f" (default {', '.join([str(about['default']), *rows])})"
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         cli.add_argument("--" + name.replace("_", "-"), help=text, **kind)
     return Config(**vars(cli.parse_args(arguments)))
 

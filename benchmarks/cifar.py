@@ -310,7 +310,7 @@ def draw_map(runs, path):
             values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]
             figure.colorbar(ax.imshow(values, origin="lower", aspect="auto"), ax=ax)
             for y, x in itertools.product(range(len(GAMMAS)), range(len(KAPPAS))):
-                text = "" if math.isnan(values[y][x]) else f"{values[y][x]:.3g}"
+                text = "" if math.isnan(values[y][x]) else f"{values[y][x]:.4g}"
                 box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
                 ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
             ax.set_xticks(range(len(KAPPAS)), [f"{k:g}" for k in KAPPAS])
