@@ -290,11 +290,14 @@ def check_values(c):
 
 
 def abilities(device):
-    """(dtype, compile) that suit it: before sm_80 bfloat16 is slow, before sm_70 Triton fails."""
-    if device != "cuda":
-        return "float32", False
-    capability = torch.cuda.get_device_capability()
-    return "bfloat16" if capability >= (8, 0) else "float16", capability >= (7, 0)
+    """(dtype, compile) that suit it: bfloat16 is slow on a CPU without AMX and before sm_80, and
+    Triton fails before sm_70."""
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        return "bfloat16" if capability >= (8, 0) else "float16", capability >= (7, 0)
+    known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    amx = known and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bfloat16" if amx else "float32", False
 
 
 @functools.cache
@@ -373,8 +376,8 @@ class Block(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)), inplace=True)
 
 
 class WideBlock(nn.Module):
@@ -389,9 +392,10 @@ class WideBlock(nn.Module):
             self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride, bias=False))
 
     def forward(self, x):
-        y = F.relu(self.norm1(x))
+        y = F.relu(self.norm1(x), inplace=True)
         shortcut = self.shortcut(y) if self.shortcut else x
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        y = F.relu(self.norm2(self.conv1(y)), inplace=True)
+        return shortcut + self.conv2(y)
 
 
 def stages(block, width, blocks):
@@ -421,7 +425,7 @@ def initialised(model):
 
 def resnet(depth, classes):
     """CIFAR's ResNet with projection shortcuts."""
-    layers = [conv(3, 16), nn.BatchNorm2d(16), nn.ReLU()]
+    layers = [conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
     layers += stages(Block, 16, (depth - 2) // 6)
     return initialised(nn.Sequential(*layers, *head(64, classes)))
 
@@ -430,7 +434,7 @@ def wide_resnet(depth, factor, classes):
     """WRN-depth-factor."""
     width = 64 * factor
     layers = [conv(3, 16), *stages(WideBlock, 16 * factor, (depth - 4) // 6)]
-    layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     return initialised(nn.Sequential(*layers, *head(width, classes)))
 
 
@@ -514,6 +518,11 @@ CIFAR = {
 }
 
 
+def latin1(text, _):
+    """Python 3 writes bytes so for Python 2."""
+    return text.encode("latin1")
+
+
 class Unpickler(pickle.Unpickler):
     """A pickle that names more than arrays could run code."""
 
@@ -521,7 +530,7 @@ class Unpickler(pickle.Unpickler):
         "ndarray": np.ndarray,
         "dtype": np.dtype,
         "_reconstruct": np.empty(0).__reduce__()[0],
-        "encode": lambda text, _: text.encode("latin1"),  # bytes, as Python 3 writes them for 2
+        "encode": latin1,
     }
 
     def find_class(self, module, name):
@@ -536,9 +545,14 @@ def sha256(path):
 
 
 def download(url, path: Path, digest):
-    """Goes on where a connection broke, now or in a later run."""
+    """Goes on where a connection broke, now or in a later run; of two processes one fetches it."""
+    with lock(path.parent, wait=True):
+        if not path.exists():
+            fetch(url, path, digest)
+
+
+def fetch(url, path, digest):
     part = path.with_name(f".{path.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     error = "its checksum is wrong"
     for _ in range(5):
@@ -694,6 +708,10 @@ class Data:
             y = weight * y + (1 - weight) * y.flip(0)
         return x, y
 
+    def probe_batch(self):
+        """The pictures of a fixed probe, this rank's share: the first ones, as they are."""
+        return self.normalized(self.x[RANK : self.c.batch_size : RANKS])
+
 
 # --------------------------------------------------------------------------------------- files
 def write_atomically(path: Path, write):
@@ -717,6 +735,28 @@ def write_atomically(path: Path, write):
 
 def write_json(path: Path, value):
     write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+@contextlib.contextmanager
+def lock(folder: Path, wait=False):
+    """Keeps other processes out of the folder while this one works there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = (folder / "config.json").exists()
+                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
+                text = f"--out: got {folder}, allowed is a folder where no run goes on"
+                raise BadInput(f"{text}; process {pid} trains there") from None
+            except OSError:  # a network folder without locks
+                pass
+        yield
 
 
 def load_checkpoint(folder):
@@ -892,9 +932,7 @@ def train_step(run):
         if c.kappa_decay and has_ire(c):
             group["kappa"] = c.kappa * lr / c.lr
     if getattr(optimizer, "probe_due", False):
-        probed = x
-        if c.probe == "fixed":  # the first pictures, as they are
-            probed = run.data.normalized(run.data.x[RANK : c.batch_size : RANKS])
+        probed = x if c.probe == "fresh" else run.data.probe_batch()
         with optimizer.probe(run.forward):
             with autocast(c):
                 logits = run.forward(probed)
@@ -967,11 +1005,14 @@ def train(c: Config):
     run = set_up(c, Data(c))
     if c.resume:
         restore(run)
-    if RANK == 0:
-        open_folder(run)
-        banner(run)
-    caught = []  # signals: the step that they come in is finished first
-    with on_signals(caught.append), report(run) as record:
+    with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            stack.enter_context(lock(Path(c.out)))
+            open_folder(run)
+            banner(run)
+        caught = []  # signals: the step that they come in is finished first
+        stack.enter_context(on_signals(caught.append))
+        record = stack.enter_context(report(run))
         loop(run, record, caught)
         if c.sharpness:
             record(**measure(run, caught))
@@ -1027,7 +1068,7 @@ def open_folder(run):
     if not c.resume:
         (out / "checkpoint.pt").unlink(missing_ok=True)
     lines = [json.dumps(r) + "\n" for r in log if r["step"] <= run.step]
-    write_json(out / "config.json", dataclasses.asdict(c) | environment())
+    write_json(out / "config.json", dataclasses.asdict(c) | environment() | {"pid": os.getpid()})
     write_atomically(out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
 
 
@@ -1105,15 +1146,9 @@ def loop(run, record, caught):
         pending.append(train_step(run))
         run.step += 1
         number = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
-        log_due, test_due, save_due = (
-            run.step % every == 0 or run.step == run.steps
-            for every in (
-                c.log_interval,
-                c.eval_interval * per_epoch,
-                c.checkpoint_interval * per_epoch,
-            )
-        )
-        if not (log_due or test_due or save_due or number):
+        test_due = due(run, c.eval_interval * per_epoch)
+        save_due = due(run, c.checkpoint_interval * per_epoch)
+        if not (due(run, c.log_interval) or test_due or save_due or number):
             continue
         losses = over_ranks(torch.stack(pending).cpu())  # only here it waits for the device
         losses = [loss / RANKS for loss in losses]
@@ -1126,6 +1161,10 @@ def loop(run, record, caught):
         if number and run.step < run.steps:
             raise stopped(number, "the checkpoint is written, go on with --resume")
         pending, clock = [], time.perf_counter()
+
+
+def due(run, interval):
+    return run.step % interval == 0 or run.step == run.steps
 
 
 def test(run):
@@ -1155,25 +1194,29 @@ def check_finite(run, losses):
 def train_seeds(c: Config):
     """As many runs as --seeds says, in OUT/seed-N."""
     c = dataclasses.replace(c, out=c.out or DEFAULTS["out"])
-    paths = Path(c.out).glob("seed-*/checkpoint.pt") if c.resume else ()
-    begun = sorted(int(path.parent.name.removeprefix("seed-")) for path in paths)
+    out, start, begun = c.out, c.seed, []
     if c.resume:
+        paths = Path(out).glob("seed-*/checkpoint.pt")
+        begun = sorted(int(path.parent.name.removeprefix("seed-")) for path in paths)
         check(c, "out", begun, "a folder with runs in seed-0, seed-1, ... to go on with")
-        if c.seed is None:
-            c.seed = begun[0]
-        first = dataclasses.replace(c, seed=None, out=f"{c.out}/seed-{begun[0]}")
-        typed, c = c, complete(first)  # the other seeds are like it
-        c = dataclasses.replace(c, seed=typed.seed, out=typed.out, seeds=typed.seeds)
+        start = begun[0] if start is None else start
+        first = dataclasses.replace(c, seed=None, out=f"{out}/seed-{begun[0]}")
+        c = complete(first)  # the other seeds are like it
+    start = start or 0
     runs = []
-    for seed in range(c.seed or 0, (c.seed or 0) + c.seeds):
-        own = {"seed": seed, "out": f"{c.out}/seed-{seed}", "resume": seed in begun}
+    for seed in range(start, start + c.seeds):
+        own = {"seed": seed, "out": f"{out}/seed-{seed}", "resume": seed in begun}
         runs.append(train(dataclasses.replace(c, **own)))
     if RANK == 0:
-        for key in ("test_acc", "best_acc", "test_loss", "trace", "lambda_max"):
-            if key in runs[0]:
-                mean, error = mean_and_error([r[key] for r in runs])
-                text = f"{mean:.4g} +- {error:.2g}, mean and standard error of {c.seeds} seeds"
-                print(f"{key:11}{text}")
+        print_means(runs)
+
+
+def print_means(runs):
+    for key in ("test_acc", "best_acc", "test_loss", "trace", "lambda_max"):
+        if key in runs[0]:
+            mean, error = mean_and_error([r[key] for r in runs])
+            text = f"{mean:.4g} +- {error:.2g}, mean and standard error of {len(runs)} seeds"
+            print(f"{key:11}{text}")
 
 
 def mean_and_error(values):
@@ -1316,8 +1359,10 @@ def parse(arguments):
             cases = (SUITED | PRESETS).items()
             rows = [f"{case} {values[name]}" for case, values in cases if name in values]
             text += f" (default {', '.join([str(about['default']), *rows])})"
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         cli.add_argument("--" + name.replace("_", "-"), help=text, **kind)
     return Config(**vars(cli.parse_args(arguments)))
 

@@ -5,6 +5,7 @@
     python benchmarks/cifar.py quick --data-dir DIR --minutes 3    # some; the next call goes on
     python benchmarks/cifar.py evidence --data-dir DIR        # ResNet-56; results/cifar-jpeg.json
     python benchmarks/cifar.py map --data-dir DIR             # results/cifar-map.json and .png
+    python benchmarks/cifar.py probe --data-dir DIR           # results/cifar-probe.json
     python benchmarks/cifar.py speed --data-dir DIR           # results/cifar-speed-cpu.json
 
 quick: `--preset quick` on 5,000 training pictures. SGD and SAM get five learning rates each;
@@ -12,7 +13,10 @@ SGD-IRE and SAM-IRE five pairs (ire_epoch, kappa) at their base's best one. evid
 2,000, 5 epochs, four trials each. The best trial is that with the highest accuracy on 2,000
 held-out training pictures, seed 0; it runs with three seeds, and those are tested on the test set.
 Tr(Hessian) is the training loss's on 128 training pictures.
-map: SAM-IRE at quick over kappa (0 is SAM) and gamma, with a decayed and a constant learning rate.
+map: SAM-IRE at quick and at SAM's best learning rate there, over kappa (0 is SAM) and gamma, with a
+decayed and a constant learning rate. All cells of a seed and a schedule share one run of SAM until
+IRE switches on, which is bit by bit what each would have done alone.
+probe: SGD-IRE with quick's settings, its mask from other pictures than the first ones as they are.
 speed: beside a plain loop over a DataLoader, for SGD and SAM, in turn.
 """
 
@@ -21,6 +25,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -59,7 +64,9 @@ STUDIES = {
     ),
     "quick": dict(
         file="cifar-quick",
-        settings=dict(preset="quick", limit_train=5000, device="cpu", eval_interval=100),
+        settings=dict(
+            preset="quick", limit_train=5000, device="cpu", dtype="float32", eval_interval=100
+        ),
         trials={
             "sgd": QUICK_RATES,
             "sgd-ire": QUICK_PAIRS,
@@ -68,8 +75,9 @@ STUDIES = {
         },
     ),
 }
-STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"limit_test": 2000}}
+STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"log_interval": 5000 // 64}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
+STUDIES["probe"] = {"settings": STUDIES["quick"]["settings"]}
 SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
 QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
 KAPPAS, GAMMAS, SCHEDULES = (0.0, 1.0, 2.0, 4.0, 8.0), (0.5, 0.7, 0.8, 0.9), ("cosine", "constant")
@@ -96,7 +104,7 @@ def best(study, runs, optimizer):
 def trace(c):
     """Tr(Hessian) of a finished run's training loss and its standard error."""
     c = train_cifar.complete(c)
-    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 2
+    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 1
     data = train_cifar.Data(c)
     model = train_cifar.make_model(c, data.classes)
     model.load_state_dict(train_cifar.load_checkpoint(c.out)["model"])
@@ -216,15 +224,16 @@ def show(table):
 
 def heat_map(args):
     """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
-    study = STUDIES["map"]
+    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
     file = args.file or ROOT / "results/cifar-map.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
     cells = [
-        {"kappa": kappa, "gamma": gamma, "schedule": schedule}
-        for schedule in SCHEDULES
-        for kappa in KAPPAS
-        for gamma in (GAMMAS if kappa else GAMMAS[-1:])  # without kappa gamma does nothing
+        {"lr": quick["table"]["sam"]["settings"]["lr"], "schedule": s, "kappa": k, "gamma": g}
+        for s in SCHEDULES
+        for k in KAPPAS
+        for g in (GAMMAS if k else GAMMAS[-1:])  # without kappa gamma does nothing
     ]
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = [r for r in runs if r["settings"] in cells]
     start = time.monotonic()
     for seed, own in itertools.product(SEEDS[:2], cells):
         if time.monotonic() - start > 60 * args.minutes:
@@ -234,7 +243,7 @@ def heat_map(args):
             report = {
                 "command": "python benchmarks/cifar.py map",
                 "environment": environment("cpu"),
-                "settings": train_cifar.PRESETS["quick"] | study["settings"],
+                "settings": train_cifar.PRESETS["quick"] | STUDIES["map"]["settings"],
                 "pictures": "CIFAR-10, each through JPEG once",
                 "trace_pictures": PICTURES,
                 "planned": 2 * len(cells),
@@ -245,17 +254,47 @@ def heat_map(args):
 
 
 def cell(args, own, seed):
-    """One run of the map; a run that diverges is a result too."""
+    """One run of the map, from where IRE switches on; a run that diverges is a result too."""
     c = config(args, "sam-ire", own, seed)
+    if not c.resume:
+        branch(common(args, own, seed), own, c.out)
+        c.resume = True
     try:
         r = train_cifar.train(c)
     except train_cifar.Halt as e:
         if e.code != 1:
             raise
         return {"diverged": str(e)}
-    value, error = trace(dataclasses.replace(c, resume=True))
-    result = {key: r[key] for key in ("test_acc", "train_loss", "seconds")}
-    return result | {"trace": value, "trace_error": error}
+    value, error = trace(c)
+    return {key: r[key] for key in ("test_acc", "train_loss")} | {
+        "trace": value,
+        "trace_error": error,
+    }
+
+
+def common(args, own, seed):
+    """The folder of the run of SAM that the cells of a schedule have in common: before it switches
+    on, IRE does nothing."""
+    shared = {name: own[name] for name in ("lr", "schedule")}
+    c = config(args, "sam-ire", shared, seed)
+    if not c.resume:
+        c = train_cifar.complete(c)
+        run = train_cifar.set_up(c, train_cifar.Data(c))
+        while run.step < c.ire_warmup:
+            train_cifar.train_step(run)
+            run.step += 1
+        train_cifar.save(run)
+    return c.out
+
+
+def branch(start, own, out):
+    """Writes a checkpoint that goes on from another one with its own kappa and gamma."""
+    saved = train_cifar.load_checkpoint(start)
+    saved["config"] |= own
+    for group in saved["optimizer"]["param_groups"]:
+        group |= {name: own[name] for name in ("kappa", "gamma")}
+    path = Path(out) / "checkpoint.pt"
+    train_cifar.write_atomically(path, lambda f: torch.save(saved, f))
 
 
 def draw_map(runs, path):
@@ -265,12 +304,16 @@ def draw_map(runs, path):
     import matplotlib.pyplot as plt
 
     labels = {"trace": "Tr(Hessian)", "train_loss": "training loss", "test_acc": "test accuracy, %"}
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for row, schedule in zip(axes, SCHEDULES, strict=True):
         for ax, (key, label) in zip(row, labels.items(), strict=True):
             values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]
             figure.colorbar(ax.imshow(values, origin="lower", aspect="auto"), ax=ax)
-            ax.set_xticks(range(len(KAPPAS)), KAPPAS)
+            for y, x in itertools.product(range(len(GAMMAS)), range(len(KAPPAS))):
+                text = "" if math.isnan(values[y][x]) else f"{values[y][x]:.4g}"
+                box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+                ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
+            ax.set_xticks(range(len(KAPPAS)), [f"{k:g}" for k in KAPPAS])
             ax.set_yticks(range(len(GAMMAS)), GAMMAS)
             ax.set(title=f"{label}, {schedule} lr", xlabel="kappa (0 is SAM)", ylabel="gamma")
     figure.savefig(path, dpi=110)
@@ -279,8 +322,67 @@ def draw_map(runs, path):
 def mean_of(runs, key, kappa, gamma, schedule):
     """Over the seeds of a cell; NaN is not measured, or diverged."""
     own = {"kappa": kappa, "gamma": gamma if kappa else GAMMAS[-1], "schedule": schedule}
-    found = [r[key] for r in runs if key in r and r["settings"] == own]
+    found = [r[key] for r in runs if key in r and own.items() <= r["settings"].items()]
     return statistics.mean(found) if found else float("nan")
+
+
+def random_batch(data):
+    """The fixed probe's pictures as the authors' code has them: a random batch, augmented once."""
+    if not hasattr(data, "probed"):
+        data.probed = data.batch(0)[0]
+    return data.probed
+
+
+PROBED = {  # what to compare: the setting, and a probe batch in place of the script's own
+    "the first pictures": ("fixed", train_cifar.Data.probe_batch),
+    "a random, augmented batch": ("fixed", random_batch),
+    "the step's own batch": ("fresh", train_cifar.Data.probe_batch),
+}
+
+
+def probe(args):
+    """Does it matter which pictures the mask is from? Seed by seed, less the first pictures'."""
+    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
+    own = quick["table"]["sgd-ire"]["settings"]
+    file = args.file or ROOT / "results/cifar-probe.json"
+    report = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    runs = report["runs"]
+    for seed, name in itertools.product(SEEDS, PROBED):
+        if any((r["probe"], r["seed"]) == (name, seed) for r in runs):
+            continue
+        kind, train_cifar.Data.probe_batch = PROBED[name]
+        c = config(args, "sgd-ire", own, seed, probe=kind)
+        c.out += f"-{name.replace(' ', '-')}"
+        c.resume = Path(c.out, "checkpoint.pt").exists()
+        r = train_cifar.train(c)
+        value, error = trace(dataclasses.replace(c, resume=True))
+        result = {key: r[key] for key in ("test_acc", "train_loss")}
+        runs.append({"probe": name, "seed": seed} | result | {"trace": value, "trace_error": error})
+        report |= {
+            "command": "python benchmarks/cifar.py probe",
+            "environment": environment("cpu"),
+            "settings": train_cifar.PRESETS["quick"] | STUDIES["probe"]["settings"] | own,
+            "less_first": less_first(runs),
+        }
+        write_report(report, file)
+    for name, row in report["less_first"].items():
+        texts = [f"{key} {mean:+.4g} +- {error:.2g}" for key, (mean, error) in row.items()]
+        print(f"{name}: {', '.join(texts)}")
+
+
+def less_first(runs):
+    """Mean and standard error over seeds of each quantity less that of the first pictures."""
+    value = {(r["probe"], r["seed"]): r for r in runs}
+    first, *others = PROBED
+    if len(value) < len(PROBED) * len(SEEDS):
+        return {}
+    table = {}
+    for name in others:
+        table[name] = {}
+        for key in ("test_acc", "train_loss", "trace"):
+            gains = [value[name, seed][key] - value[first, seed][key] for seed in SEEDS]
+            table[name][key] = train_cifar.mean_and_error(gains)
+    return table
 
 
 def draw(rows, table, path):
@@ -386,50 +488,63 @@ def seconds(step, count):
     return time.perf_counter() - start
 
 
-def interleaved(c, args):
-    """Times of rounds of a few steps of the two loops in turn, without the first, and the share of
-    each that its batches take."""
-    data = train_cifar.Data(c)
-    plain, ours = PlainLoop(c, data), OurLoop(c, data)
-    times, share = {"plain": [], "ours": []}, {}
+def interleaved(loops, args):
+    """Times of rounds of a few steps of the loops in turn, without the first round."""
+    times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
-        times["plain"].append(seconds(plain.step, args.steps))
-        times["ours"].append(seconds(ours.step, args.steps))
-    batches = {"plain": plain.batch, "ours": functools.partial(data.batch, 0)}
-    for name, batch in batches.items():
-        share[name] = seconds(batch, args.steps) / statistics.median(times[name][1:])
-    return {name: values[1:] for name, values in times.items()}, share
+        for name, loop in loops.items():
+            times[name].append(seconds(loop.step, args.steps))
+    return {name: values[1:] for name, values in times.items()}
 
 
 def speed(args):
-    """SGD and SAM; float32, one process."""
+    """SGD and SAM, one process: the plain loop and ours in float32, and ours in what the script
+    chooses on this machine if that is another."""
     report = {
         "command": " ".join(["python", "benchmarks/cifar.py", *sys.argv[1:]]),
         "environment": environment("cpu"),
         "rounds": args.rounds,
+        "steps": args.steps,
         "rows": {},
     }
     for optimizer in ("sgd", "sam"):
-        c = train_cifar.Config(data_dir=str(args.data_dir), optimizer=optimizer, device="cpu")
-        c = train_cifar.complete(c)
-        times, share = interleaved(c, args)
+        typed = {"data_dir": str(args.data_dir), "optimizer": optimizer, "device": "cpu"}
+        c = train_cifar.complete(train_cifar.Config(**typed, dtype="float32"))
+        chosen = train_cifar.complete(train_cifar.Config(**typed))
+        data = train_cifar.Data(c)
+        loops = {"plain, float32": PlainLoop(c, data), "ours, float32": OurLoop(c, data)}
+        if chosen.dtype != "float32":
+            loops[f"ours, {chosen.dtype}, the default here"] = OurLoop(chosen, data)
+        times = interleaved(loops, args)
         for name, values in times.items():
-            rate = args.steps * c.batch_size / statistics.median(values)
-            row = {"images_per_second": rate, "loader_share": share[name]}
-            report["rows"][name if optimizer == "sgd" else f"{name}, SAM"] = row
-        ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        print(f"{optimizer}: ours / plain {ratio:.3f}, quartiles {low:.3f} to {high:.3f}")
-        prefix = "" if optimizer == "sgd" else "sam_"
-        report |= {f"{prefix}ours_of_plain": ratio, f"{prefix}quartiles": [low, high]}
+            ratios = [a / b for a, b in zip(times["plain, float32"], values, strict=True)]
+            low, ratio, high = statistics.quantiles(ratios, n=4)
+            batch = loops[name].batch if "plain" in name else functools.partial(data.batch, 0)
+            time_a_step = statistics.median(values) / args.steps
+            report["rows"][f"{optimizer.upper()}, {name}"] = {
+                "images_per_second": c.batch_size / time_a_step,
+                "of_plain": ratio,
+                "quartiles": [low, high],
+                "loader_share": seconds(batch, args.steps) / args.steps / time_a_step,
+            }
+            print(f"{optimizer}, {name}: {ratio:.3f} of plain, quartiles {low:.3f} to {high:.3f}")
     write_report(report, args.file or ROOT / "results/cifar-speed-cpu.json")
+
+
+COMMANDS = {
+    "quick": evidence,
+    "evidence": evidence,
+    "map": heat_map,
+    "probe": probe,
+    "speed": speed,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("quick", "evidence", "map", "speed"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs/evidence-cifar"), help="evidence: checkpoints"
@@ -442,7 +557,7 @@ def main():
     parser.add_argument("--file", type=Path)
     parser.add_argument("--mark", help="ignored: a word to find the process by")
     args = parser.parse_args()
-    {"evidence": evidence, "quick": evidence, "map": heat_map, "speed": speed}[args.what](args)
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":

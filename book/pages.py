@@ -216,24 +216,54 @@ def cifar_row(name, settings, values, sign=""):
     return row
 
 
-def cifar(folder):
-    report = load("cifar-jpeg", folder)
+def cifar(folder, name="cifar-jpeg"):
+    report = load(name, folder)
     if not report:
         return MISSING
-    rows = [cifar_row(name, row["settings"], row) for name, row in report["table"].items()]
-    for name, row in report["table"].items():
+    rows = [cifar_row(own, row["settings"], row) for own, row in report["table"].items()]
+    for own, row in report["table"].items():
         if "less_base" in row:
-            title = f"{name} less {name.removesuffix('-ire')}, seed by seed"
+            title = f"{own} less {own.removesuffix('-ire')}, seed by seed"
             rows.append(cifar_row(title, {}, row["less_base"], "+"))
     names = ("optimizer", "settings", "seed", "val_acc", "test_acc", "train_loss", "trace")
     runs = []
     for run in report["runs"]:
         runs.append({n: run.get(n) for n in names} | {"settings": typed(run["settings"])})
-    what = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    drawn = figure("cifar-jpeg", folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
+    what = ", ".join(f"{own} {value}" for own, value in report["settings"].items())
+    drawn = figure(name, folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
     said = f"{report['pictures']}; {what}; mean ± standard error."
     every = folded(f"All {len(runs)} runs", table(runs))
     return f"{drawn}{table(rows)}\n{said}\n\n{source(report)}\n{every}"
+
+
+def cifar_quick(folder):
+    return cifar(folder, "cifar-quick")
+
+
+def cifar_map(folder):
+    report = load("cifar-map", folder)
+    if not report:
+        return MISSING
+    rows = []
+    for run in report["runs"]:
+        row = run["settings"] | {"seed": run["seed"]}
+        names = ("trace", "train_loss", "test_acc")
+        rows.append(row | {name: run.get(name, "diverged") for name in names})
+    drawn = figure("cifar-map", folder, "Tr(H), training loss and accuracy over kappa and gamma")
+    said = f"{len(rows)} of {report['planned']} runs; {report['pictures']}."
+    every = folded(f"All {len(rows)} runs", table(rows))
+    return f"{drawn}{said}\n\n{source(report)}\n{every}"
+
+
+def cifar_probe(folder):
+    report = load("cifar-probe", folder)
+    if not report:
+        return MISSING
+    rows = [
+        cifar_row(f"{name}, less the first ones'", {}, row, "+")
+        for name, row in report["less_first"].items()
+    ]
+    return f"{table(rows)}\n{source(report)}"
 
 
 SOURCES = {  # of the mask: the row of `compared` in the Fisher, second moment and random column
@@ -293,13 +323,13 @@ def cifar_speed(folder):
         {
             "": name,
             "images a second": row["images_per_second"],
+            "of the plain loop": row["of_plain"],
+            "quartiles": row["quartiles"],
             "share of the loader": row["loader_share"],
         }
         for name, row in report["rows"].items()
     ]
-    low, high = report["quartiles"]
-    ratio = f"Ratio {report['ours_of_plain']:.3f}, quartiles {low:.3f} to {high:.3f}."
-    return f"{table(rows)}\n{ratio}\n\n{source(report)}"
+    return f"{table(rows)}\n{source(report)}"
 
 
 def results(text, folder=None):

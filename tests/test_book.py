@@ -279,11 +279,15 @@ def test_the_results_page_says_what_the_files_say(book):
     for report in filter(None, (pages.load(f"speedup-{row}") for row in ("tiny", "nano"))):
         for run in report["runs"]:
             assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
-    for name, row in (pages.load("cifar-jpeg") or {"table": {}})["table"].items():
-        assert re.search(
-            rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text
-        ), name
-    files = "speedup-tiny", "speedup-nano", "cifar-jpeg", "cifar-speed-cpu"
+    for study in ("cifar-quick", "cifar-jpeg"):
+        for name, row in (pages.load(study) or {"table": {}})["table"].items():
+            assert re.search(
+                rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text
+            ), name
+    for run in (pages.load("cifar-map") or {"runs": []})["runs"]:
+        assert f"{run['train_loss']:.4g} {run['test_acc']:.4g}" in text or "diverged" in run, run
+    files = ["speedup-tiny", "speedup-nano"]
+    files += [f"cifar-{name}" for name in ("quick", "jpeg", "map", "probe", "speed-cpu")]
     assert text.count("Not measured yet") == sum(
         not (ROOT / f"results/{name}.json").exists() for name in files
     )

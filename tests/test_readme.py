@@ -114,7 +114,26 @@ def gpu_cell(rows, mark, key):
     return "not measured yet"
 
 
-SECTIONS = {"results": results, "gpu": gpu}
+def quick():
+    """The quick setting's table."""
+    report = load("cifar-quick")
+    c = report["settings"]
+    what = f"{c['model']}, {c['limit_train']:,} CIFAR-10 pictures, {c['epochs']} epochs"
+    lines = [
+        f"| {what} | test accuracy, % | training loss | Tr(Hessian) | seconds on a core |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["table"].items():
+        cells = []
+        for key, digits in (("test_acc", 2), ("train_loss", 3), ("trace", 1), ("seconds", 0)):
+            mean, error = row[key]
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        own = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
+        lines.append(f"| `--optimizer {name}`: {own} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+SECTIONS = {"results": results, "quick": quick, "gpu": gpu}
 
 
 def section(name):

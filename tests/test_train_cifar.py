@@ -1,5 +1,6 @@
 """train_cifar.py as a user runs it: tiny models on a few digits, most of them in this process."""
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -54,7 +55,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_cifar, "URL", "http://127.0.0.1:9/"
     )  # nothing is fetched from elsewhere
+    float32_by_default(monkeypatch)
     return tmp_path
+
+
+def float32_by_default(monkeypatch):
+    """As on a CPU without AMX."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
 def cifar(flags="", tiny=TINY):
@@ -423,6 +430,33 @@ def test_sigterm_to_a_real_process():
     assert 20 <= checkpoint()["step"] < 800
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_told_who_runs_there():
+    """The first run waits in its 9th step, after two checkpoints, for a file."""
+    code = (
+        "import pathlib, sys, time; sys.path.insert(0, {!r}); import train_cifar\n"
+        "step = train_cifar.train_step\n"
+        "def waiting(run):\n"
+        "    while run.step == 8 and not pathlib.Path('go').exists():\n"
+        "        pathlib.Path('waits').touch()\n"
+        "        time.sleep(0.01)\n"
+        "    return step(run)\n"
+        "train_cifar.train_step = waiting\n"
+        "train_cifar.MODELS['tiny'] = lambda classes: train_cifar.resnet(8, classes)\n"
+        "sys.exit(train_cifar.main(sys.argv[1:]))"
+    ).format(str(SCRIPT.parent))
+    process = subprocess.Popen([sys.executable, "-c", code, *shlex.split(TINY)])
+    deadline = time.monotonic() + 60
+    while not Path("waits").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    for flags in ("", "--overwrite", "--resume"):
+        says = f"process {process.pid}" if flags else "--resume to go on"
+        refused(flags, "--out.*runs/cifar", says)
+    Path("go").touch()
+    assert process.wait(60) == 0 and checkpoint()["step"] == 12
+
+
 @pytest.mark.parametrize(
     "flag",
     (
@@ -448,6 +482,7 @@ def _finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
+        float32_by_default(m)
         trained()
     return folder
 
@@ -714,6 +749,19 @@ def test_download_goes_on_in_a_later_run(monkeypatch):
     assert len(seen) == 6 and int(seen[-1][6:-1]) > 0.9 * len(content)
 
 
+def test_two_downloads_at_once(monkeypatch):
+    content = official(monkeypatch)
+    with server(content, 1) as (url, seen):
+        monkeypatch.setattr(train_cifar, "URL", url)
+        threads = [threading.Thread(target=load) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(seen) == 2 and seen[0] == "bytes=0-" != seen[1]  # as one alone
+    assert [p.name for p in Path("data").iterdir()] == ["cifar-10-python.tar.gz"]
+
+
 def test_download_of_something_else(monkeypatch):
     official(monkeypatch)
     with server(b"not the archive", 0) as (url, _):
@@ -846,7 +894,7 @@ def test_two_ranks():
     rank's own: kappa is 0."""
     flags = (
         "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 "
-        "--optimizer sam-ire "
+        "--optimizer sam-ire --dtype float32 "
         "--base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic "
     )
     command = [
@@ -894,6 +942,16 @@ def test_dtype_and_compile_by_capability(capability, dtype, compiles, monkeypatc
         assert (c.device, c.compile) == ("cuda", compiles)
         assert c.dtype == ("float32" if sam_without_scaler else dtype)
         assert (c.sharpness_images, c.sharpness_probes, c.sharpness_products) == (1024, 16, 60)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bfloat16_on_a_cpu_with_amx(optimizer, monkeypatch):
+    for amx, dtype in ((True, "bfloat16"), (False, "float32")):
+        capabilities = {"amx_bf16": amx, "avx512_bf16": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
+        assert settings(optimizer=optimizer, device="cpu").dtype == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as an older torch
+    assert settings(optimizer=optimizer, device="cpu").dtype == "float32"
 
 
 def test_no_compiler(monkeypatch, capsys):
@@ -1030,3 +1088,24 @@ def test_sharpness_is_of_true_float32(monkeypatch):
     train_cifar.sharpness(train_cifar.make_model(c, 10), pictures, c)
     assert seen == [("highest", False)]
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+# ------------------------------------------------------------------------------- benchmarks
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", (0.0, 4.0))
+def test_a_cell_of_the_heat_map_is_a_run_of_its_own(kappa, here, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    import cifar as bench
+
+    small = dict(data="digits", model="tiny", limit_train=70, limit_test=20, epochs=3)
+    small |= dict(batch_size=16, interval=3, warmup=1, device="cpu")
+    monkeypatch.setitem(bench.STUDIES, "map", {"settings": small})
+    args = argparse.Namespace(what="map", scratch=here, data_dir=here)
+    own = {"lr": 0.02, "schedule": "constant", "kappa": kappa, "gamma": 0.5}
+    found = bench.cell(args, own, 1)
+    c = train_cifar.Config(**small, **own, optimizer="sam-ire", seed=1, out="alone")
+    alone = train_cifar.train(c)
+    assert {key: alone[key] for key in ("test_acc", "train_loss")}.items() <= found.items()
+    assert found["trace_error"] > 0
+    folder = bench.config(args, "sam-ire", own, 1).out
+    assert same(checkpoint(folder), checkpoint("alone"))
