@@ -751,7 +751,11 @@ def lock(folder: Path, wait=False):
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 found = (folder / "config.json").exists()
-                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
+                pid = (
+                    json.loads((folder / "config.json").read_text()).get("pid", "?")
+                    if found
+                    else "?"
+                )
                 text = f"--out: got {folder}, allowed is a folder where no run goes on"
                 raise BadInput(f"{text}; process {pid} trains there") from None
             except OSError:  # a network folder without locks

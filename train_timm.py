@@ -99,16 +99,23 @@ def parse(words=None):
     return parser.parse_args(words)
 
 
+class BadInput(Exception):
+    """A setting that cannot be, in a line that names it."""
+
+
 def load_images(c):
     """A timm model with as many classes as the folder has, and batches to train and to test on."""
     folders = [Path(c.data, name) for name in ("train", "val")]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        sys.exit(f"train_timm.py: no folder {missing[0]}")
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadInput(f"--data: got {c.data}, allowed is a folder with train/ and val/ in it")
+    if not timm.is_model(c.model):
+        raise BadInput(f"--model: got {c.model}, allowed is a name of timm.list_models()")
     images = create_dataset("", root=folders[0])
     names = images.reader.class_to_idx
     tests = create_dataset("", root=folders[1], class_map=names)
     if len(images) < c.batch:
-        sys.exit(f"train_timm.py: {len(images)} images in {folders[0]}, want --batch or more")
+        raise BadInput(f"--batch: got {c.batch}, allowed is up to the {len(images)} images there")
     model = timm.create_model(c.model, num_classes=len(names))
     config = resolve_data_config({}, model=model)  # its size of images, their mean, ...
     images.transform = create_transform(**config, is_training=True, auto_augment=c.augment)
@@ -214,12 +221,17 @@ def save(out, parts, epochs, row):
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps(row) + "\n")
     saved = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(saved | {"epochs": epochs}, out / "next.pt")
+    with (out / "next.pt").open("wb") as file:
+        torch.save(saved | {"epochs": epochs}, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(out / "next.pt", out / "last.pt")  # never half a checkpoint
 
 
 def load(out, parts):
     """Returns how many epochs are done."""
+    if not (out / "last.pt").exists():
+        raise BadInput(f"--resume: got --out {out}, allowed is the folder of a run")
     saved = torch.load(out / "last.pt", map_location=DEVICE, weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
@@ -227,4 +239,8 @@ def load(out, parts):
 
 
 if __name__ == "__main__":
-    train(parse())
+    try:
+        train(parse())
+    except BadInput as e:
+        print(f"train_timm.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -16,6 +16,7 @@ PANELS = (
     "random mask over AdamW",
     "random mask over Muon",
 )
+SOURCES = ("device", "threads", "torch", "commit")  # of a run
 COLOURS = 0.1  # the gain at which colours end
 
 
@@ -66,6 +67,13 @@ def missing(report):
     for place, names in left.items():
         if names:
             yield f"\n{MISSING} at {place}: {'; '.join(names)}"
+
+
+def source(report):
+    """The command, and where and of which commit the runs are."""
+    found = {name: sorted({str(run[name]) for run in report["runs"]}) for name in SOURCES}
+    where = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
+    return f"`{report['command']}`, {len(report['runs'])} runs<br>{where}\n"
 
 
 # --------------------------------------------------------------------------- figures

@@ -203,6 +203,20 @@ def speedup_nano(folder):
     return speedup(folder, "nano")
 
 
+def flatness(folder):
+    """The map of benchmarks/map.py."""
+    report = load("map", folder)
+    if not report:
+        return MISSING
+    from map_report import source as ran
+    from map_report import table as summary
+
+    what = "The gain of each form over the length of the run and the size of the batch"
+    forms = "The other forms"
+    drawn = figure("map", folder, what) + figure("map-forms", folder, forms)
+    return f"{drawn}{summary(report)}\n\n{ran(report)}"
+
+
 def typed(settings):
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 

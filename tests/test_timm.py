@@ -102,10 +102,14 @@ def test_it_learns_and_logs(fit, tmp_path, capsys):
 
 
 def test_it_says_what_is_missing(fit, tmp_path):
-    with pytest.raises(SystemExit, match="no folder .*nowhere/train"):
+    with pytest.raises(train_timm.BadInput, match="--data: got .*nowhere, allowed is a folder"):
         train_timm.train(train_timm.parse(["--data", str(tmp_path / "nowhere")]))
-    with pytest.raises(SystemExit, match="36 images"):
+    with pytest.raises(train_timm.BadInput, match="--batch: got 64, .* 36 images"):
         fit("--batch 64")
+    with pytest.raises(train_timm.BadInput, match="--model: got resnet1, allowed is"):
+        fit("--model resnet1")
+    with pytest.raises(train_timm.BadInput, match="--resume: got --out .*fresh, allowed is"):
+        fit("--resume", "fresh")
 
 
 @pytest.mark.parametrize("row", ["vit-s", "resnet50"])
