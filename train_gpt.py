@@ -93,10 +93,6 @@ POSITIVE = Range(1e-30, 1e9, "a number above 0, from 1e-30 to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
 FRACTION = Range(math.nextafter(0, 1), math.nextafter(1, 0), "above 0 and below 1")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire")
-SCHEDULES = ("cosine", "wsd", "constant")
 
 # Rows of the paper as Llamas, close to its models (its 60M has width 410 and 10 heads). "tiny" is
 # the defaults of Config, tuned alike for both optimizers (results/sweep-tiny.json).
@@ -151,11 +147,15 @@ class Config:
     steps: int = setting(1000, "optimizer steps", COUNT)
     warmup: int = setting(500, "steps to the peak, by default at most half of them", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    schedule: str = setting("cosine", "after it; wsd falls in the last fifth", SCHEDULES)
+    schedule: str = setting(
+        "cosine", "after it; wsd falls in the last fifth", ("cosine", "wsd", "constant")
+    )
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", Range(0, 1, "0 to 1"))
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
     # the optimizer
-    optimizer: str = setting("admire", "admire is IRE over AdamW", OPTIMIZERS)
+    optimizer: str = setting(
+        "admire", "admire is IRE over AdamW", ("adamw", "admire", "muon", "muon-ire")
+    )
     beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
     eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
@@ -171,8 +171,12 @@ class Config:
     # how to compute it
     micro_batch: int = setting(None, "sequences in a pass (default up to 32,768 tokens)", COUNT)
     seed: int = setting(0, "of weights, batches and probes", SEED)
-    device: str = setting("auto", "where to train", DEVICES)
-    dtype: str = setting(None, "of the passes (default: what the device is fast at)", DTYPES)
+    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting(
+        None,
+        "of the passes (default: what the device is fast at)",
+        ("float32", "bfloat16", "float16"),
+    )
     compile: bool = setting(None, "torch.compile (default on CUDA from sm_70)", resume=True)
     deterministic: bool = setting(False, "deterministic CUDA kernels, slower")
     fsdp: bool = setting(False, "shard over torchrun's ranks (FSDP2), not DDP", resume=True)
@@ -212,6 +216,20 @@ def check(c, name, good, allowed):
         raise BadInput(f"{flag}: got {str(getattr(c, name)):.60}, allowed is {allowed}")
 
 
+@contextlib.contextmanager
+def instead(text, kinds=Exception):
+    """Ends the script with `text` where a library or the network raises, each in its own way."""
+    try:
+        yield
+    except (Halt, ModuleNotFoundError):
+        raise
+    except kinds as e:
+        why = (
+            "" if isinstance(e, pickle.UnpicklingError) else f": {e!r:.300}"
+        )  # advises to trust it
+        raise BadInput(text + why) from None
+
+
 def note(text):
     """One line beside the output, from one rank."""
     if RANK == 0:
@@ -242,7 +260,6 @@ def complete(given: Config) -> Config:
     choose(c, given)
     fit(c, given)
     check_settings(c)
-    check_memory(c)
     return c
 
 
@@ -263,9 +280,9 @@ def check_unchanged(c, known, source, but=()):
 def check_steps(c, known, done):
     """--steps may change on --resume if the learning rate of the steps that were made does not."""
     before = Config(**known)
-    check_values(before)
     after = dataclasses.replace(before, steps=c.steps or before.steps)
-    check_values(after)
+    for settings in (before, after):
+        check_values(settings)
     same = after.steps == before.steps or all(
         learning_rate(before, step) == learning_rate(after, step) for step in range(done)
     )
@@ -350,11 +367,7 @@ def check_settings(c):
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     for name in ("out", "data_dir"):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
-
-
-def check_memory(c):
-    """Refuses a model that would fill the machine with its weights alone."""
-    if c.device == "cpu" and hasattr(os, "sysconf"):
+    if c.device == "cpu" and hasattr(os, "sysconf"):  # the weights alone would fill the machine
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         need = 4 * c.width * (512 + c.layers * (4 * c.width + 3 * c.ffn)) / 2**30
         sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need:,.0f} GiB"
@@ -444,16 +457,14 @@ class Block(nn.Module):
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def true_loss(weight, x, targets):
-    """Mean cross entropy of the next tokens. weight: (vocab, width), x: (batch, time, width)."""
-    return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
-
-
-def drawn_loss(classes, weight, x, seeds):
-    """The probe's loss (Eq. 6): the same against labels drawn from softmax(logits)."""
-    logits = F.linear(x, weight).flatten(0, 1).float()
-    with torch.no_grad():
-        labels = drawn_labels(logits, seeds.flatten(), classes)
+def head_loss(weight, x, labels, classes=None):
+    """Mean cross entropy of labels (batch, time). weight: (vocab, width), x: (batch, time, width).
+    With classes it is the probe's (Eq. 6): labels are seeds, by which others are drawn from the
+    softmax."""
+    logits, labels = F.linear(x, weight).flatten(0, 1).float(), labels.flatten()
+    if classes is not None:
+        with torch.no_grad():
+            labels = drawn_labels(logits, labels, classes)
     return F.cross_entropy(logits, labels)
 
 
@@ -479,9 +490,8 @@ class Llama(nn.Module):
     def __init__(self, c, vocab):
         super().__init__()
         self.dtype = getattr(torch, c.dtype)
-        self.logits = 2**26  # how many may exist at once, see mean()
-        self.true_loss = true_loss
-        self.drawn_loss = drawn_loss
+        self.logits = 2**26  # how many may exist at once, see loss()
+        self.head_loss = head_loss
         blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         embed, norm = nn.Embedding(vocab, c.width), nn.RMSNorm(c.width, eps=1e-6)
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": blocks, "norm": norm})
@@ -505,12 +515,12 @@ class Llama(nn.Module):
         with torch.autocast(tokens.device.type, self.dtype, enabled=enabled):
             x = self.hidden(tokens)
             if targets is not None:
-                return self.mean(self.true_loss, x, targets)
+                return self.loss(x, targets)
             if keys is None:
                 return self.lm_head(x)
             time = torch.arange(tokens.shape[1], dtype=torch.int32, device=x.device)
             seeds = mix(mix(keys.int())[:, None] + mix(~time))  # ~: positions are not classes
-            return self.mean(functools.partial(self.drawn_loss, self.classes), x, seeds)
+            return self.loss(x, seeds, self.classes)
 
     def hidden(self, tokens):
         """(batch, time, width), what the head reads."""
@@ -520,19 +530,17 @@ class Llama(nn.Module):
             x = block(x, cos, sin)
         return Normalise.apply(x) * self.model.norm.weight
 
-    def mean(self, loss, x, y):
-        """The mean loss. Where all logits are too many at once, in pieces of as many sequences
-        each, made again in the backward."""
+    def loss(self, x, labels, classes=None):
+        """head_loss; where all logits are too many at once, of pieces of as many sequences each,
+        whose logits the backward makes again."""
         most = max(1, self.logits // (x.shape[1] * self.lm_head.out_features))
         pieces = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) // n <= most)
+        weight, again = self.lm_head.weight, {"use_reentrant": False, "preserve_rng_state": False}
         if pieces == 1:
-            return loss(self.lm_head.weight, x, y)
-        total = 0
-        for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-            total = total + checkpoint(
-                loss, self.lm_head.weight, *part, use_reentrant=False, preserve_rng_state=False
-            )
-        return total / pieces
+            return self.head_loss(weight, x, labels, classes)
+        parts = zip(x.chunk(pieces), labels.chunk(pieces), strict=True)
+        losses = [checkpoint(self.head_loss, weight, *part, classes, **again) for part in parts]
+        return torch.stack(losses).mean()
 
 
 def make_model(c: Config, vocab):
@@ -541,8 +549,7 @@ def make_model(c: Config, vocab):
     if c.device == "cuda" and c.compile:  # fused, a logit takes its own bytes and its gradient's
         model.logits = min(2**31 - 1, torch.cuda.get_device_properties().total_memory // 32)
     if c.compile:  # block by block, which are alike: one compilation serves all of them
-        model.true_loss = torch.compile(true_loss, dynamic=False)
-        model.drawn_loss = torch.compile(drawn_loss, dynamic=False)
+        model.head_loss = torch.compile(head_loss, dynamic=False)
         for block in model.model.layers:
             block.compile(dynamic=False)
     if c.fsdp:
@@ -611,11 +618,8 @@ def fetch_shakespeare(path):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         url, sha256 = SHAKESPEARE
-        try:
+        with instead(f"--data: shakespeare can't be fetched; put the text at {path}"):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-        except Exception as e:  # the network raises many kinds
-            text = f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}"
-            raise BadInput(text) from None
     return path
 
 
@@ -642,67 +646,45 @@ def from_hub(c: Config):
     from datasets import load_dataset
 
     lines = c.data.startswith("wikitext")  # whose rows are lines of one document
-    try:
+    name = HUB[c.data][0]
+    with instead(f"--data: name a text file or folder, as datasets can't read {name}"):
         splits = load_dataset(*HUB[c.data], streaming=True)
         for split in ("train", "validation"):
             for i, row in enumerate(splits.get(split, ())):
                 held_out = split != "train" or ("validation" not in splits and i % 2000 == 0)
                 yield "val" if held_out else "train", row["text"].encode(), i == 0 or not lines
-    except Exception as e:  # the library and its network raise many kinds
-        text = f"--data: datasets can't read {HUB[c.data][0]} ({e!r:.300})"
-        raise BadInput(f"{text}; name a text file or folder") from None
 
 
-class Bytes:
-    vocab = 256
-    between = ord("\n")  # documents
+class Codec:
+    """Texts to tokens and back. What the tokens of a prepared folder mean is not known here."""
+
+    def __init__(self, kind, vocab=256):
+        self.kind, self.vocab, self.between = kind, vocab, 0  # between documents
+        if kind == "bytes":
+            self.vocab, self.between = 256, ord("\n")
+        if kind == "gpt2":
+            import tiktoken
+
+            with instead(
+                "--tokenizer: gpt2's can't be fetched; use bytes or set TIKTOKEN_CACHE_DIR"
+            ):
+                self.bpe = tiktoken.get_encoding("gpt2")
+            self.vocab, self.between = self.bpe.n_vocab, self.bpe.eot_token
 
     def encode(self, texts):
+        if self.kind == "gpt2":
+            texts = [text.decode(errors="replace") for text in texts]
+            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        if self.kind != "bytes" and any(texts):
+            raise BadInput("--prompt: allowed is none for tokens that are neither bytes nor gpt2's")
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
-class GPT2:
-    def __init__(self):
-        import tiktoken
-
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # the network raises many kinds
-            text = f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__})"
-            way = "use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
-            raise BadInput(f"{text}; {way}") from None
-        self.vocab = self.bpe.n_vocab
-        self.between = self.bpe.eot_token
-        self.decode = self.bpe.decode
-
-    def encode(self, texts):
-        texts = [text.decode(errors="replace") for text in texts]
-        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-
-class Numbers:
-    """The tokens of a prepared folder, whose meaning is not known here."""
-
-    between = 0
-
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def encode(self, texts):
-        if any(texts):
-            raise BadInput("--prompt: allowed is none for tokens that are neither bytes nor gpt2's")
-        return [[] for _ in texts]
-
-    def decode(self, tokens):
+        if self.kind == "gpt2":
+            return self.bpe.decode(tokens)
+        if self.kind == "bytes":
+            return bytes(tokens).decode(errors="replace")
         return " ".join(map(str, tokens))
-
-
-def codec(tokenizer, vocab=None):
-    known = {"bytes": Bytes, "gpt2": GPT2}
-    return known[tokenizer]() if tokenizer in known else Numbers(vocab)
 
 
 def prepare(c: Config) -> Path:
@@ -733,7 +715,7 @@ def prepare(c: Config) -> Path:
 
 
 def write_tokens(c, folder, pieces):
-    kind = codec(c.tokenizer)
+    kind = Codec(c.tokenizer)
     source = " ".join(filter(None, HUB.get(c.data, [c.data])))
     meta = {"tokenizer": c.tokenizer, "vocab_size": kind.vocab, "source": source, "sha256": {}}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -764,12 +746,9 @@ class Data:
         folder = prepare(c) if LOCAL_RANK == 0 else None
         over_ranks([0])  # the others find the data made
         self.c, folder = c, folder or prepare(c)
-        try:
+        with instead(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size"):
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            text = f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}"
-            raise BadInput(text) from None
         fits = 2 <= self.tokens["vocab"] <= 2**16
         check(c, "data", fits, f"a vocab_size of 2 to 65,536 in {folder / 'meta.json'}")
         self.vocab = -(-self.tokens["vocab"] // 64) * 64  # 50257 to 50304: GPUs multiply it faster
@@ -849,16 +828,11 @@ def write_json(path: Path, value):
 def load_checkpoint(folder, mmap=False):
     """The checkpoint in a run's folder; mmap where its tensors are not read."""
     path = Path(folder) / "checkpoint.pt"
-    try:
+    with instead(f"{path} can't be read as a checkpoint; {which_run(folder)}"):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for key in ("config", "data", "seconds", "val_loss", "model", "optimizer", "scaler"):
+        for key in ("data", "seconds", "val_loss", "model", "optimizer", "scaler"):
             saved[key]
         return saved | {"step": int(saved["step"]), "config": dict(saved["config"])}
-    except pickle.UnpicklingError:  # whose own words advise to trust it
-        why = "it is no file of tensors, numbers and texts"
-    except Exception as e:  # torch.load raises many kinds
-        why = f"{e!r:.300}"
-    raise BadInput(f"{path} can't be read as a checkpoint: {why}; {which_run(folder)}")
 
 
 def which_run(folder):
@@ -931,13 +905,10 @@ def read_weights(folder):
     from safetensors.torch import load_file
 
     path = Path(folder) / "hf" if (Path(folder) / "hf").exists() else Path(folder)
-    try:
+    with instead(f"{folder} can't be read as a run, or as a folder hf of one; {which_run(folder)}"):
         saved = json.loads((path / "config.json").read_text())["train_gpt"]
         saved["config"] = handed_on(saved["config"])
         return load_file(path / "model.safetensors"), saved
-    except Exception as e:  # safetensors has errors of its own
-        text = f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}"
-        raise BadInput(f"{text}; {which_run(folder)}") from None
 
 
 def same_entries(expected, found, source, name=""):
@@ -1089,11 +1060,6 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
-def whole(x):
-    """All of a number that FSDP holds in shards."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
 def backward(forward, batch, c, scaler):
     """Gradients of the mean loss over micro-batches, which the ranks share in the last one's;
     returns that loss. A micro-batch is what `forward` takes."""
@@ -1123,7 +1089,9 @@ def train_step(forward, optimizer, batch, step, c, scaler):
             backward(forward, probe, c, scaler)
     loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
     scaler.unscale_(optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf)
+    if c.fsdp:  # each rank has a part of it
+        norm = norm.full_tensor()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -1427,7 +1395,7 @@ def sample(folder, **typed):
         path = Path(c.prompt.removeprefix("FILE:"))
         check(c, "prompt", path.is_file(), "FILE: and the name of a file")
         prompt = path.read_bytes()
-    known = codec(kind["tokenizer"], kind["vocab"])
+    known = Codec(kind["tokenizer"], kind["vocab"])
     generator = torch.Generator().manual_seed(c.seed)
     tokens = [int(t) for t in known.encode([prompt])[0]] or [known.between]
     texts = (generate(model, c, tokens, known.vocab, generator) for _ in range(c.num_samples))
@@ -1486,11 +1454,9 @@ def parse(arguments):
 
 def read_config(path):
     """The settings in a run's config.json."""
-    try:
+    with instead(f"--config: {path} can't be read as a run's config.json"):
         values = json.loads(Path(path).read_text())
         unknown = values.keys() - FIELDS.keys() - environment().keys() - {"pid", "tensorboard"}
-    except (OSError, ValueError, AttributeError) as e:
-        raise BadInput(f"--config: {path} can't be read as a run's config.json: {e!r}") from None
     if unknown:
         raise BadInput(f"--config: {path} has {min(unknown)}, which is no setting; see --help")
     return {name: x for name, x in handed_on(values).items() if values.get(name) is not None}
