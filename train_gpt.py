@@ -217,17 +217,16 @@ def check(c, name, good, allowed):
 
 
 @contextlib.contextmanager
-def instead(text, kinds=Exception):
+def instead(text):
     """Ends the script with `text` where a library or the network raises, each in its own way."""
     try:
         yield
     except (Halt, ModuleNotFoundError):
         raise
-    except kinds as e:
-        why = (
-            "" if isinstance(e, pickle.UnpicklingError) else f": {e!r:.300}"
-        )  # advises to trust it
-        raise BadInput(text + why) from None
+    except pickle.UnpicklingError:  # whose own words advise to trust the file
+        raise BadInput(f"{text}: it is no file of tensors, numbers and texts") from None
+    except Exception as e:
+        raise BadInput(f"{text}: {e!r:.300}") from None
 
 
 def note(text):
@@ -384,8 +383,7 @@ def keep_runs(c: Config):
 
 # --------------------------------------------------------------------------------------- model
 class Normalise(torch.autograd.Function):
-    """RMS norm of x (..., width) without gains. On a CPU it takes half the passes over x that
-    torch's takes, as Rotate does."""
+    """RMS norm of x (..., width) without gains, in half the passes over x that torch's takes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -402,23 +400,24 @@ class Normalise(torch.autograd.Function):
         return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
-class Rotate(torch.autograd.Function):
-    """Rotary position embedding of x (batch, time, heads, size); as in Hugging Face's Llama the
-    halves of a head are the pairs. cos: (time, 1, size), sin: the same, negative in the first half.
-    """
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, made again in the backward: less memory to go through."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def turn(x, cos, sin):
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (batch, time, heads, size); as in Hugging Face's Llama the
+    halves of a head are the pairs. cos: (time, 1, size), sin: the same, negative in the first half.
+    """
     halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
     return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in place: one buffer
 
@@ -446,12 +445,12 @@ class Block(nn.Module):
         x = x + self.attend(Normalise.apply(x), cos, sin)
         h, norm, mlp = Normalise.apply(x), self.post_attention_layernorm, self.mlp
         gate, up = project(h, norm, mlp.gate_proj), project(h, norm, mlp.up_proj)
-        return x + mlp.down_proj(F.silu(gate) * up)
+        return x + mlp.down_proj(SwiGLU.apply(gate, up))
 
     def attend(self, h, cos, sin):
         layer, norm = self.self_attn, self.input_layernorm
         qk = project(h, norm, layer.q_proj, layer.k_proj).unflatten(-1, (2 * self.heads, -1))
-        q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
         v = project(h, norm, layer.v_proj).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -535,12 +534,12 @@ class Llama(nn.Module):
         whose logits the backward makes again."""
         most = max(1, self.logits // (x.shape[1] * self.lm_head.out_features))
         pieces = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) // n <= most)
-        weight, again = self.lm_head.weight, {"use_reentrant": False, "preserve_rng_state": False}
+        loss = functools.partial(self.head_loss, self.lm_head.weight, classes=classes)
         if pieces == 1:
-            return self.head_loss(weight, x, labels, classes)
+            return loss(x, labels)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
         parts = zip(x.chunk(pieces), labels.chunk(pieces), strict=True)
-        losses = [checkpoint(self.head_loss, weight, *part, classes, **again) for part in parts]
-        return torch.stack(losses).mean()
+        return torch.stack([checkpoint(loss, *part, **again) for part in parts]).mean()
 
 
 def make_model(c: Config, vocab):
@@ -842,26 +841,24 @@ def which_run(folder):
     return f"is {folder} the --out of a run?"
 
 
-@contextlib.contextmanager
-def lock(folder: Path):
-    """Keeps a second run out of the folder while this one goes on."""
+def lock(folder: Path, stack):
+    """Keeps a second run out of the folder until the stack ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if os.name == "posix":
-            import fcntl
+    if os.name != "posix":
+        return
+    import fcntl
 
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found = (folder / "config.json").exists()
-                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
-                text = f"--out: got {folder}, allowed is a folder where no run goes on"
-                raise BadInput(f"{text}; process {pid} trains there") from None
-            except OSError:  # a network folder without locks
-                pass
-        yield
+    handle = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        config = folder / "config.json"
+        pid = json.loads(config.read_text())["pid"] if config.exists() else "?"
+        text = f"--out: got {folder}, allowed is a folder where no run goes on"
+        raise BadInput(f"{text}; process {pid} trains there") from None
+    except OSError:  # a network folder without locks
+        pass
 
 
 def save(run, folder: Path):
@@ -911,19 +908,21 @@ def read_weights(folder):
         return load_file(path / "model.safetensors"), saved
 
 
-def same_entries(expected, found, source, name=""):
-    """Raises BadInput unless two state dicts have the same names and shapes."""
-    if isinstance(expected, dict):
-        keys = found.keys() if isinstance(found, dict) else set()
-        if other := sorted(map(str, expected.keys() ^ keys)):
-            raise BadInput(f"{source} does not fit: {name}{other[0]} is in one of the two only")
-        for key, value in expected.items():
-            same_entries(value, found[key], source, f"{name}{key} ")
-    elif torch.is_tensor(expected):
-        shapes = [tuple(x.shape) if torch.is_tensor(x) else x for x in (found, expected)]
-        if shapes[0] != shapes[1]:
-            text = f"{name}has shape {shapes[0]}, the model's has {shapes[1]}"
-            raise BadInput(f"{source} does not fit: {text}")
+def shapes(state, name=""):
+    """{name: shape} of what nested dicts hold."""
+    if isinstance(state, dict):
+        parts = [shapes(value, f"{name}{key} ") for key, value in state.items()]
+        return {key: shape for part in parts for key, shape in part.items()}
+    return {name: tuple(state.shape) if torch.is_tensor(state) else type(state).__name__}
+
+
+def same_entries(expected, found, source):
+    """Raises BadInput unless two states have the same names and shapes."""
+    expected, found = shapes(expected), shapes(found)
+    for name in sorted(expected | found):
+        has, wants = found.get(name, "nothing"), expected.get(name, "nothing")
+        if has != wants:
+            raise BadInput(f"{source} does not fit: {name}is {has} there, {wants} in the model")
 
 
 def read_log(folder):
@@ -943,21 +942,19 @@ def draw(path, *runs):
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     for c, color in zip(runs, ("#0072B2", "#D55E00"), strict=False):
         log = read_log(c.out)
-        training, validation = (
-            np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T
-            for key in ("train_loss", "val_loss")
-        )
-        if validation.size:  # the first fall would hide the rest
-            axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:2][-1])
         if has_ire(c):
             axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
         if len(runs) == 1:
-            axes.plot(*training, color=color, alpha=0.35, label="training")
+            training = [(r["step"], r["train_loss"]) for r in log if "train_loss" in r]
+            axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, label="training")
+        losses = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
         label = f"{c.optimizer}, lr {c.lr:g}, validation"
-        axes.plot(*validation, color=color, marker="o", ms=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.plot(*zip(*losses, strict=True), color=color, marker="o", ms=3, label=label)
+        if losses:  # the first fall would hide the rest
+            axes.set_ylim(0.95 * min(loss for _, loss in losses), 1.02 * losses[:2][-1][1])
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
@@ -1047,6 +1044,7 @@ class Run:
     val_loss: float = math.inf
     best: float = math.inf
     kept: str = "none"  # the last checkpoint
+    bar: tqdm = None
 
     def done(self):
         return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
@@ -1117,16 +1115,27 @@ def train(c: Config, build=None):
     run = set_up(c, Data(c), build)
     if c.resume:
         restore(run)
-    if c.compile:
-        warm_up(run)
+    if c.compile:  # before the clock starts: both losses, forward and backward
+        x, y, keys = run.data.batch(run.step)[0]
+        for micro in ((x, y), (x, None, keys)):
+            backward(run.forward, [micro], c, run.scaler)
+            run.optimizer.zero_grad()
+    caught = []  # signals: the step that they come in is finished first
     with contextlib.ExitStack() as stack:
         if RANK == 0:
-            stack.enter_context(lock(Path(c.out)))
+            lock(Path(c.out), stack)
             open_folder(run)
             banner(run)
-        caught = []  # signals: the step that they come in is finished first
+        if RANK == 0 and c.wandb:
+            import wandb
+
+            about = {"name": Path(c.out).name, "dir": c.out, "config": dataclasses.asdict(c)}
+            stack.enter_context(wandb.init(project="ire", **about))
+        quiet = RANK > 0 or not sys.stderr.isatty()
+        run.bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=quiet)
+        stack.enter_context(run.bar)
         stack.enter_context(on_signals(caught.append))
-        loop(run, stack.enter_context(report(run)), caught)
+        loop(run, caught)
     rate = run.step * c.batch_size * c.context / run.seconds
     reached = {"steps": run.step, "val_loss": run.val_loss, "seconds": run.seconds}
     return dataclasses.asdict(c) | reached | {"tokens_per_second": rate}
@@ -1182,14 +1191,6 @@ def restore(run):
     run.kept = f"step {run.step}"
 
 
-def warm_up(run):
-    """Compiles before the clock starts: a forward and a backward of both losses, dropped."""
-    x, y, keys = run.data.batch(run.step)[0]
-    for micro in ((x, y), (x, None, keys)):
-        backward(run.forward, [micro], run.c, run.scaler)
-        run.optimizer.zero_grad()
-
-
 def open_folder(run):
     """The files of the run, as they are at its step."""
     c, out = run.c, Path(run.c.out)
@@ -1204,7 +1205,8 @@ def open_folder(run):
 
 def banner(run):
     c, data = run.c, run.data
-    parameters = sum(p.numel() for p in run.model.parameters())
+    count = sum(p.numel() for p in run.model.parameters())
+    sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
     place = f"{RANKS} x {c.device}, {c.dtype}"
     place += ", FSDP" if c.fsdp else ""
     place += ", compiled" if c.compile else ""
@@ -1214,12 +1216,13 @@ def banner(run):
         method += f", on from step {c.ire_warmup}, {c.curvature}"
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
-    print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
-    sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
+    print(f"model      Llama, {count:,} parameters: {c.layers} layers of width {c.width}")
     print(f"data       {c.data}: {sizes}")
-    print(f"device     {place}\noptimizer  {method}")
-    print(f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}")
-    sys.stdout.flush()
+    print(f"device     {place}")
+    print(f"optimizer  {method}")
+    print(
+        f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
+    )
 
 
 @contextlib.contextmanager
@@ -1235,43 +1238,29 @@ def on_signals(handler):
             signal.signal(number, earlier)
 
 
-@contextlib.contextmanager
-def report(run):
-    """Yields record(**values): a line of log.jsonl, of the terminal, and of W&B."""
-    c, out = run.c, Path(run.c.out)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(os.devnull if RANK else out / "log.jsonl", "a"))
-        quiet = RANK > 0 or not sys.stderr.isatty()
-        bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=quiet)
-        stack.enter_context(bar)
-        if c.wandb and RANK == 0:
-            import wandb
+def record(run, **values):
+    """A line of log.jsonl, of the terminal, and of W&B."""
+    if RANK:
+        return
+    c = run.c
+    values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}  # as JSON has
+    with open(Path(c.out) / "log.jsonl", "a") as f:
+        f.write(json.dumps({"step": run.step, **values, "seconds": round(run.seconds, 3)}) + "\n")
+    texts = [f"{k} {x:,}" if type(x) is int else f"{k} {x:.4g}" for k, x in values.items()]
+    texts.append(f"{run.seconds:.0f} s + {run.idle:.0f} s of saving and validation")
+    run.bar.update(run.step - run.bar.n)
+    run.bar.write(f"step {run.step:5}/{c.steps}  {'  '.join(texts)}")
+    if c.wandb:
+        import wandb
 
-            config = dataclasses.asdict(c)
-            stack.enter_context(wandb.init(project="ire", name=out.name, dir=c.out, config=config))
-
-        def record(**values):
-            if RANK:
-                return
-            values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}  # JSON
-            line = {"step": run.step, **values, "seconds": round(run.seconds, 3)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            texts = (f"{k} {x:,}" if type(x) is int else f"{k} {x:.4g}" for k, x in values.items())
-            bar.update(run.step - bar.n)
-            time_spent = f"{run.seconds:.0f} s + {run.idle:.0f} s of saving and validation"
-            bar.write(f"step {run.step:5}/{c.steps}  {'  '.join(texts)}  {time_spent}")
-            if c.wandb:
-                wandb.log(values, step=run.step)
-
-        yield record
+        wandb.log(values, step=run.step)
 
 
-def loop(run, record, caught):
+def loop(run, caught):
     """Steps, and between them log, validation and checkpoint where they are due."""
     c = run.c
     if run.step == 0:
-        record(val_loss=validate(run.forward, run.data))
+        record(run, val_loss=validate(run.forward, run.data))
     pending, clock = [], time.perf_counter()
     while not run.done():
         batch = run.data.batch(run.step)
@@ -1290,7 +1279,7 @@ def loop(run, record, caught):
         if eval_due:
             run.val_loss = validate(run.forward, run.data)
         check_finite(run, table, eval_due)
-        record(**values_of(run, table, elapsed), val_loss=run.val_loss if eval_due else None)
+        record(run, **values_of(run, table, elapsed), val_loss=run.val_loss if eval_due else None)
         keep(run, save_due or number or run.done())
         if number and not run.done():
             halt = Halt("stopped; the checkpoint is written, go on with --resume")
@@ -1305,8 +1294,9 @@ def values_of(run, table, elapsed):
     c = run.c
     flat = run.optimizer.flat_share() if isinstance(run.optimizer, IRE) else {}
     rate = len(table) * c.batch_size * c.context / elapsed
-    values = {"train_loss": table[:, 0].mean(), "lr": learning_rate(c, run.step - 1)}
-    values |= {"grad_norm": table[:, 1].mean()} | flat | {"tokens_per_second": round(rate)}
+    loss, norm = table.mean(0)
+    values = {"train_loss": loss, "lr": learning_rate(c, run.step - 1), "grad_norm": norm}
+    values |= flat | {"tokens_per_second": round(rate)}
     if c.device == "cuda":
         values["tflops"] = rate * flops_per_token(c, run.model) / 1e12
     return values
@@ -1345,13 +1335,13 @@ def compare(typed):
         text = f"--optimizer: got {typed['optimizer']}, allowed with --compare is to leave it out"
         raise BadInput(text)
     out = Path(typed.get("out", OUT))
-    runs = [one_of_two(typed, out, name) for name in ("adamw", "admire")]
+    runs = [keep_runs(one_of_two(typed, out, name)) for name in ("adamw", "admire")]
     adamw, admire = (train(c) for c in runs)
     if RANK:
         return
     draw(out / "loss.png", *runs)
     loss, steps = adamw["val_loss"], adamw["steps"]
-    losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if "val_loss" in r}
+    losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if r.get("val_loss")}
     reached = min((step for step, x in losses.items() if step and x <= loss), default=None)
     command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
     results = {"adamw": adamw, "admire": admire, "reached_at_step": reached}
@@ -1365,12 +1355,11 @@ def compare(typed):
 
 def one_of_two(typed, out, name):
     """The settings of one run of a comparison, which may not have begun on --resume."""
-    begun = (out / name / "checkpoint.pt").exists()
-    resume = bool(typed.get("resume"))
-    own = typed | {"optimizer": name, "out": str(out / name), "resume": resume and begun}
-    if resume and not begun:
+    own = typed | {"optimizer": name, "out": str(out / name)}
+    if typed.get("resume") and not (out / name / "checkpoint.pt").exists():
+        own["resume"] = False
         own = handed_on(load_checkpoint(out / "adamw", mmap=True)["config"]) | own
-    return keep_runs(complete(Config(**own)))
+    return complete(Config(**own))
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -1425,20 +1414,16 @@ def evaluate(folder, typed):
 
 
 # -------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        text = f"{self.prog}: {message:.300}; --help shows what is allowed\n"
+        self.exit(2, text if LOCAL_RANK == 0 else "")
+
+
 def parse(arguments):
     """What was typed, and what --config holds beside it, as {name: value}."""
-    cli = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-
-    def error(message):
-        text = f"{cli.prog}: {message:.300}; --help shows what is allowed\n"
-        cli.exit(2, text if LOCAL_RANK == 0 else "")
-
-    cli.error = error
+    plain = argparse.RawDescriptionHelpFormatter
+    cli = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     for name, f in FIELDS.items():
         about = f.metadata
         text = about["help"] + (f"; {about['words']}" if about["words"] else "")
@@ -1446,8 +1431,10 @@ def parse(arguments):
             rows = [f"{preset} {row[name]}" for preset, row in PRESETS.items() if name in row]
             text += f" (default {', '.join([str(about['default']), *rows])})"
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        cli.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        flag = "--" + name.replace("_", "-")
+        cli.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     typed = vars(cli.parse_args(arguments))
     return read_config(typed["config"]) | typed if "config" in typed else typed
 
