@@ -217,16 +217,16 @@ def check(c, name, good, allowed):
 
 
 @contextlib.contextmanager
-def instead(text):
+def instead(text, way=""):
     """Ends the script with `text` where a library or the network raises, each in its own way."""
     try:
         yield
     except (Halt, ModuleNotFoundError):
         raise
-    except pickle.UnpicklingError:  # whose own words advise to trust the file
-        raise BadInput(f"{text}: it is no file of tensors, numbers and texts") from None
     except Exception as e:
-        raise BadInput(f"{text}: {e!r:.300}") from None
+        trusting = isinstance(e, pickle.UnpicklingError)  # its own words advise to trust the file
+        why = "no file of tensors, numbers and texts" if trusting else f"{e!r:.300}"
+        raise BadInput(f"{text} ({why}){way}") from None
 
 
 def note(text):
@@ -383,7 +383,8 @@ def keep_runs(c: Config):
 
 # --------------------------------------------------------------------------------------- model
 class Normalise(torch.autograd.Function):
-    """RMS norm of x (..., width) without gains, in half the passes over x that torch's takes."""
+    """RMS norm of x (..., width) without gains, on a CPU in half the passes over x that
+    torch's takes, as Rotate does."""
 
     @staticmethod
     def forward(ctx, x):
@@ -400,26 +401,21 @@ class Normalise(torch.autograd.Function):
         return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, made again in the backward: less memory to go through."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def rotate(x, cos, sin):
+class Rotate(torch.autograd.Function):
     """Rotary position embedding of x (batch, time, heads, size); as in Hugging Face's Llama the
     halves of a head are the pairs. cos: (time, 1, size), sin: the same, negative in the first half.
     """
-    halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
-    return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in place: one buffer
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
+        return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in one buffer
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
 
 
 def project(x, norm, *layers):
@@ -445,12 +441,12 @@ class Block(nn.Module):
         x = x + self.attend(Normalise.apply(x), cos, sin)
         h, norm, mlp = Normalise.apply(x), self.post_attention_layernorm, self.mlp
         gate, up = project(h, norm, mlp.gate_proj), project(h, norm, mlp.up_proj)
-        return x + mlp.down_proj(SwiGLU.apply(gate, up))
+        return x + mlp.down_proj(F.silu(gate) * up)
 
     def attend(self, h, cos, sin):
         layer, norm = self.self_attn, self.input_layernorm
         qk = project(h, norm, layer.q_proj, layer.k_proj).unflatten(-1, (2 * self.heads, -1))
-        q, k = rotate(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
+        q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
         v = project(h, norm, layer.v_proj).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -617,7 +613,7 @@ def fetch_shakespeare(path):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         url, sha256 = SHAKESPEARE
-        with instead(f"--data: shakespeare can't be fetched; put the text at {path}"):
+        with instead("--data: shakespeare can't be fetched", f"; put the text at {path}"):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
     return path
 
@@ -645,8 +641,8 @@ def from_hub(c: Config):
     from datasets import load_dataset
 
     lines = c.data.startswith("wikitext")  # whose rows are lines of one document
-    name = HUB[c.data][0]
-    with instead(f"--data: name a text file or folder, as datasets can't read {name}"):
+    text = f"--data: datasets can't read {HUB[c.data][0]}"
+    with instead(text, "; name a text file or folder"):
         splits = load_dataset(*HUB[c.data], streaming=True)
         for split in ("train", "validation"):
             for i, row in enumerate(splits.get(split, ())):
@@ -664,9 +660,8 @@ class Codec:
         if kind == "gpt2":
             import tiktoken
 
-            with instead(
-                "--tokenizer: gpt2's can't be fetched; use bytes or set TIKTOKEN_CACHE_DIR"
-            ):
+            way = "; use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            with instead("--tokenizer: tiktoken can't fetch gpt2's vocabulary", way):
                 self.bpe = tiktoken.get_encoding("gpt2")
             self.vocab, self.between = self.bpe.n_vocab, self.bpe.eot_token
 
@@ -827,7 +822,7 @@ def write_json(path: Path, value):
 def load_checkpoint(folder, mmap=False):
     """The checkpoint in a run's folder; mmap where its tensors are not read."""
     path = Path(folder) / "checkpoint.pt"
-    with instead(f"{path} can't be read as a checkpoint; {which_run(folder)}"):
+    with instead(f"{path} can't be read as a checkpoint", which_run(folder)):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for key in ("data", "seconds", "val_loss", "model", "optimizer", "scaler"):
             saved[key]
@@ -837,8 +832,8 @@ def load_checkpoint(folder, mmap=False):
 def which_run(folder):
     runs = [str(p.parent) for p in sorted(Path(folder).glob("ad*/checkpoint.pt"))]
     if runs:
-        return f"{folder} is of --compare: name {' or '.join(runs)}, or add --compare"
-    return f"is {folder} the --out of a run?"
+        return f"; {folder} is of --compare: name {' or '.join(runs)}, or add --compare"
+    return f"; is {folder} the --out of a run?"
 
 
 def lock(folder: Path, stack):
@@ -902,7 +897,7 @@ def read_weights(folder):
     from safetensors.torch import load_file
 
     path = Path(folder) / "hf" if (Path(folder) / "hf").exists() else Path(folder)
-    with instead(f"{folder} can't be read as a run, or as a folder hf of one; {which_run(folder)}"):
+    with instead(f"{folder} can't be read as a run, or as a folder hf of one", which_run(folder)):
         saved = json.loads((path / "config.json").read_text())["train_gpt"]
         saved["config"] = handed_on(saved["config"])
         return load_file(path / "model.safetensors"), saved
@@ -1170,7 +1165,7 @@ def set_state(model, weights, source, optimizer=None, state=None):
     dcp.set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
         fresh = dcp.get_optimizer_state_dict(model, optimizer)
-        same_entries(fresh["state"], state.get("state"), source)
+        same_entries(fresh["state"], state.get("state", {}), source)
         for group in state.get("param_groups", [{}]):
             kept = {"params", "lr", "ire_step"} & fresh["param_groups"][0].keys()
             same_entries(dict.fromkeys(kept), {key: None for key in kept & group.keys()}, source)
