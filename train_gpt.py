@@ -409,13 +409,17 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
-        return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in one buffer
+        return turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x, cos, sin):
+    halves_swapped = x.float().roll(x.shape[-1] // 2, dims=-1)
+    return halves_swapped.mul_(sin).addcmul_(x.float(), cos).to(x.dtype)  # in place: one buffer
 
 
 def project(x, norm, *layers):
