@@ -93,10 +93,6 @@ POSITIVE = Range(1e-30, 1e9, "a number above 0, from 1e-30 to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
 FRACTION = Range(math.nextafter(0, 1), math.nextafter(1, 0), "above 0 and below 1")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire")
-SCHEDULES = ("cosine", "wsd", "constant")
 
 # Rows of the paper as Llamas, close to its models (its 60M has width 410 and 10 heads). "tiny" is
 # the defaults of Config, tuned alike for both optimizers (results/sweep-tiny.json).
@@ -151,11 +147,15 @@ class Config:
     steps: int = setting(1000, "optimizer steps", COUNT)
     warmup: int = setting(500, "steps to the peak, by default at most half of them", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    schedule: str = setting("cosine", "after it; wsd falls in the last fifth", SCHEDULES)
+    schedule: str = setting(
+        "cosine", "after it; wsd falls in the last fifth", ("cosine", "wsd", "constant")
+    )
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", Range(0, 1, "0 to 1"))
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
     # the optimizer
-    optimizer: str = setting("admire", "admire is IRE over AdamW", OPTIMIZERS)
+    optimizer: str = setting(
+        "admire", "admire is IRE over AdamW", ("adamw", "admire", "muon", "muon-ire")
+    )
     beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
     eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
@@ -171,8 +171,12 @@ class Config:
     # how to compute it
     micro_batch: int = setting(None, "sequences in a pass (default up to 32,768 tokens)", COUNT)
     seed: int = setting(0, "of weights, batches and probes", SEED)
-    device: str = setting("auto", "where to train", DEVICES)
-    dtype: str = setting(None, "of the passes (default: what the device is fast at)", DTYPES)
+    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting(
+        None,
+        "of the passes (default: what the device is fast at)",
+        ("float32", "bfloat16", "float16"),
+    )
     compile: bool = setting(None, "torch.compile (default on CUDA from sm_70)", resume=True)
     deterministic: bool = setting(False, "deterministic CUDA kernels, slower")
     fsdp: bool = setting(False, "shard over torchrun's ranks (FSDP2), not DDP", resume=True)
@@ -212,6 +216,19 @@ def check(c, name, good, allowed):
         raise BadInput(f"{flag}: got {str(getattr(c, name)):.60}, allowed is {allowed}")
 
 
+@contextlib.contextmanager
+def instead(text, way=""):
+    """Ends the script with `text` where a library or the network raises, each in its own way."""
+    try:
+        yield
+    except (Halt, ModuleNotFoundError):
+        raise
+    except Exception as e:
+        trusting = isinstance(e, pickle.UnpicklingError)  # its own words advise to trust the file
+        why = "no file of tensors, numbers and texts" if trusting else f"{e!r:.300}"
+        raise BadInput(f"{text} ({why}){way}") from None
+
+
 def note(text):
     """One line beside the output, from one rank."""
     if RANK == 0:
@@ -242,7 +259,6 @@ def complete(given: Config) -> Config:
     choose(c, given)
     fit(c, given)
     check_settings(c)
-    check_memory(c)
     return c
 
 
@@ -263,9 +279,9 @@ def check_unchanged(c, known, source, but=()):
 def check_steps(c, known, done):
     """--steps may change on --resume if the learning rate of the steps that were made does not."""
     before = Config(**known)
-    check_values(before)
     after = dataclasses.replace(before, steps=c.steps or before.steps)
-    check_values(after)
+    for settings in (before, after):
+        check_values(settings)
     same = after.steps == before.steps or all(
         learning_rate(before, step) == learning_rate(after, step) for step in range(done)
     )
@@ -350,11 +366,7 @@ def check_settings(c):
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     for name in ("out", "data_dir"):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
-
-
-def check_memory(c):
-    """Refuses a model that would fill the machine with its weights alone."""
-    if c.device == "cpu" and hasattr(os, "sysconf"):
+    if c.device == "cpu" and hasattr(os, "sysconf"):  # the weights alone would fill the machine
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         need = 4 * c.width * (512 + c.layers * (4 * c.width + 3 * c.ffn)) / 2**30
         sizes = f"with --layers {c.layers} and --ffn {c.ffn} it takes {need:,.0f} GiB"
@@ -371,7 +383,7 @@ def keep_runs(c: Config):
 
 # --------------------------------------------------------------------------------------- model
 class Normalise(torch.autograd.Function):
-    """RMS norm of x (..., width) without gains. On a CPU it takes half the passes over x that
+    """RMS norm of x (..., width) without gains, on a CPU in half the passes over x that
     torch's takes, as Rotate does."""
 
     @staticmethod
@@ -444,16 +456,14 @@ class Block(nn.Module):
         return layer.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def true_loss(weight, x, targets):
-    """Mean cross entropy of the next tokens. weight: (vocab, width), x: (batch, time, width)."""
-    return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
-
-
-def drawn_loss(classes, weight, x, seeds):
-    """The probe's loss (Eq. 6): the same against labels drawn from softmax(logits)."""
-    logits = F.linear(x, weight).flatten(0, 1).float()
-    with torch.no_grad():
-        labels = drawn_labels(logits, seeds.flatten(), classes)
+def head_loss(weight, x, labels, classes=None):
+    """Mean cross entropy of labels (batch, time). weight: (vocab, width), x: (batch, time, width).
+    With classes it is the probe's (Eq. 6): labels are seeds, by which others are drawn from the
+    softmax."""
+    logits, labels = F.linear(x, weight).flatten(0, 1).float(), labels.flatten()
+    if classes is not None:
+        with torch.no_grad():
+            labels = drawn_labels(logits, labels, classes)
     return F.cross_entropy(logits, labels)
 
 
@@ -479,9 +489,8 @@ class Llama(nn.Module):
     def __init__(self, c, vocab):
         super().__init__()
         self.dtype = getattr(torch, c.dtype)
-        self.logits = 2**26  # how many may exist at once, see mean()
-        self.true_loss = true_loss
-        self.drawn_loss = drawn_loss
+        self.logits = 2**26  # how many may exist at once, see loss()
+        self.head_loss = head_loss
         blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         embed, norm = nn.Embedding(vocab, c.width), nn.RMSNorm(c.width, eps=1e-6)
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": blocks, "norm": norm})
@@ -505,12 +514,12 @@ class Llama(nn.Module):
         with torch.autocast(tokens.device.type, self.dtype, enabled=enabled):
             x = self.hidden(tokens)
             if targets is not None:
-                return self.mean(self.true_loss, x, targets)
+                return self.loss(x, targets)
             if keys is None:
                 return self.lm_head(x)
             time = torch.arange(tokens.shape[1], dtype=torch.int32, device=x.device)
             seeds = mix(mix(keys.int())[:, None] + mix(~time))  # ~: positions are not classes
-            return self.mean(functools.partial(self.drawn_loss, self.classes), x, seeds)
+            return self.loss(x, seeds, self.classes)
 
     def hidden(self, tokens):
         """(batch, time, width), what the head reads."""
@@ -520,19 +529,17 @@ class Llama(nn.Module):
             x = block(x, cos, sin)
         return Normalise.apply(x) * self.model.norm.weight
 
-    def mean(self, loss, x, y):
-        """The mean loss. Where all logits are too many at once, in pieces of as many sequences
-        each, made again in the backward."""
+    def loss(self, x, labels, classes=None):
+        """head_loss; where all logits are too many at once, of pieces of as many sequences each,
+        whose logits the backward makes again."""
         most = max(1, self.logits // (x.shape[1] * self.lm_head.out_features))
         pieces = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) // n <= most)
+        loss = functools.partial(self.head_loss, self.lm_head.weight, classes=classes)
         if pieces == 1:
-            return loss(self.lm_head.weight, x, y)
-        total = 0
-        for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-            total = total + checkpoint(
-                loss, self.lm_head.weight, *part, use_reentrant=False, preserve_rng_state=False
-            )
-        return total / pieces
+            return loss(x, labels)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = zip(x.chunk(pieces), labels.chunk(pieces), strict=True)
+        return torch.stack([checkpoint(loss, *part, **again) for part in parts]).mean()
 
 
 def make_model(c: Config, vocab):
@@ -541,8 +548,7 @@ def make_model(c: Config, vocab):
     if c.device == "cuda" and c.compile:  # fused, a logit takes its own bytes and its gradient's
         model.logits = min(2**31 - 1, torch.cuda.get_device_properties().total_memory // 32)
     if c.compile:  # block by block, which are alike: one compilation serves all of them
-        model.true_loss = torch.compile(true_loss, dynamic=False)
-        model.drawn_loss = torch.compile(drawn_loss, dynamic=False)
+        model.head_loss = torch.compile(head_loss, dynamic=False)
         for block in model.model.layers:
             block.compile(dynamic=False)
     if c.fsdp:
@@ -611,11 +617,8 @@ def fetch_shakespeare(path):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         url, sha256 = SHAKESPEARE
-        try:
+        with instead("--data: shakespeare can't be fetched", f"; put the text at {path}"):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-        except Exception as e:  # the network raises many kinds
-            text = f"--data: shakespeare can't be fetched ({e!r}); put the text at {path}"
-            raise BadInput(text) from None
     return path
 
 
@@ -642,67 +645,44 @@ def from_hub(c: Config):
     from datasets import load_dataset
 
     lines = c.data.startswith("wikitext")  # whose rows are lines of one document
-    try:
+    text = f"--data: datasets can't read {HUB[c.data][0]}"
+    with instead(text, "; name a text file or folder"):
         splits = load_dataset(*HUB[c.data], streaming=True)
         for split in ("train", "validation"):
             for i, row in enumerate(splits.get(split, ())):
                 held_out = split != "train" or ("validation" not in splits and i % 2000 == 0)
                 yield "val" if held_out else "train", row["text"].encode(), i == 0 or not lines
-    except Exception as e:  # the library and its network raise many kinds
-        text = f"--data: datasets can't read {HUB[c.data][0]} ({e!r:.300})"
-        raise BadInput(f"{text}; name a text file or folder") from None
 
 
-class Bytes:
-    vocab = 256
-    between = ord("\n")  # documents
+class Codec:
+    """Texts to tokens and back. What the tokens of a prepared folder mean is not known here."""
+
+    def __init__(self, kind, vocab=256):
+        self.kind, self.vocab, self.between = kind, vocab, 0  # between documents
+        if kind == "bytes":
+            self.vocab, self.between = 256, ord("\n")
+        if kind == "gpt2":
+            import tiktoken
+
+            way = "; use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            with instead("--tokenizer: tiktoken can't fetch gpt2's vocabulary", way):
+                self.bpe = tiktoken.get_encoding("gpt2")
+            self.vocab, self.between = self.bpe.n_vocab, self.bpe.eot_token
 
     def encode(self, texts):
+        if self.kind == "gpt2":
+            texts = [text.decode(errors="replace") for text in texts]
+            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        if self.kind != "bytes" and any(texts):
+            raise BadInput("--prompt: allowed is none for tokens that are neither bytes nor gpt2's")
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
-class GPT2:
-    def __init__(self):
-        import tiktoken
-
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # the network raises many kinds
-            text = f"--tokenizer: tiktoken can't fetch gpt2's vocabulary ({type(e).__name__})"
-            way = "use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
-            raise BadInput(f"{text}; {way}") from None
-        self.vocab = self.bpe.n_vocab
-        self.between = self.bpe.eot_token
-        self.decode = self.bpe.decode
-
-    def encode(self, texts):
-        texts = [text.decode(errors="replace") for text in texts]
-        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-
-class Numbers:
-    """The tokens of a prepared folder, whose meaning is not known here."""
-
-    between = 0
-
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def encode(self, texts):
-        if any(texts):
-            raise BadInput("--prompt: allowed is none for tokens that are neither bytes nor gpt2's")
-        return [[] for _ in texts]
-
-    def decode(self, tokens):
+        if self.kind == "gpt2":
+            return self.bpe.decode(tokens)
+        if self.kind == "bytes":
+            return bytes(tokens).decode(errors="replace")
         return " ".join(map(str, tokens))
-
-
-def codec(tokenizer, vocab=None):
-    known = {"bytes": Bytes, "gpt2": GPT2}
-    return known[tokenizer]() if tokenizer in known else Numbers(vocab)
 
 
 def prepare(c: Config) -> Path:
@@ -733,7 +713,7 @@ def prepare(c: Config) -> Path:
 
 
 def write_tokens(c, folder, pieces):
-    kind = codec(c.tokenizer)
+    kind = Codec(c.tokenizer)
     source = " ".join(filter(None, HUB.get(c.data, [c.data])))
     meta = {"tokenizer": c.tokenizer, "vocab_size": kind.vocab, "source": source, "sha256": {}}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -764,12 +744,9 @@ class Data:
         folder = prepare(c) if LOCAL_RANK == 0 else None
         over_ranks([0])  # the others find the data made
         self.c, folder = c, folder or prepare(c)
-        try:
+        with instead(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size"):
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            text = f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size: {e!r}"
-            raise BadInput(text) from None
         fits = 2 <= self.tokens["vocab"] <= 2**16
         check(c, "data", fits, f"a vocab_size of 2 to 65,536 in {folder / 'meta.json'}")
         self.vocab = -(-self.tokens["vocab"] // 64) * 64  # 50257 to 50304: GPUs multiply it faster
@@ -849,45 +826,38 @@ def write_json(path: Path, value):
 def load_checkpoint(folder, mmap=False):
     """The checkpoint in a run's folder; mmap where its tensors are not read."""
     path = Path(folder) / "checkpoint.pt"
-    try:
+    with instead(f"{path} can't be read as a checkpoint", which_run(folder)):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for key in ("config", "data", "seconds", "val_loss", "model", "optimizer", "scaler"):
+        for key in ("data", "seconds", "val_loss", "model", "optimizer", "scaler"):
             saved[key]
         return saved | {"step": int(saved["step"]), "config": dict(saved["config"])}
-    except pickle.UnpicklingError:  # whose own words advise to trust it
-        why = "it is no file of tensors, numbers and texts"
-    except Exception as e:  # torch.load raises many kinds
-        why = f"{e!r:.300}"
-    raise BadInput(f"{path} can't be read as a checkpoint: {why}; {which_run(folder)}")
 
 
 def which_run(folder):
     runs = [str(p.parent) for p in sorted(Path(folder).glob("ad*/checkpoint.pt"))]
     if runs:
-        return f"{folder} is of --compare: name {' or '.join(runs)}, or add --compare"
-    return f"is {folder} the --out of a run?"
+        return f"; {folder} is of --compare: name {' or '.join(runs)}, or add --compare"
+    return f"; is {folder} the --out of a run?"
 
 
-@contextlib.contextmanager
-def lock(folder: Path):
-    """Keeps a second run out of the folder while this one goes on."""
+def lock(folder: Path, stack):
+    """Keeps a second run out of the folder until the stack ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if os.name == "posix":
-            import fcntl
+    if os.name != "posix":
+        return
+    import fcntl
 
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found = (folder / "config.json").exists()
-                pid = json.loads((folder / "config.json").read_text())["pid"] if found else "?"
-                text = f"--out: got {folder}, allowed is a folder where no run goes on"
-                raise BadInput(f"{text}; process {pid} trains there") from None
-            except OSError:  # a network folder without locks
-                pass
-        yield
+    handle = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        config = folder / "config.json"
+        pid = json.loads(config.read_text())["pid"] if config.exists() else "?"
+        text = f"--out: got {folder}, allowed is a folder where no run goes on"
+        raise BadInput(f"{text}; process {pid} trains there") from None
+    except OSError:  # a network folder without locks
+        pass
 
 
 def save(run, folder: Path):
@@ -931,28 +901,27 @@ def read_weights(folder):
     from safetensors.torch import load_file
 
     path = Path(folder) / "hf" if (Path(folder) / "hf").exists() else Path(folder)
-    try:
+    with instead(f"{folder} can't be read as a run, or as a folder hf of one", which_run(folder)):
         saved = json.loads((path / "config.json").read_text())["train_gpt"]
         saved["config"] = handed_on(saved["config"])
         return load_file(path / "model.safetensors"), saved
-    except Exception as e:  # safetensors has errors of its own
-        text = f"{folder} can't be read as a run, or as a folder hf of one: {e!r:.300}"
-        raise BadInput(f"{text}; {which_run(folder)}") from None
 
 
-def same_entries(expected, found, source, name=""):
-    """Raises BadInput unless two state dicts have the same names and shapes."""
-    if isinstance(expected, dict):
-        keys = found.keys() if isinstance(found, dict) else set()
-        if other := sorted(map(str, expected.keys() ^ keys)):
-            raise BadInput(f"{source} does not fit: {name}{other[0]} is in one of the two only")
-        for key, value in expected.items():
-            same_entries(value, found[key], source, f"{name}{key} ")
-    elif torch.is_tensor(expected):
-        shapes = [tuple(x.shape) if torch.is_tensor(x) else x for x in (found, expected)]
-        if shapes[0] != shapes[1]:
-            text = f"{name}has shape {shapes[0]}, the model's has {shapes[1]}"
-            raise BadInput(f"{source} does not fit: {text}")
+def shapes(state, name=""):
+    """{name: shape} of what nested dicts hold."""
+    if isinstance(state, dict):
+        parts = [shapes(value, f"{name}{key} ") for key, value in state.items()]
+        return {key: shape for part in parts for key, shape in part.items()}
+    return {name: tuple(state.shape) if torch.is_tensor(state) else type(state).__name__}
+
+
+def same_entries(expected, found, source):
+    """Raises BadInput unless two states have the same names and shapes."""
+    expected, found = shapes(expected), shapes(found)
+    for name in sorted(expected | found):
+        has, wants = found.get(name, "nothing"), expected.get(name, "nothing")
+        if has != wants:
+            raise BadInput(f"{source} does not fit: {name}is {has} there, {wants} in the model")
 
 
 def read_log(folder):
@@ -972,22 +941,20 @@ def draw(path, *runs):
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     for c in runs:
         color = "#0072B2" if has_ire(c) else "#000000"  # as in the book's figures
         log = read_log(c.out)
-        training, validation = (
-            np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2).T
-            for key in ("train_loss", "val_loss")
-        )
-        if validation.size:  # the first fall would hide the rest
-            axes.set_ylim(0.95 * min(validation[1]), 1.02 * validation[1][:2][-1])
         if has_ire(c):
             axes.axvline(c.ire_warmup, color=color, ls=":", label="IRE switches on")
         if len(runs) == 1:
-            axes.plot(*training, color=color, alpha=0.35, label="training")
+            training = [(r["step"], r["train_loss"]) for r in log if "train_loss" in r]
+            axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, label="training")
+        losses = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
         label = f"{c.optimizer}, lr {c.lr:g}, validation"
-        axes.plot(*validation, color=color, marker="o", ms=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.plot(*zip(*losses, strict=True), color=color, marker="o", ms=3, label=label)
+        if losses:  # the first fall would hide the rest
+            axes.set_ylim(0.95 * min(loss for _, loss in losses), 1.02 * losses[:2][-1][1])
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
@@ -1077,6 +1044,7 @@ class Run:
     val_loss: float = math.inf
     best: float = math.inf
     kept: str = "none"  # the last checkpoint
+    bar: tqdm = None
 
     def done(self):
         return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
@@ -1088,11 +1056,6 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(values, op)
     return values.tolist()
-
-
-def whole(x):
-    """All of a number that FSDP holds in shards."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def backward(forward, batch, c, scaler):
@@ -1124,7 +1087,9 @@ def train_step(forward, optimizer, batch, step, c, scaler):
             backward(forward, probe, c, scaler)
     loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
     scaler.unscale_(optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf)
+    if c.fsdp:  # each rank has a part of it
+        norm = norm.full_tensor()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -1150,16 +1115,27 @@ def train(c: Config, build=None):
     run = set_up(c, Data(c), build)
     if c.resume:
         restore(run)
-    if c.compile:
-        warm_up(run)
+    if c.compile:  # before the clock starts: both losses, forward and backward
+        x, y, keys = run.data.batch(run.step)[0]
+        for micro in ((x, y), (x, None, keys)):
+            backward(run.forward, [micro], c, run.scaler)
+            run.optimizer.zero_grad()
+    caught = []  # signals: the step that they come in is finished first
     with contextlib.ExitStack() as stack:
         if RANK == 0:
-            stack.enter_context(lock(Path(c.out)))
+            lock(Path(c.out), stack)
             open_folder(run)
             banner(run)
-        caught = []  # signals: the step that they come in is finished first
+        if RANK == 0 and c.wandb:
+            import wandb
+
+            about = {"name": Path(c.out).name, "dir": c.out, "config": dataclasses.asdict(c)}
+            stack.enter_context(wandb.init(project="ire", **about))
+        quiet = RANK > 0 or not sys.stderr.isatty()
+        run.bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=quiet)
+        stack.enter_context(run.bar)
         stack.enter_context(on_signals(caught.append))
-        loop(run, stack.enter_context(report(run)), caught)
+        loop(run, caught)
     rate = run.step * c.batch_size * c.context / run.seconds
     reached = {"steps": run.step, "val_loss": run.val_loss, "seconds": run.seconds}
     return dataclasses.asdict(c) | reached | {"tokens_per_second": rate}
@@ -1194,7 +1170,7 @@ def set_state(model, weights, source, optimizer=None, state=None):
     dcp.set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
         fresh = dcp.get_optimizer_state_dict(model, optimizer)
-        same_entries(fresh["state"], state.get("state"), source)
+        same_entries(fresh["state"], state.get("state", {}), source)
         for group in state.get("param_groups", [{}]):
             kept = {"params", "lr", "ire_step"} & fresh["param_groups"][0].keys()
             same_entries(dict.fromkeys(kept), {key: None for key in kept & group.keys()}, source)
@@ -1215,14 +1191,6 @@ def restore(run):
     run.kept = f"step {run.step}"
 
 
-def warm_up(run):
-    """Compiles before the clock starts: a forward and a backward of both losses, dropped."""
-    x, y, keys = run.data.batch(run.step)[0]
-    for micro in ((x, y), (x, None, keys)):
-        backward(run.forward, [micro], run.c, run.scaler)
-        run.optimizer.zero_grad()
-
-
 def open_folder(run):
     """The files of the run, as they are at its step."""
     c, out = run.c, Path(run.c.out)
@@ -1237,7 +1205,8 @@ def open_folder(run):
 
 def banner(run):
     c, data = run.c, run.data
-    parameters = sum(p.numel() for p in run.model.parameters())
+    count = sum(p.numel() for p in run.model.parameters())
+    sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
     place = f"{RANKS} x {c.device}, {c.dtype}"
     place += ", FSDP" if c.fsdp else ""
     place += ", compiled" if c.compile else ""
@@ -1247,12 +1216,13 @@ def banner(run):
         method += f", on from step {c.ire_warmup}, {c.curvature}"
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
-    print(f"model      Llama, {parameters:,} parameters: {c.layers} layers of width {c.width}")
-    sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
+    print(f"model      Llama, {count:,} parameters: {c.layers} layers of width {c.width}")
     print(f"data       {c.data}: {sizes}")
-    print(f"device     {place}\noptimizer  {method}")
-    print(f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}")
-    sys.stdout.flush()
+    print(f"device     {place}")
+    print(f"optimizer  {method}")
+    print(
+        f"run        {c.steps} steps, {epochs:.2f} epochs, into {c.out}, from {start}", flush=True
+    )
 
 
 @contextlib.contextmanager
@@ -1268,43 +1238,29 @@ def on_signals(handler):
             signal.signal(number, earlier)
 
 
-@contextlib.contextmanager
-def report(run):
-    """Yields record(**values): a line of log.jsonl, of the terminal, and of W&B."""
-    c, out = run.c, Path(run.c.out)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(os.devnull if RANK else out / "log.jsonl", "a"))
-        quiet = RANK > 0 or not sys.stderr.isatty()
-        bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=quiet)
-        stack.enter_context(bar)
-        if c.wandb and RANK == 0:
-            import wandb
+def record(run, **values):
+    """A line of log.jsonl, of the terminal, and of W&B."""
+    if RANK:
+        return
+    c = run.c
+    values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}  # as JSON has
+    with open(Path(c.out) / "log.jsonl", "a") as f:
+        f.write(json.dumps({"step": run.step, **values, "seconds": round(run.seconds, 3)}) + "\n")
+    texts = [f"{k} {x:,}" if type(x) is int else f"{k} {x:.4g}" for k, x in values.items()]
+    texts.append(f"{run.seconds:.0f} s + {run.idle:.0f} s of saving and validation")
+    run.bar.update(run.step - run.bar.n)
+    run.bar.write(f"step {run.step:5}/{c.steps}  {'  '.join(texts)}")
+    if c.wandb:
+        import wandb
 
-            config = dataclasses.asdict(c)
-            stack.enter_context(wandb.init(project="ire", name=out.name, dir=c.out, config=config))
-
-        def record(**values):
-            if RANK:
-                return
-            values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}  # JSON
-            line = {"step": run.step, **values, "seconds": round(run.seconds, 3)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            texts = (f"{k} {x:,}" if type(x) is int else f"{k} {x:.4g}" for k, x in values.items())
-            bar.update(run.step - bar.n)
-            time_spent = f"{run.seconds:.0f} s + {run.idle:.0f} s of saving and validation"
-            bar.write(f"step {run.step:5}/{c.steps}  {'  '.join(texts)}  {time_spent}")
-            if c.wandb:
-                wandb.log(values, step=run.step)
-
-        yield record
+        wandb.log(values, step=run.step)
 
 
-def loop(run, record, caught):
+def loop(run, caught):
     """Steps, and between them log, validation and checkpoint where they are due."""
     c = run.c
     if run.step == 0:
-        record(val_loss=validate(run.forward, run.data))
+        record(run, val_loss=validate(run.forward, run.data))
     pending, clock = [], time.perf_counter()
     while not run.done():
         batch = run.data.batch(run.step)
@@ -1323,7 +1279,7 @@ def loop(run, record, caught):
         if eval_due:
             run.val_loss = validate(run.forward, run.data)
         check_finite(run, table, eval_due)
-        record(**values_of(run, table, elapsed), val_loss=run.val_loss if eval_due else None)
+        record(run, **values_of(run, table, elapsed), val_loss=run.val_loss if eval_due else None)
         keep(run, save_due or number or run.done())
         if number and not run.done():
             halt = Halt("stopped; the checkpoint is written, go on with --resume")
@@ -1338,8 +1294,9 @@ def values_of(run, table, elapsed):
     c = run.c
     flat = run.optimizer.flat_share() if isinstance(run.optimizer, IRE) else {}
     rate = len(table) * c.batch_size * c.context / elapsed
-    values = {"train_loss": table[:, 0].mean(), "lr": learning_rate(c, run.step - 1)}
-    values |= {"grad_norm": table[:, 1].mean()} | flat | {"tokens_per_second": round(rate)}
+    loss, norm = table.mean(0)
+    values = {"train_loss": loss, "lr": learning_rate(c, run.step - 1), "grad_norm": norm}
+    values |= flat | {"tokens_per_second": round(rate)}
     if c.device == "cuda":
         values["tflops"] = rate * flops_per_token(c, run.model) / 1e12
     return values
@@ -1378,13 +1335,13 @@ def compare(typed):
         text = f"--optimizer: got {typed['optimizer']}, allowed with --compare is to leave it out"
         raise BadInput(text)
     out = Path(typed.get("out", OUT))
-    runs = [one_of_two(typed, out, name) for name in ("adamw", "admire")]
+    runs = [keep_runs(one_of_two(typed, out, name)) for name in ("adamw", "admire")]
     adamw, admire = (train(c) for c in runs)
     if RANK:
         return
     draw(out / "loss.png", *runs)
     loss, steps = adamw["val_loss"], adamw["steps"]
-    losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if "val_loss" in r}
+    losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if r.get("val_loss")}
     reached = min((step for step, x in losses.items() if step and x <= loss), default=None)
     command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
     results = {"adamw": adamw, "admire": admire, "reached_at_step": reached}
@@ -1398,12 +1355,11 @@ def compare(typed):
 
 def one_of_two(typed, out, name):
     """The settings of one run of a comparison, which may not have begun on --resume."""
-    begun = (out / name / "checkpoint.pt").exists()
-    resume = bool(typed.get("resume"))
-    own = typed | {"optimizer": name, "out": str(out / name), "resume": resume and begun}
-    if resume and not begun:
+    own = typed | {"optimizer": name, "out": str(out / name)}
+    if typed.get("resume") and not (out / name / "checkpoint.pt").exists():
+        own["resume"] = False
         own = handed_on(load_checkpoint(out / "adamw", mmap=True)["config"]) | own
-    return keep_runs(complete(Config(**own)))
+    return complete(Config(**own))
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -1428,7 +1384,7 @@ def sample(folder, **typed):
         path = Path(c.prompt.removeprefix("FILE:"))
         check(c, "prompt", path.is_file(), "FILE: and the name of a file")
         prompt = path.read_bytes()
-    known = codec(kind["tokenizer"], kind["vocab"])
+    known = Codec(kind["tokenizer"], kind["vocab"])
     generator = torch.Generator().manual_seed(c.seed)
     tokens = [int(t) for t in known.encode([prompt])[0]] or [known.between]
     texts = (generate(model, c, tokens, known.vocab, generator) for _ in range(c.num_samples))
@@ -1458,20 +1414,16 @@ def evaluate(folder, typed):
 
 
 # -------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        text = f"{self.prog}: {message:.300}; --help shows what is allowed\n"
+        self.exit(2, text if LOCAL_RANK == 0 else "")
+
+
 def parse(arguments):
     """What was typed, and what --config holds beside it, as {name: value}."""
-    cli = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-
-    def error(message):
-        text = f"{cli.prog}: {message:.300}; --help shows what is allowed\n"
-        cli.exit(2, text if LOCAL_RANK == 0 else "")
-
-    cli.error = error
+    plain = argparse.RawDescriptionHelpFormatter
+    cli = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     for name, f in FIELDS.items():
         about = f.metadata
         text = about["help"] + (f"; {about['words']}" if about["words"] else "")
@@ -1479,19 +1431,19 @@ def parse(arguments):
             rows = [f"{preset} {row[name]}" for preset, row in PRESETS.items() if name in row]
             text += f" (default {', '.join([str(about['default']), *rows])})"
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        cli.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        flag = "--" + name.replace("_", "-")
+        cli.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     typed = vars(cli.parse_args(arguments))
     return read_config(typed["config"]) | typed if "config" in typed else typed
 
 
 def read_config(path):
     """The settings in a run's config.json."""
-    try:
+    with instead(f"--config: {path} can't be read as a run's config.json"):
         values = json.loads(Path(path).read_text())
         unknown = values.keys() - FIELDS.keys() - environment().keys() - {"pid", "tensorboard"}
-    except (OSError, ValueError, AttributeError) as e:
-        raise BadInput(f"--config: {path} can't be read as a run's config.json: {e!r}") from None
     if unknown:
         raise BadInput(f"--config: {path} has {min(unknown)}, which is no setting; see --help")
     return {name: x for name, x in handed_on(values).items() if values.get(name) is not None}

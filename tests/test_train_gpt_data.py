@@ -449,7 +449,7 @@ def test_wikitext_2_through_datasets(hub, vocabulary, monkeypatch, tokenizer):
 
     shutil.rmtree("Salesforce")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setattr(train_gpt, "codec", None)
+    monkeypatch.setattr(train_gpt, "Codec", None)
     assert prepare(data="wikitext-2", tokenizer=tokenizer) == folder  # at once, without the library
 
 
