@@ -294,6 +294,13 @@ SOFT_FORMS = (
 )
 LIVE = tuple(name for name in FORMS if name.startswith("live"))
 LITE = ("LITE's form over Muon",)
+# Added when the soft factor's gain was seen to last at 2000 steps: what decides what it is worth.
+DECIDING = (
+    "multipliers by hand",
+    "NorMuon",
+    "soft, between tensors only",
+    "soft, shuffled",
+)
 # What is run, in an order that can be read after any line: (place, forms).
 PLAN = (
     ("250x4", MAP + RANDOM),
@@ -304,7 +311,7 @@ PLAN = (
     ("500x16", MAP + RANDOM),
     ("250x4", LITE),
     ("250x16", LITE + LIVE),
-    ("2000x4", MAP + RANDOM),
+    ("2000x4", MAP + RANDOM + DECIDING),
     ("250x64", LITE),
     ("500x64", MAP + RANDOM),
     ("2000x16", MAP + RANDOM),

@@ -43,10 +43,10 @@ def source(cell):
 
 
 # ---------------------------------------------------------------------------------------- notebooks
-def test_there_are_eleven_chapters_and_the_contents_list_them():
+def test_there_are_twelve_chapters_and_the_contents_list_them():
     contents = yaml.safe_load((ROOT / "book/_toc.yml").read_text())["parts"][0]["chapters"]
     assert [c["file"] for c in contents] == [f"tutorials/{path.stem}" for path in NOTEBOOKS]
-    assert len(NOTEBOOKS) == 11
+    assert len(NOTEBOOKS) == 12
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -77,7 +77,13 @@ Final validation loss minus AdamW's, tiny run, 500 steps:
 {gap("Muon")}; {gap("Muon with IRE")}; {gap("AdamW, 2 times the steps")} |
 
 So flatness is what makes the longer step bearable, and the gain is small: on models of a million
-parameters and less, Muon gains more. Tokens a second of AdamW's: {second:.2f} with the second
+parameters and less, Muon gains more.
+
+[Where it pays](tutorials/12_where_flatness_pays.ipynb): how much lower the loss is than that of the
+form's own tuned base, on a smaller model, at steps x sequences a step (`python benchmarks/map.py`):
+
+{where()}
+Tokens a second of AdamW's: {second:.2f} with the second
 moment, {probe:.2f} with the probe. Images (ResNet-56, {images["limit_train"]:,} CIFAR-10 pictures,
 {images["epochs"]} epochs): test accuracy {points} points for SGD-IRE over SGD; SAM-IRE over SAM.
 Mean ± standard error over 3 to 5 seeds, on CPUs. `python benchmarks/speedup.py` makes the tables,
@@ -85,6 +91,25 @@ Mean ± standard error over 3 to 5 seeds, on CPUs. `python benchmarks/speedup.py
 all runs, controls, commands and machines are on the book's [results page](book/results.md), and
 [chapter 10](tutorials/10_known_and_open.ipynb) says what they mean.
 """
+
+
+def where():
+    """The gains of benchmarks/map.py at the places that were judged."""
+    report = load("map")
+    gains = {(row["place"], row["form"]): row for row in report["gains"]}
+    forms = {
+        "IRE over AdamW": "hard mask over AdamW",
+        "IRE over Muon": "hard mask over Muon",
+        "a soft factor over Muon": "soft factor over Muon",
+        "control: random mask over Muon": "random mask over Muon",
+    }
+    names = [p for p in report["places"] if all((p, form) in gains for form in forms.values())]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for title, form in forms.items():
+        rows = [gains[place, form] for place in names]
+        cells = [f"{row['gain']:+.3f} ± {row['gain_stderr']:.3f}" for row in rows]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def gpu():
