@@ -134,6 +134,7 @@ sys.modules["google.colab"] = types.ModuleType("google.colab")
 """
 
 
+@pytest.mark.slow
 def test_chapter_1_has_sliders_on_colab():
     """Without a kernel: what would be displayed is caught."""
     code = [source(c) for c in cells(NOTEBOOKS[0], "code")]
