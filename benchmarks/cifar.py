@@ -222,12 +222,18 @@ def show(table):
                 print(f"{label:16}{'   '.join(texts)}   {values.get('settings', '')}")
 
 
+def tuned_at_quick(optimizer):
+    """The settings that the quick study chose."""
+    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
+    return quick["table"][optimizer]["settings"]
+
+
 def heat_map(args):
     """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
-    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
+    rate = tuned_at_quick("sam")["lr"]
     file = args.file or ROOT / "results/cifar-map.json"
     cells = [
-        {"lr": quick["table"]["sam"]["settings"]["lr"], "schedule": s, "kappa": k, "gamma": g}
+        {"lr": rate, "schedule": s, "kappa": k, "gamma": g}
         for s in SCHEDULES
         for k in KAPPAS
         for g in (GAMMAS if k else GAMMAS[-1:])  # without kappa gamma does nothing
@@ -342,8 +348,7 @@ PROBED = {  # what to compare: the setting, and a probe batch in place of the sc
 
 def probe(args):
     """Does it matter which pictures the mask is from? Seed by seed, less the first pictures'."""
-    quick = json.loads((ROOT / "results/cifar-quick.json").read_text())
-    own = quick["table"]["sgd-ire"]["settings"]
+    own = tuned_at_quick("sgd-ire")
     file = args.file or ROOT / "results/cifar-probe.json"
     report = json.loads(file.read_text()) if file.exists() else {"runs": []}
     runs = report["runs"]

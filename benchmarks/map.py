@@ -334,7 +334,7 @@ class Results(Runs):
             return {"settings": settings, **train(settings)}
 
         super().__init__(path, settings_of, train and run, self.summary)
-        self.times = json.loads(path.read_text()).get("times", {}) if path.exists() else {}
+        self.times = self.held.get("times", {})
 
     def summary(self):
         head = {"command": "python benchmarks/map.py", **plan()}

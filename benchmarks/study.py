@@ -27,6 +27,7 @@ class Runs:
     settings_of: run -> the settings, a dict, by which it is found again.
     train: settings -> run, for those that are not held; None: only look up.
     head: () -> what stands before the runs in the file.
+    held: the file as it was read.
     """
 
     def __init__(self, path, settings_of, train=None, head=dict):
@@ -34,8 +35,8 @@ class Runs:
         self.settings_of = settings_of
         self.train = train
         self.head = head
-        held = json.loads(path.read_text()) if path.exists() else {}
-        self.runs = held.get("runs", [])
+        self.held = json.loads(path.read_text()) if path.exists() else {}
+        self.runs = self.held.get("runs", [])
         self.index = {self.key(settings_of(run)): run for run in self.runs}
 
     @staticmethod
