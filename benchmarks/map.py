@@ -9,8 +9,9 @@ gets the same number of trials of learning rate and warm-up in the same search o
 starts where the search of the same optimizer ended at a neighbouring place. It is judged on seeds
 that took no part, seed by seed, by the validation loss at the end of the schedule. What the forms
 add was fixed before the first run: kappa and gamma near those that won in results/speedup-tiny.json
-(500 steps at 16 sequences), alpha by a throw-away pilot of 300 steps at 16 sequences; the forms
-"tuned again" search kappa and gamma too, in as many more trials. Predictions stand in the plan; they were written before the runs. All runs are of one commit, which each of them
+(500 steps at 16 sequences), alpha by a throw-away pilot of 300 steps at 16 sequences. The forms
+"tuned again" search kappa and gamma too, in as many more trials. Predictions stand in the plan;
+they were written before the runs of their form. All runs are of one commit, which each of them
 holds: go on in a work tree of that commit. A run is saved as soon as it is made; SIGTERM ends the
 script cleanly.
 """
