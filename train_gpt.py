@@ -167,7 +167,9 @@ class Config:
     ire_warmup: int = setting(None, "steps before IRE switches on (default --warmup)", STEPS)
     curvature: str = setting("fisher", "source of the mask", ("fisher", "second_moment"))
     kappa_decay: bool = setting(False, "kappa follows the learning rate down")
-    probe_batches: int = setting(None, "micro-batches a rank for the probe (default all)", COUNT)
+    probe_batches: int = setting(
+        None, "micro-batches a rank for the probe (default a quarter: its masks do as well)", COUNT
+    )
     # how to compute it
     micro_batch: int = setting(None, "sequences in a pass (default up to 32,768 tokens)", COUNT)
     seed: int = setting(0, "of weights, batches and probes", SEED)
@@ -1083,7 +1085,8 @@ def train_step(forward, optimizer, batch, step, c, scaler):
             group["kappa"] = c.kappa * lr / c.lr
     if getattr(optimizer, "probe_due", False):
         with optimizer.probe(forward):
-            probe = [(x, None, keys) for x, _, keys in batch[: c.probe_batches]]
+            count = c.probe_batches or math.ceil(len(batch) / 4)
+            probe = [(x, None, keys) for x, _, keys in batch[:count]]
             backward(forward, probe, c, scaler)
     loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
     scaler.unscale_(optimizer)

@@ -50,9 +50,11 @@ BEFORE = "3f5953a"
 
 
 def settings(typed, **own):
-    """Settings of one row, that never ends and has its warm-up behind it."""
+    """Settings of one row, that never ends, has its warm-up behind it and probes on all it sees."""
     endless = {"steps": 10**6, "warmup": 100, "ire_warmup": 0, "probe_batches": None}
-    return train_gpt.complete(train_gpt.Config(**{**typed, **endless, **own}))
+    c = train_gpt.complete(train_gpt.Config(**{**typed, **endless, **own}))
+    c.probe_batches = c.probe_batches or c.batch_size // c.micro_batch
+    return c
 
 
 def quarter_rows(typed):

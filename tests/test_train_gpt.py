@@ -505,7 +505,7 @@ def test_loss_in_pieces_is_the_loss(model_and_batch, sequences):
 def test_probe_does_not_depend_on_the_micro_batch():
     flats = []
     for n in (4, 2, 1):
-        trained(f"--steps 3 --micro-batch {n} --out {n}")
+        trained(f"--steps 3 --micro-batch {n} --probe-batches {4 // n} --out {n}")
         flats.append(
             torch.cat(
                 [s["flat"].flatten() for s in checkpoint(str(n))["optimizer"]["state"].values()]
@@ -513,6 +513,16 @@ def test_probe_does_not_depend_on_the_micro_batch():
         )
     for flat in flats[1:]:  # sums in another order may swap neighbours at the threshold
         assert flat.sum() == pytest.approx(0.7 * 26720, abs=2) and (flat != flats[0]).sum() <= 4
+
+
+@pytest.mark.parametrize("micro_batches, probed", ((4, 1), (5, 2), (2, 1)))
+def test_probe_takes_a_quarter_of_the_micro_batches(micro_batches, probed):
+    size = f"--steps 3 --batch-size {2 * micro_batches} --micro-batch 2"
+    trained(f"{size} --out default")
+    for n in (probed, probed + 1):
+        trained(f"{size} --probe-batches {n} --out {n}")
+    states = [checkpoint(out)["optimizer"] for out in ("default", str(probed), str(probed + 1))]
+    assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
 # -------------------------------------------------------------------------------- resume

@@ -20,7 +20,7 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
 FLAGS = (
-    "--data ../text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 "
+    "--data ../text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 16 "
     "--micro-batch 1 --steps 12 --warmup 2 --interval 3 --log-interval 4 --eval-interval 5 "
     "--eval-sequences 8 --checkpoint-interval 6 --tokens 5 --seed 1 "
 )
