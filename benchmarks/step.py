@@ -1,8 +1,13 @@
-"""Time, memory, launches and waits of IRE's step and of a mask refresh, beside AdamW's step.
+r"""Time, memory, launches and waits of IRE's step and of a mask refresh, beside AdamW's step.
 
     python benchmarks/step.py                        # 1M, 10M, 60M; writes results/step-cpu.json
     python benchmarks/step.py --device cuda --sizes 60 119 229
     python benchmarks/step.py --sizes --count 60 119 229    # what a GPU would have to launch
+    MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
+        python benchmarks/step.py --out results/step-cpu-kept.json
+
+The last is for Linux: malloc keeps freed memory, as CUDA's allocator does. By default it hands
+large buffers back to the kernel, and each step that copies the weights pays for fresh pages.
 
 Every time is the median of interleaved repetitions: each repetition times every row once. Compared
 with
@@ -323,8 +328,9 @@ def main():
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--out", type=Path, help="default results/step-DEVICE.json")
     args = parser.parse_args()
+    malloc = [f"{name}={x}" for name, x in os.environ.items() if name.startswith("MALLOC_")]
     report = {
-        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "command": " ".join([*malloc, "python", "benchmarks/step.py", *sys.argv[1:]]),
         "environment": environment(args.device),
         "repetitions": args.repetitions,
         "sizes": {},
