@@ -43,8 +43,8 @@ def prose(line, before):
 
 
 def load(name, folder=None):
-    path = (folder or ROOT / "results") / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """A file of results; without it there is nothing to say, see results()."""
+    return json.loads(((folder or ROOT / "results") / f"{name}.json").read_text())
 
 
 def cell(value):
@@ -79,10 +79,10 @@ def folded(title, text):
 
 
 def compare(folder):
-    reports = [load(f"compare-tiny-{seed}", folder) for seed in range(100)]
-    runs = [report for report in reports if report]
-    if not runs:
-        return MISSING
+    paths = sorted((folder or ROOT / "results").glob("compare-tiny-*.json"))
+    if not paths:
+        raise FileNotFoundError
+    runs = [load(path.stem, folder) for path in paths]
     rows = []
     gaps = []
     for run in runs:
@@ -106,8 +106,6 @@ def compare(folder):
 
 def sweep(folder):
     report = load("sweep-tiny", folder)
-    if not report:
-        return MISSING
     runs = sorted(report["runs"], key=lambda run: run["val_loss"])
     best = {}
     for run in runs:
@@ -118,10 +116,8 @@ def sweep(folder):
     return f"{table(rows)}\n{source(report)}\n{folded(f'All {len(runs)} trials', every)}"
 
 
-def step(folder):
-    report = load("step-cpu", folder)
-    if not report:
-        return MISSING
+def step(folder, name="step-cpu"):
+    report = load(name, folder)
     text = source(report)
     for size, measured in report["sizes"].items():
         rows = [
@@ -142,10 +138,12 @@ def step(folder):
     return text
 
 
+def step_kept(folder):
+    return step(folder, "step-cpu-kept")
+
+
 def train(folder):
     report = load("train-cpu", folder)
-    if not report:
-        return MISSING
     rows = [
         {
             "": name,
@@ -168,8 +166,6 @@ def figure(name, folder, what):
 
 def speedup(folder, row="tiny"):
     report = load(f"speedup-{row}", folder)
-    if not report:
-        return MISSING
     from speedup import table as summary
 
     names = (
@@ -206,8 +202,6 @@ def speedup_nano(folder):
 def flatness(folder):
     """The map of benchmarks/map.py."""
     report = load("map", folder)
-    if not report:
-        return MISSING
     from map_report import source as ran
     from map_report import table as summary
 
@@ -232,8 +226,6 @@ def cifar_row(name, settings, values, sign=""):
 
 def cifar(folder, name="cifar-jpeg"):
     report = load(name, folder)
-    if not report:
-        return MISSING
     rows = [cifar_row(own, row["settings"], row) for own, row in report["table"].items()]
     for own, row in report["table"].items():
         if "less_base" in row:
@@ -256,8 +248,6 @@ def cifar_quick(folder):
 
 def cifar_map(folder):
     report = load("cifar-map", folder)
-    if not report:
-        return MISSING
     rows = []
     for run in report["runs"]:
         row = run["settings"] | {"seed": run["seed"]}
@@ -271,8 +261,6 @@ def cifar_map(folder):
 
 def cifar_probe(folder):
     report = load("cifar-probe", folder)
-    if not report:
-        return MISSING
     rows = [
         cifar_row(f"{name}, less the first ones'", {}, row, "+")
         for name, row in report["less_first"].items()
@@ -319,8 +307,6 @@ def gap(report, name):
 def controls(folder):
     """Loss minus AdamW's, seed by seed: by the source of the mask, and with other longer steps."""
     report = load("speedup-tiny", folder)
-    if not report:
-        return MISSING
     rows = []
     for title, names in SOURCES.items():
         cells = zip(("Fisher probe", "second moment", "random"), names, strict=True)
@@ -331,8 +317,6 @@ def controls(folder):
 
 def cifar_speed(folder):
     report = load("cifar-speed-cpu", folder)
-    if not report:
-        return MISSING
     rows = [
         {
             "": name,
@@ -348,7 +332,14 @@ def cifar_speed(folder):
 
 def results(text, folder=None):
     """The page with each `{{ name }}` replaced by what the function `name` says."""
-    text = re.sub(r"{{ (\w+) }}", lambda found: globals()[found[1]](folder), text)
+
+    def said(found):
+        try:
+            return globals()[found[1]](folder)
+        except FileNotFoundError:
+            return MISSING
+
+    text = re.sub(r"{{ (\w+) }}", said, text)
     return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
