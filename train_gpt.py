@@ -1349,10 +1349,12 @@ def compare(typed):
     command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
     results = {"adamw": adamw, "admire": admire, "reached_at_step": reached}
     write_json(out / "compare.json", {"command": command} | environment() | results)
-    how = f"by step {reached}, in {reached / steps:.2f} of its steps" if reached else "never"
+    how = "did not reach AdamW's final loss"
+    if reached:
+        how = f"reached AdamW's final loss by step {reached}, in {reached / steps:.2f} of its steps"
     share = admire["tokens_per_second"] / adamw["tokens_per_second"]
-    print(f"\nAdamW {loss:.4f}, AdmIRE {admire['val_loss']:.4f} after {steps} steps; AdmIRE was at")
-    print(f"AdamW's final loss {how}; {share:.2f} of its tokens a second")
+    print(f"\nAdamW {loss:.4f}, AdmIRE {admire['val_loss']:.4f} after {steps} steps")
+    print(f"AdmIRE {how}; it saw {share:.2f} of AdamW's tokens a second")
     print(f"figure     {out / 'loss.png'}")
 
 
