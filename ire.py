@@ -130,6 +130,9 @@ class _Wrapper(Optimizer):
         return not _total(lambda parts: _added(g.count_nonzero() for g in parts), grads)
 
 
+_OURS = ("flat", "soft_factor", "soft_square")  # in saved states, whichever wrapper saved them
+
+
 class IRE(_Wrapper):
     """Algorithm 1 of the paper around `base`, any optimizer that makes one step a call.
 
@@ -157,27 +160,31 @@ class IRE(_Wrapper):
 
     _probing = False
     _missed = 0
+    _shown = ("interval", "warmup", "curvature")
 
     def __init__(self, base, *, kappa, gamma, interval=10, warmup=0, curvature="fisher"):
-        # The counters stand in the groups: distributed checkpoints drop what is beside them.
-        super().__init__(base, kappa=kappa, gamma=gamma, ire_step=0, ire_probed=-1, ire_dead=0)
-        self._check_groups()
-        for name, value, least in (("interval", interval, 1), ("warmup", warmup, 0)):
-            whole = _is_finite(value) and value >= least and value == int(value)
-            _require(whole, name, value, f"a whole number >= {least}")
+        self._set_up(base, interval, warmup, kappa=kappa, gamma=gamma)
         kinds = ["fisher"]
         if any("beta" in name for name in base.defaults):
             kinds.append("second_moment")
         allowed = f"{' or '.join(kinds)} over {type(base).__name__}"
         _require(curvature in kinds, "curvature", curvature, allowed)
+        self.curvature = curvature
+
+    def _set_up(self, base, interval, warmup, **settings):
+        # The counters stand in the groups: distributed checkpoints drop what is beside them.
+        super().__init__(base, **settings, ire_step=0, ire_probed=-1, ire_dead=0)
+        self._check_groups()
+        for name, value, least in (("interval", interval, 1), ("warmup", warmup, 0)):
+            whole = _is_finite(value) and value >= least and value == int(value)
+            _require(whole, name, value, f"a whole number >= {least}")
         self.interval = interval
         self.warmup = warmup
-        self.curvature = curvature
         self.masks = {}
 
     def __repr__(self):
-        names = ("interval", "warmup", "curvature")
-        return super().__repr__() + "".join(f"\n{name}: {getattr(self, name)}" for name in names)
+        lines = [f"\n{name}: {getattr(self, name)}" for name in self._shown]
+        return super().__repr__() + "".join(lines)
 
     @property
     def probe_due(self):
@@ -378,31 +385,37 @@ class IRE(_Wrapper):
         for group in self.param_groups:
             group["ire_dead"] = dead
 
+    def _kept(self):
+        """What stands beside the base's entries in a saved state: {name: {p: of p's shape}}."""
+        return {"flat": self.masks}
+
     def _pack(self, saved):
         saved = {**saved, "state": dict(saved.get("state", {}))}
         for p, key in self._keys(saved):
-            if p in self.masks:
-                saved["state"][key] = {**saved["state"].get(key, {}), "flat": self.masks[p]}
+            own = {name: kept[p] for name, kept in self._kept().items() if p in kept}
+            if own:
+                saved["state"][key] = {**saved["state"].get(key, {}), **own}
         return saved
 
     def _unpack(self, saved):
-        masks = {}
+        own = {}
         state = {}
         for key, entry in saved.get("state", {}).items():
-            if isinstance(entry, dict) and "flat" in entry:
-                entry = dict(entry)
-                masks[key] = entry.pop("flat")
+            if isinstance(entry, dict):
+                own[key] = {name: entry[name] for name in self._kept() if name in entry}
+                entry = {name: x for name, x in entry.items() if name not in _OURS}
             if not isinstance(entry, dict) or entry:  # a base takes an empty entry for a full one
                 state[key] = entry
         ours = "param_groups" not in saved and not state  # a base that saves in its own way
         rest = {name: value for name, value in saved.items() if name != "state"}
         self.base.load_state_dict(rest if ours else {**rest, "state": state})
-        self.masks = {}
+        for kept in self._kept().values():
+            kept.clear()
         for p, key in self._keys(saved):
-            if key in masks:
-                shape = tuple(masks[key].shape)
-                _require(shape == tuple(p.shape), "flat", shape, f"of {tuple(p.shape)}, as p is")
-                self.masks[p] = torch.empty_like(p, dtype=masks[key].dtype).copy_(masks[key])
+            for name, x in own.get(key, {}).items():
+                shape = tuple(x.shape)
+                _require(shape == tuple(p.shape), name, shape, f"of {tuple(p.shape)}, as p is")
+                self._kept()[name][p] = torch.empty_like(p, dtype=x.dtype).copy_(x)
 
     def _keys(self, saved):
         """[(p, its key in a saved state)]"""
@@ -462,6 +475,112 @@ class SAMIRE(IRE):
         super().__init__(
             base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup, curvature=curvature
         )
+
+
+class SoftIRE(IRE):
+    """IRE without a threshold, for short runs of Muon; not of the paper. The step of a coordinate
+    is multiplied by (v / median of v) ** -alpha, kept within 1 / limit and limit, over the mean of
+    all these factors. v is the running mean of its squared gradient. So flat coordinates take
+    longer steps and sharp ones shorter ones, while the learning rate keeps its meaning. What it
+    gained over a tuned Muon, and where, is chapter 12 of the book; over AdamW it was not tried.
+
+    alpha: how unlike the factors are, in [0, 1]. limit: the largest of them and one over the
+        smallest, before the mean is taken out; >= 1.
+    beta: the decay of v a step, in [0, 1).
+    kappa: how much of it a group takes, in [0, 1]: theta_base + kappa * (factor - 1) * step. 0
+        leaves its parameters out, as is right for embeddings, the head and norms.
+    interval, warmup: steps from one set of factors to the next, and before the first.
+
+    No probe. `masks[p]` is factor - 1; that and v are two float32 numbers a coordinate to keep.
+    Raises ValueError: an argument out of range, sparse gradients.
+    """
+
+    curvature = "squared gradients"
+    _shown = ("alpha", "limit", "beta", "interval", "warmup")
+
+    def __init__(self, base, *, alpha=0.3, limit=4.0, beta=0.98, kappa=1.0, interval=10, warmup=0):
+        self._set_up(base, interval, warmup, kappa=kappa)
+        _require(_is_finite(alpha) and 0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
+        _require(_is_finite(limit) and limit >= 1, "limit", limit, "a finite number >= 1")
+        _require(_is_finite(beta) and 0 <= beta < 1, "beta", beta, "a number in [0, 1)")
+        self.alpha = alpha
+        self.limit = limit
+        self.beta = beta
+        self.squares = {}
+
+    def probe(self, model=None, *more):
+        raise RuntimeError("SoftIRE: there is no probe; v is from the gradients of training")
+
+    def flat_share(self):
+        """{}: nothing is either flat or sharp."""
+        return {}
+
+    def step(self, closure=None):
+        """theta = theta_base + kappa * (factor - 1) * (theta_base - theta_old); see IRE.step."""
+        if closure is None:
+            self._observe()
+            return super().step()
+
+        def observed():
+            loss = closure()
+            self._observe()
+            return loss
+
+        return super().step(observed)
+
+    @torch.no_grad()
+    def _observe(self):
+        """Before the base's step, as some bases change the gradients."""
+        for p in self._amplified():
+            if p.grad is None:
+                continue
+            layout = p.grad.layout
+            _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
+            v = self.squares.get(p)
+            if v is None or v.shape != p.shape:
+                real = torch.promote_types(p.dtype.to_real(), torch.float32)
+                v = self.squares[p] = torch.zeros_like(p, dtype=real)
+            g = _local(_laid_out_as(p.grad, p)).abs().to(v.dtype)
+            _local(v).lerp_(g * g, 1 - self.beta)
+
+    def _amplified(self):
+        return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
+
+    def _check_groups(self):
+        for group in self.param_groups:
+            kappa = group["kappa"]
+            _require(_is_finite(kappa) and 0 <= kappa <= 1, "kappa", kappa, "a number in [0, 1]")
+
+    def _begin_masks(self):
+        for p, v in self.squares.items():
+            if p not in self.masks:
+                self.masks[p] = torch.zeros_like(v)
+
+    def _refresh_or_warn(self):
+        if self._mask_due():
+            self._update_masks({p: self.squares[p] for p in self._amplified() if p in self.squares})
+
+    @torch.no_grad()
+    def _update_masks(self, squares):
+        n = sum(v.numel() for v in squares.values())
+        if n == 0:
+            return
+        median = max(float(kth_smallest(squares.values(), (n + 1) // 2)), 1e-30)
+        factors = {p: torch.empty_like(v) for p, v in squares.items()}
+        for p, v in squares.items():
+            raw = (_local(v) / median) ** -self.alpha
+            _local(factors[p]).copy_(raw.clamp_(1 / self.limit, self.limit))
+        total = _total(
+            lambda parts: _added(x.sum(dtype=torch.float64) for x in parts), factors.values()
+        )
+        mean = float(total) / n
+        _check_thresholds(squares, [median, mean])
+        for factor in factors.values():
+            _local(factor).div_(mean).sub_(1)
+        self.masks.update(factors)
+
+    def _kept(self):
+        return {"soft_factor": self.masks, "soft_square": self.squares}
 
 
 class SAM(_Wrapper):

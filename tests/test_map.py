@@ -16,7 +16,7 @@ import map_report  # noqa: E402
 from speedup_optimizers import MuonAndAdamW  # noqa: E402
 
 import train_gpt  # noqa: E402
-from ire import IRE  # noqa: E402
+from ire import IRE, SoftIRE  # noqa: E402
 
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 SMALL = {"layers": 1, "width": 8, "heads": 2, "ffn": 12, "context": 8, "device": "cpu"}
@@ -78,6 +78,23 @@ def test_the_hard_rule_is_ire():
     ours, _ = small_run(over("adamw", "hard", {"kappa": 2.0, "gamma": 0.7}, steps), steps)
     theirs, _ = small_run(ire, steps)
     plain, _ = small_run(over("adamw", "hard", {"kappa": 0.0, "gamma": 0.7}, steps), steps)
+    for name, p in weights(ours).items():
+        torch.testing.assert_close(p, weights(theirs)[name], atol=1e-6, rtol=1e-5)
+    assert any((weights(plain)[name] - p).abs().max() > 1e-3 for name, p in weights(ours).items())
+
+
+@muon
+def test_the_soft_rule_is_soft_ire():
+    def soft_ire(model, c):
+        base = MuonAndAdamW(model, c, study.RATIO)
+        for group in base.adamw.param_groups:
+            group["kappa"] = 0.0
+        return SoftIRE(base, alpha=0.3, beta=c.beta2)
+
+    steps = 15  # later a rounding meets Muon's bfloat16
+    ours, _ = small_run(over("muon", "soft", {"alpha": 0.3}, steps), steps)
+    theirs, _ = small_run(soft_ire, steps)
+    plain, _ = small_run(over("muon", "soft", {"alpha": 0.0}, steps), steps)
     for name, p in weights(ours).items():
         torch.testing.assert_close(p, weights(theirs)[name], atol=1e-6, rtol=1e-5)
     assert any((weights(plain)[name] - p).abs().max() > 1e-3 for name, p in weights(ours).items())
