@@ -15,7 +15,8 @@ there. The sharp ones move as before.
         opt.step()
 
 Over any other optimizer: `IRE(base, kappa=2, gamma=0.6)`. Over one that keeps Adam's second moment,
-`curvature="second_moment"` needs no probe. Plain, DDP, FSDP2 and DTensor parameters.
+`curvature="second_moment"` needs no probe. For short runs of Muon there is `SoftIRE(muon)`. Plain,
+DDP, FSDP2 and DTensor parameters.
 """
 
 import math
@@ -528,6 +529,7 @@ class SoftIRE(IRE):
 
         return super().step(observed)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _observe(self):
         """Before the base's step, as some bases change the gradients."""

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 if importlib.util.find_spec("ire") is None:
     sys.exit("train_gpt.py: ire is missing: put ire.py beside this file")
-from ire import IRE
+from ire import IRE, SoftIRE
 
 # torchrun sets all of these; some of them alone are left over from something else
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -154,7 +154,9 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
     # the optimizer
     optimizer: str = setting(
-        "admire", "admire is IRE over AdamW", ("adamw", "admire", "muon", "muon-ire")
+        "admire",
+        "admire is IRE over AdamW, muon-soft SoftIRE over Muon",
+        ("adamw", "admire", "muon", "muon-ire", "muon-soft"),
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
@@ -164,7 +166,10 @@ class Config:
     kappa: float = setting(1.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE)
     gamma: float = setting(0.7, "flat fraction of the coordinates", FRACTION)
     interval: int = setting(10, "steps from one mask to the next (K)", COUNT)
-    ire_warmup: int = setting(None, "steps before IRE switches on (default --warmup)", STEPS)
+    alpha: float = setting(0.3, "muon-soft: how much flat steps grow", Range(0, 1, "0 to 1"))
+    ire_warmup: int = setting(
+        None, "steps before IRE switches on (default --warmup; muon-soft 0)", STEPS
+    )
     curvature: str = setting("fisher", "source of the mask", ("fisher", "second_moment"))
     kappa_decay: bool = setting(False, "kappa follows the learning rate down")
     probe_batches: int = setting(
@@ -340,7 +345,8 @@ def fit(c, given):
     """Settings that depend on others."""
     if given.warmup is None and not c.resume:
         c.warmup = min(c.warmup, c.steps // 2)
-    c.ire_warmup = c.warmup if c.ire_warmup is None else c.ire_warmup
+    if c.ire_warmup is None:
+        c.ire_warmup = 0 if c.optimizer == "muon-soft" else c.warmup
     share = c.batch_size // RANKS
     if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
         sizes = range(min(share, max(1, 2**15 // c.context)), 0, -1)
@@ -365,6 +371,8 @@ def check_settings(c):
     old = muon and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
     check(c, "curvature", c.curvature == "fisher" or not muon, "fisher over Muon")
+    soft = c.optimizer == "muon-soft"
+    check(c, "kappa_decay", not (c.kappa_decay and soft), "--no-kappa-decay with muon-soft")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     for name in ("out", "data_dir"):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
@@ -1005,12 +1013,18 @@ def make_optimizer(model, c: Config):
     ]
     muon = c.optimizer.startswith("muon")
     base = MuonAndAdamW(groups, **adamw) if muon else torch.optim.AdamW(groups, **adamw)
-    ire = {name: getattr(c, name) for name in ("kappa", "gamma", "interval", "curvature")}
-    return IRE(base, warmup=c.ire_warmup, **ire) if has_ire(c) else base
+    if not has_ire(c):
+        return base
+    every = {"interval": c.interval, "warmup": c.ire_warmup}
+    if c.optimizer == "muon-soft":
+        for group in base.param_groups:
+            group["kappa"] = float(group["muon"])
+        return SoftIRE(base, alpha=c.alpha, beta=c.beta2, **every)
+    return IRE(base, kappa=c.kappa, gamma=c.gamma, curvature=c.curvature, **every)
 
 
 def has_ire(c: Config):
-    return c.optimizer in ("admire", "muon-ire")
+    return c.optimizer in ("admire", "muon-ire", "muon-soft")
 
 
 def learning_rate(c: Config, step):
@@ -1215,8 +1229,10 @@ def banner(run):
     place += ", compiled" if c.compile else ""
     method = f"{c.optimizer}, lr {c.lr:g} after {c.warmup} steps, {c.schedule}"
     if has_ire(c):
-        method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}, K {c.interval}"
-        method += f", on from step {c.ire_warmup}, {c.curvature}"
+        soft = c.optimizer == "muon-soft"
+        kind = f"alpha {c.alpha:g}" if soft else f"kappa {c.kappa:g}, gamma {c.gamma:g}"
+        method += f"; {kind}, K {c.interval}, on from step {c.ire_warmup}"
+        method += "" if soft else f", {c.curvature}"
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {count:,} parameters: {c.layers} layers of width {c.width}")

@@ -32,9 +32,8 @@ if not CPU and not torch.cuda.is_available():
     pytest.skip("no GPU, or a hidden one; DEVICE=cpu checks these tests", allow_module_level=True)
 
 only_cuda = pytest.mark.skipif(CPU, reason="of the GPU alone")
-muon = pytest.param(
-    "muon-ire", marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
-)
+has_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
+muon, soft = (pytest.param(name, marks=has_muon) for name in ("muon-ire", "muon-soft"))
 eager_and_compiled = pytest.mark.parametrize(
     "compiled", (False, pytest.param(True, marks=only_cuda)), ids=("eager", "compiled")
 )
@@ -150,7 +149,7 @@ def test_a_step_of_admire_never_waits():
 
 
 @eager_and_compiled
-@pytest.mark.parametrize("optimizer", ("adamw", "admire", muon))
+@pytest.mark.parametrize("optimizer", ("adamw", "admire", muon, soft))
 def test_a_training_step_never_waits(tmp_path, optimizer, compiled):
     c, run = language_model(tmp_path, optimizer=optimizer, compile=compiled, ire_warmup=0)
     for number, mode in enumerate(("default", "error", "error")):  # the first probes
@@ -231,7 +230,7 @@ def test_float16_skips_a_step_that_overflows_as_adamw_does():
     assert optimizers[1].param_groups[0]["ire_step"] == 7
 
 
-@pytest.mark.parametrize("optimizer", ("admire", muon))
+@pytest.mark.parametrize("optimizer", ("admire", muon, soft))
 def test_deterministic_kernels_are_all_there_and_repeat(tmp_path, optimizer):
     weights = []
     for _ in range(2):

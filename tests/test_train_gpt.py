@@ -1855,7 +1855,7 @@ def test_muon_is_torchs_on_the_hidden_matrices():
 
 
 @muon
-@pytest.mark.parametrize("optimizer", ("muon", "muon-ire"))
+@pytest.mark.parametrize("optimizer", ("muon", "muon-ire", "muon-soft"))
 def test_muon_resumes_with_the_same_bits(optimizer):
     flags = f"--optimizer {optimizer} "
     whole, _ = uninterrupted(flags)
@@ -1865,13 +1865,28 @@ def test_muon_resumes_with_the_same_bits(optimizer):
     state = whole["optimizer"]["state"]
     assert "momentum_buffer" in state[NAME] and "exp_avg" in state["lm_head.weight"]
     assert all(("flat" in entry) == (optimizer == "muon-ire") for entry in state.values())
+    for entry in state.values():
+        assert ("soft_factor" in entry) == (optimizer == "muon-soft" and "momentum_buffer" in entry)
 
 
 @muon
-def test_ire_at_kappa_0_is_muon():
+@pytest.mark.parametrize("nothing", ("muon-ire --kappa 0", "muon-soft --alpha 0"))
+def test_ire_that_does_nothing_is_muon(nothing):
     trained("--optimizer muon --out a")
-    trained("--optimizer muon-ire --kappa 0 --out b")
+    trained(f"--optimizer {nothing} --out b")
     assert same(checkpoint("a")["model"], checkpoint("b")["model"])
+
+
+@muon
+def test_muon_soft_is_soft_ire_on_the_hidden_matrices():
+    out = trained("--optimizer muon-soft --alpha 0.5 --interval 3")
+    assert "alpha 0.5, K 3, on from step 0" in out
+    c = settings()
+    optimizer = train_gpt.make_optimizer(train_gpt.Llama(c, 256), c)
+    assert (optimizer.alpha, optimizer.beta, optimizer.interval) == (0.5, c.beta2, 3)
+    assert optimizer.warmup == 0 and [g["kappa"] for g in optimizer.param_groups] == [1, 0, 0]
+    refused("--optimizer muon-soft --kappa-decay", "--kappa-decay.*muon-soft")
+    refused("--optimizer muon-soft --alpha 2", "--alpha.*2.*0 to 1")
 
 
 def test_muon_is_refused_where_it_cannot_be(monkeypatch):

@@ -232,11 +232,12 @@ def test_sigterm_to_torchrun_and_resume_at_the_same_and_another_number_of_ranks(
 @fsdp
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
 @pytest.mark.parametrize("flags", (pytest.param("", marks=pytest.mark.slow), "--fsdp"))
+@pytest.mark.parametrize("optimizer", ("muon-ire", "muon-soft"))
 @pytest.mark.slow
-def test_muon_with_ire_on_ranks_is_one_process(root, flags):
-    one, two = root / f"muon1{flags}", root / f"muon2{flags}"
-    trained(one, 1, "--optimizer muon-ire --steps 6")
-    trained(two, 2, f"--optimizer muon-ire --steps 6 {flags}")
+def test_muon_with_ire_on_ranks_is_one_process(root, flags, optimizer):
+    one, two = root / f"{optimizer}1{flags}", root / f"{optimizer}2{flags}"
+    trained(one, 1, f"--optimizer {optimizer} --steps 6")
+    trained(two, 2, f"--optimizer {optimizer} --steps 6 {flags}")
     for key in ("val_loss", "train_loss"):
         (steps, got), (expected_steps, expected) = zip(*log(two, key)), zip(*log(one, key))
         assert steps == expected_steps and got == pytest.approx(expected, rel=2e-3), (
