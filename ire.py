@@ -533,17 +533,19 @@ class SoftIRE(IRE):
     @torch.no_grad()
     def _observe(self):
         """Before the base's step, as some bases change the gradients."""
-        for p in self._amplified():
-            if p.grad is None:
-                continue
+        params = [p for p in self._amplified() if p.grad is not None]
+        for p in params:
             layout = p.grad.layout
             _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
-            v = self.squares.get(p)
-            if v is None or v.shape != p.shape:
+            if p not in self.squares or self.squares[p].shape != p.shape:  # new, or p has grown
                 real = torch.promote_types(p.dtype.to_real(), torch.float32)
-                v = self.squares[p] = torch.zeros_like(p, dtype=real)
-            g = _local(_laid_out_as(p.grad, p)).abs().to(v.dtype)
-            _local(v).lerp_(g * g, 1 - self.beta)
+                self.squares[p] = torch.zeros_like(p, dtype=real)
+        if params:
+            squares = [_local(self.squares[p]) for p in params]
+            grads = torch._foreach_abs([_local(_laid_out_as(p.grad, p)) for p in params])
+            grads = [g.to(v.dtype) for g, v in zip(grads, squares, strict=True)]
+            torch._foreach_mul_(grads, grads)
+            torch._foreach_lerp_(squares, grads, 1 - self.beta)
 
     def _amplified(self):
         return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]

@@ -569,6 +569,7 @@ def gain(results, place, name):
     row |= {setting: settings[setting] for setting in (*GRID, *FORMS[name].grid)}
     row["at_edge"] = [s for s in GRID if settings[s] in (GRID[s][0], GRID[s][-1])]
     if seeds:
+        row["losses"] = [losses[seed] for seed in seeds]
         row["loss"], row["loss_stderr"] = mean(losses[seed] for seed in seeds)
         row["gain"], row["gain_stderr"] = mean(references[seed] - losses[seed] for seed in seeds)
         row |= steps_saved(results, place, base, {seed: losses[seed] for seed in seeds})
