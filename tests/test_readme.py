@@ -80,7 +80,8 @@ So flatness is what makes the longer step bearable, and the gain is small: on mo
 parameters and less, Muon gains more.
 
 [Where it pays](tutorials/12_where_flatness_pays.ipynb): how much lower the loss is than that of the
-form's own tuned base, on a smaller model, at steps x sequences a step (`python benchmarks/map.py`):
+form's own tuned base, and the share of the base's steps that this saves (~: beyond the lengths
+that were run), on a smaller model (`python benchmarks/map.py`):
 
 {where()}
 Tokens a second of AdamW's: {second:.2f} with the second
@@ -100,16 +101,24 @@ def where():
     forms = {
         "IRE over AdamW": "hard mask over AdamW",
         "IRE over Muon": "hard mask over Muon",
-        "a soft factor over Muon": "soft factor over Muon",
-        "control: random mask over Muon": "random mask over Muon",
+        "SoftIRE over Muon": "soft factor over Muon",
+        "random mask over Muon": "random mask over Muon",
     }
-    names = [p for p in report["places"] if all((p, form) in gains for form in forms.values())]
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for title, form in forms.items():
-        rows = [gains[place, form] for place in names]
-        cells = [f"{row['gain']:+.3f} ± {row['gain_stderr']:.3f}" for row in rows]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines = [f"| steps x sequences | {' | '.join(forms)} |", "|---|" + "---|" * len(forms)]
+    for place in report["places"]:
+        if (place, "soft factor over Muon") in gains:
+            cells = [gained(gains.get((place, form))) for form in forms.values()]
+            lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def gained(row):
+    if row is None:
+        return "not measured yet"
+    saved = row["steps_saved"]
+    about = "~" if row["extrapolated_on"] else ""
+    steps = "" if saved is None else f" ({about}{round(100 * saved)}%)"
+    return f"{row['gain']:+.3f} ± {row['gain_stderr']:.3f}{steps}"
 
 
 def gpu():
