@@ -125,6 +125,14 @@ FORMS = {
             expected="most at 250 steps; the gain falls with the length, to under 0.015 at 2000",
         ),
         Form(
+            "soft factor over AdamW",
+            base="adamw",
+            rule="soft",
+            settings=SOFT,
+            differs="the same factor on hidden matrices, over Adam's own division by the root of v",
+            expected="within 0.01 of AdamW: v ** -0.8 is past the best power",
+        ),
+        Form(
             "random mask over AdamW",
             base="adamw",
             rule="hard",
@@ -329,6 +337,7 @@ SOFT_FORMS = (
 TUNED_AGAIN = tuple(f"{name}, tuned again" for name in AGAIN)
 LIVE = tuple(name for name in AGAIN if name.startswith("live"))
 LITE = ("LITE's form over Muon",)
+SOFT_ADAMW = ("soft factor over AdamW",)
 # Added when the soft factor's gain was seen to last at 2000 steps: what decides what it is worth.
 DECIDING = (
     "multipliers by hand",
@@ -345,7 +354,7 @@ PLAN = (
     ("250x16", SOFT_FORMS),
     ("500x16", MAP + RANDOM),
     ("250x4", LITE),
-    ("250x16", LITE + LIVE + TUNED_AGAIN),
+    ("250x16", LITE + LIVE + TUNED_AGAIN + SOFT_ADAMW),
     ("2000x4", MAP + RANDOM + DECIDING),
     ("250x64", LITE),
     ("500x64", MAP + RANDOM),
