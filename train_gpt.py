@@ -155,8 +155,8 @@ class Config:
     # the optimizer
     optimizer: str = setting(
         "admire",
-        "admire is IRE over AdamW, muon-soft SoftIRE over Muon",
-        ("adamw", "admire", "muon", "muon-ire", "muon-soft"),
+        "admire is IRE over AdamW; soft is SoftIRE on the blocks' matrices",
+        ("adamw", "admire", "adamw-soft", "muon", "muon-ire", "muon-soft"),
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
@@ -166,9 +166,9 @@ class Config:
     kappa: float = setting(1.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE)
     gamma: float = setting(0.7, "flat fraction of the coordinates", FRACTION)
     interval: int = setting(10, "steps from one mask to the next (K)", COUNT)
-    alpha: float = setting(0.3, "muon-soft: how much flat steps grow", Range(0, 1, "0 to 1"))
+    alpha: float = setting(0.3, "soft: how much flat steps grow", Range(0, 1, "0 to 1"))
     ire_warmup: int = setting(
-        None, "steps before IRE switches on (default --warmup; muon-soft 0)", STEPS
+        None, "steps before IRE switches on (default --warmup; soft 0)", STEPS
     )
     curvature: str = setting("fisher", "source of the mask", ("fisher", "second_moment"))
     kappa_decay: bool = setting(False, "kappa follows the learning rate down")
@@ -346,7 +346,7 @@ def fit(c, given):
     if given.warmup is None and not c.resume:
         c.warmup = min(c.warmup, c.steps // 2)
     if c.ire_warmup is None:
-        c.ire_warmup = 0 if c.optimizer == "muon-soft" else c.warmup
+        c.ire_warmup = 0 if is_soft(c) else c.warmup
     share = c.batch_size // RANKS
     if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
         sizes = range(min(share, max(1, 2**15 // c.context)), 0, -1)
@@ -371,8 +371,8 @@ def check_settings(c):
     old = muon and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
     check(c, "curvature", c.curvature == "fisher" or not muon, "fisher over Muon")
-    soft = c.optimizer == "muon-soft"
-    check(c, "kappa_decay", not (c.kappa_decay and soft), "--no-kappa-decay with muon-soft")
+    decays = c.kappa_decay and is_soft(c)
+    check(c, "kappa_decay", not decays, f"--no-kappa-decay with {c.optimizer}")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     for name in ("out", "data_dir"):
         check(c, name, not Path(getattr(c, name)).is_file(), "a folder, not a file")
@@ -1016,7 +1016,7 @@ def make_optimizer(model, c: Config):
     if not has_ire(c):
         return base
     every = {"interval": c.interval, "warmup": c.ire_warmup}
-    if c.optimizer == "muon-soft":
+    if is_soft(c):
         for group in base.param_groups:
             group["kappa"] = float(group["muon"])
         return SoftIRE(base, alpha=c.alpha, beta=c.beta2, **every)
@@ -1024,7 +1024,11 @@ def make_optimizer(model, c: Config):
 
 
 def has_ire(c: Config):
-    return c.optimizer in ("admire", "muon-ire", "muon-soft")
+    return c.optimizer not in ("adamw", "muon")
+
+
+def is_soft(c: Config):
+    return c.optimizer in ("adamw-soft", "muon-soft")
 
 
 def learning_rate(c: Config, step):
@@ -1229,10 +1233,9 @@ def banner(run):
     place += ", compiled" if c.compile else ""
     method = f"{c.optimizer}, lr {c.lr:g} after {c.warmup} steps, {c.schedule}"
     if has_ire(c):
-        soft = c.optimizer == "muon-soft"
-        kind = f"alpha {c.alpha:g}" if soft else f"kappa {c.kappa:g}, gamma {c.gamma:g}"
+        kind = f"alpha {c.alpha:g}" if is_soft(c) else f"kappa {c.kappa:g}, gamma {c.gamma:g}"
         method += f"; {kind}, K {c.interval}, on from step {c.ire_warmup}"
-        method += "" if soft else f", {c.curvature}"
+        method += "" if is_soft(c) else f", {c.curvature}"
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {count:,} parameters: {c.layers} layers of width {c.width}")

@@ -6,7 +6,7 @@
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
 
 1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
-ranks, in float16, cut and resumed; 5 images; 6 that row for five optimizers over seeds.
+ranks, in float16, cut and resumed; 5 images; 6 that row for six optimizers over seeds.
 
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as
@@ -81,7 +81,7 @@ RANKS = "-m torch.distributed.run --standalone --nproc_per_node {ranks}"
 EXACT = "--deterministic --schedule constant --warmup 10 --ire-warmup 0 --eval-interval 12"
 SPEED = "benchmarks/train.py --device {device} --data {tokens} --file {file}"
 CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
-OPTIMIZERS = ("adamw", "admire", "muon", "muon-ire", "muon-soft")
+OPTIMIZERS = ("adamw", "admire", "adamw-soft", "muon", "muon-ire", "muon-soft")
 
 # Dense TFLOP/s in the dtype that train_gpt.py chooses (NVIDIA's data sheets); the first that fits.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "T4": 65}

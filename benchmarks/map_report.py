@@ -8,13 +8,9 @@ from study import number
 import train_gpt
 
 MISSING = "not measured yet"
-# The panels: forms above, what they are held against below.
 PANELS = (
-    "hard mask over AdamW",
-    "hard mask over Muon",
-    "soft factor over Muon",
-    "random mask over AdamW",
-    "random mask over Muon",
+    ("hard mask over AdamW", "soft factor over AdamW", "random mask over AdamW"),
+    ("hard mask over Muon", "soft factor over Muon", "random mask over Muon"),
 )
 SOURCES = ("device", "threads", "torch", "commit")  # of a run
 COLOURS = 0.1  # the gain at which colours end
@@ -101,12 +97,14 @@ def the_map(report):
     batches = sorted({p["batch"] for p in places.values()})
     lengths = sorted({p["steps"] for p in places.values()})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.4), layout="constrained")
-        for form, panel in zip(PANELS, axes.flat, strict=False):
+        figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.8), layout="constrained")
+        for form, panel in zip(sum(PANELS, ()), axes.flat, strict=True):
             rows = {row["place"]: row for row in report["gains"] if row["form"] == form}
             cells = {(p["batch"], p["steps"]): rows.get(name) for name, p in places.items()}
             image = draw_panel(panel, form, cells, batches, lengths)
-        draw_key(axes[1, 2], image)
+        words = "gain: loss of the tuned base minus the form's, nats a token; blue is better"
+        place = {"location": "bottom", "shrink": 0.5, "aspect": 40}
+        figure.colorbar(image, ax=axes, extend="both", label=words, **place)
     return figure
 
 
@@ -140,39 +138,28 @@ def gain_in_words(row):
     return f"{row['gain']:+.3f}\n± {row['gain_stderr']:.3f}"
 
 
-def draw_key(panel, image):
-    panel.axis("off")
-    text = (
-        "The nano model. Gain: loss of the tuned base\nminus that of the form, in nats a token; "
-        "blue is\nbetter than the base. ± is a standard error\nover seeds that took no part in the "
-        "tuning.\nThe random masks have the settings of the\nhard masks above them."
-    )
-    panel.text(0, 0.95, text, va="top", transform=panel.transAxes)
-    bar = panel.inset_axes([0, 0.25, 0.9, 0.08])
-    panel.figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label="gain")
-
-
 def the_forms(report):
-    """The other forms beside those of the map, a panel for each place at which they were judged;
-    None while there are none."""
+    """The other forms beside those of the map, a panel for each base and place at which they were
+    judged, the best first; None while there are none."""
     import matplotlib.pyplot as plt
 
     from toy.common import STYLE
 
-    judged = [row for row in report["gains"] if row["form"] != row["base"]]
-    others = {row["place"] for row in judged if row["form"] not in PANELS}
-    panels = {place: [row for row in judged if row["place"] == place] for place in report["places"]}
-    panels = {place: rows for place, rows in panels.items() if place in others}
+    panels = {}
+    for place in report["places"]:
+        for base in ("AdamW", "Muon"):
+            rows = [r for r in report["gains"] if (r["place"], r["base"]) == (place, base)]
+            rows = [row for row in rows if row["form"] != base]
+            if {row["form"] for row in rows} - set(sum(PANELS, ())):
+                panels[place, base] = sorted(rows, key=lambda row: -row["gain"])
     if not panels:
         return None
     heights = [0.9 + 0.24 * len(rows) for rows in panels.values()]
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7, sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-        for (place, rows), panel in zip(panels.items(), axes.flat, strict=True):
-            at = report["places"][place]
-            title = f"{at['model']}, {at['steps']} steps, {at['batch']} sequences"
-            draw_forms_at(panel, title, rows)
+        for ((place, base), rows), panel in zip(panels.items(), axes.flat, strict=True):
+            draw_forms_at(panel, f"{place} over {base}", rows)
     return figure
 
 
@@ -186,7 +173,12 @@ def draw_forms_at(panel, title, rows):
         if row["gain"] < -right:
             panel.text(-right, i, f" \u2190 {row['gain']:.3f}", va="center")
         panel.errorbar(row["gain"], i, xerr=row["gain_stderr"] or 0, color=BLACK, marker="o", ms=4)
-    panel.set_yticks(range(len(rows)), [row["form"] for row in rows])
+    panel.set_yticks(range(len(rows)), [own_name(row) for row in rows])
     panel.locator_params(axis="x", nbins=6)
     panel.set(title=title, xlabel="gain over the tuned base, nats a token")
     panel.set(xlim=(-right, right), ylim=(len(rows) - 0.5, -0.5))
+
+
+def own_name(row):
+    """Of a form, without its base's."""
+    return row["form"].replace(f" over {row['base']}", "")

@@ -1877,16 +1877,16 @@ def test_ire_that_does_nothing_is_muon(nothing):
     assert same(checkpoint("a")["model"], checkpoint("b")["model"])
 
 
-@muon
-def test_muon_soft_is_soft_ire_on_the_hidden_matrices():
-    out = trained("--optimizer muon-soft --alpha 0.5 --interval 3")
+@pytest.mark.parametrize("optimizer", ("adamw-soft", pytest.param("muon-soft", marks=muon)))
+def test_soft_is_soft_ire_on_the_hidden_matrices(optimizer):
+    out = trained(f"--optimizer {optimizer} --alpha 0.5 --interval 3")
     assert "alpha 0.5, K 3, on from step 0" in out
     c = settings()
-    optimizer = train_gpt.make_optimizer(train_gpt.Llama(c, 256), c)
-    assert (optimizer.alpha, optimizer.beta, optimizer.interval) == (0.5, c.beta2, 3)
-    assert optimizer.warmup == 0 and [g["kappa"] for g in optimizer.param_groups] == [1, 0, 0]
-    refused("--optimizer muon-soft --kappa-decay", "--kappa-decay.*muon-soft")
-    refused("--optimizer muon-soft --alpha 2", "--alpha.*2.*0 to 1")
+    opt = train_gpt.make_optimizer(train_gpt.Llama(c, 256), c)
+    assert (opt.alpha, opt.beta, opt.interval, opt.warmup) == (0.5, c.beta2, 3, 0)
+    assert [group["kappa"] for group in opt.param_groups] == [1, 0, 0]
+    refused(f"--optimizer {optimizer} --kappa-decay", f"--kappa-decay.*{optimizer}")
+    refused(f"--optimizer {optimizer} --alpha 2", "--alpha.*2.*0 to 1")
 
 
 def test_muon_is_refused_where_it_cannot_be(monkeypatch):
