@@ -15,8 +15,8 @@ there. The sharp ones move as before.
         opt.step()
 
 Over any other optimizer: `IRE(base, kappa=2, gamma=0.6)`. Over one that keeps Adam's second moment,
-`curvature="second_moment"` needs no probe. For short runs of Muon there is `SoftIRE(muon)`. Plain,
-DDP, FSDP2 and DTensor parameters.
+`curvature="second_moment"` needs no probe. `SoftIRE` is a form without a threshold, ours. Plain, DDP,
+FSDP2 and DTensor parameters.
 """
 
 import math
@@ -161,26 +161,26 @@ class IRE(_Wrapper):
 
     _probing = False
     _missed = 0
+    _kinds = ("fisher",)  # of curvature; over the Adam family second_moment too
     _shown = ("interval", "warmup", "curvature")
 
     def __init__(self, base, *, kappa, gamma, interval=10, warmup=0, curvature="fisher"):
-        self._set_up(base, interval, warmup, kappa=kappa, gamma=gamma)
-        kinds = ["fisher"]
-        if any("beta" in name for name in base.defaults):
-            kinds.append("second_moment")
-        allowed = f"{' or '.join(kinds)} over {type(base).__name__}"
-        _require(curvature in kinds, "curvature", curvature, allowed)
-        self.curvature = curvature
+        self._set_up(base, interval, warmup, curvature, kappa=kappa, gamma=gamma)
 
-    def _set_up(self, base, interval, warmup, **settings):
+    def _set_up(self, base, interval, warmup, curvature, **settings):
         # The counters stand in the groups: distributed checkpoints drop what is beside them.
         super().__init__(base, **settings, ire_step=0, ire_probed=-1, ire_dead=0)
         self._check_groups()
         for name, value, least in (("interval", interval, 1), ("warmup", warmup, 0)):
             whole = _is_finite(value) and value >= least and value == int(value)
             _require(whole, name, value, f"a whole number >= {least}")
+        adam = any("beta" in name for name in base.defaults)
+        kinds = [*self._kinds, *(["second_moment"] if adam else [])]
+        allowed = f"{' or '.join(kinds)} over {type(base).__name__}"
+        _require(curvature in kinds, "curvature", curvature, allowed)
         self.interval = interval
         self.warmup = warmup
+        self.curvature = curvature
         self.masks = {}
 
     def __repr__(self):
@@ -479,28 +479,41 @@ class SAMIRE(IRE):
 
 
 class SoftIRE(IRE):
-    """IRE without a threshold, for short runs of Muon; not of the paper. The step of a coordinate
-    is multiplied by (v / median of v) ** -alpha, kept within 1 / limit and limit, over the mean of
-    all these factors. v is the running mean of its squared gradient. So flat coordinates take
-    longer steps and sharp ones shorter ones, while the learning rate keeps its meaning. What it
-    gained over a tuned Muon, and where, is chapter 12 of the book; over AdamW it was not tried.
+    """IRE without a threshold; ours, not the paper's. The step of a coordinate is multiplied by
+    (v / median of v) ** -alpha, kept within 1 / limit and limit, over the mean of all these
+    factors. v is the running mean of its squared gradient. So flat coordinates take longer steps
+    and sharp ones shorter ones, and the learning rate keeps its meaning. For the matrices of a
+    transformer's blocks, over AdamW or Muon; chapter 12 of the book says where it was tried and
+    what it gained: most in short runs.
 
     alpha: how unlike the factors are, in [0, 1]. limit: the largest of them and one over the
         smallest, before the mean is taken out; >= 1.
-    beta: the decay of v a step, in [0, 1).
     kappa: how much of it a group takes, in [0, 1]: theta_base + kappa * (factor - 1) * step. 0
         leaves its parameters out, as is right for embeddings, the head and norms.
     interval, warmup: steps from one set of factors to the next, and before the first.
+    curvature: "squares", where v is kept here and decays by beta a step, in [0, 1), or
+        "second_moment", where it is the base's own `exp_avg_sq`.
 
     No probe. `masks[p]` is factor - 1; that and v are two float32 numbers a coordinate to keep.
-    Raises ValueError: an argument out of range, sparse gradients.
+    Raises ValueError: an argument out of range, sparse gradients, a base without second moment.
     """
 
-    curvature = "squared gradients"
-    _shown = ("alpha", "limit", "beta", "interval", "warmup")
+    _kinds = ("squares",)
+    _shown = ("alpha", "limit", "beta", "interval", "warmup", "curvature")
 
-    def __init__(self, base, *, alpha=0.3, limit=4.0, beta=0.98, kappa=1.0, interval=10, warmup=0):
-        self._set_up(base, interval, warmup, kappa=kappa)
+    def __init__(
+        self,
+        base,
+        *,
+        alpha=0.3,
+        limit=4.0,
+        beta=0.98,
+        kappa=1.0,
+        interval=10,
+        warmup=0,
+        curvature="squares",
+    ):
+        self._set_up(base, interval, warmup, curvature, kappa=kappa)
         _require(_is_finite(alpha) and 0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
         _require(_is_finite(limit) and limit >= 1, "limit", limit, "a finite number >= 1")
         _require(_is_finite(beta) and 0 <= beta < 1, "beta", beta, "a number in [0, 1)")
@@ -518,6 +531,8 @@ class SoftIRE(IRE):
 
     def step(self, closure=None):
         """theta = theta_base + kappa * (factor - 1) * (theta_base - theta_old); see IRE.step."""
+        if self.curvature == "second_moment":
+            return super().step(closure)
         if closure is None:
             self._observe()
             return super().step()
@@ -538,8 +553,7 @@ class SoftIRE(IRE):
             layout = p.grad.layout
             _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
             if p not in self.squares or self.squares[p].shape != p.shape:  # new, or p has grown
-                real = torch.promote_types(p.dtype.to_real(), torch.float32)
-                self.squares[p] = torch.zeros_like(p, dtype=real)
+                self.squares[p] = torch.zeros_like(p, dtype=_real(p))
         if params:
             squares = [_local(self.squares[p]) for p in params]
             grads = torch._foreach_abs([_local(_laid_out_as(p.grad, p)) for p in params])
@@ -556,13 +570,15 @@ class SoftIRE(IRE):
             _require(_is_finite(kappa) and 0 <= kappa <= 1, "kappa", kappa, "a number in [0, 1]")
 
     def _begin_masks(self):
-        for p, v in self.squares.items():
-            if p not in self.masks:
-                self.masks[p] = torch.zeros_like(v)
+        for p in self._amplified():
+            if p.grad is not None and p not in self.masks:
+                self.masks[p] = torch.zeros_like(p, dtype=_real(p))
 
     def _refresh_or_warn(self):
+        own = self.curvature == "squares"
+        squares = self.squares if own else self._second_moments()
         if self._mask_due():
-            self._update_masks({p: self.squares[p] for p in self._amplified() if p in self.squares})
+            self._update_masks({p: squares[p] for p in self._amplified() if p in squares})
 
     @torch.no_grad()
     def _update_masks(self, squares):
@@ -570,7 +586,7 @@ class SoftIRE(IRE):
         if n == 0:
             return
         median = max(float(kth_smallest(squares.values(), (n + 1) // 2)), 1e-30)
-        factors = {p: torch.empty_like(v) for p, v in squares.items()}
+        factors = {p: torch.empty_like(p, dtype=_real(p)) for p in squares}
         for p, v in squares.items():
             raw = (_local(v) / median) ** -self.alpha
             _local(factors[p]).copy_(raw.clamp_(1 / self.limit, self.limit))
@@ -941,6 +957,11 @@ def _added(values):
     """The sum of 0-dim tensors that may be on several devices."""
     values = list(values)
     return sum(x.to(values[0].device) for x in values)
+
+
+def _real(x):
+    """The dtype of |x|, float32 at least."""
+    return torch.promote_types(x.dtype.to_real(), torch.float32)
 
 
 def _square(x, dtype=torch.float32):

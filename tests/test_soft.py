@@ -139,6 +139,18 @@ def test_it_sees_the_gradients_before_the_base_changes_them():
     assert same([*expected.parameters()], [*by_closure.parameters()])
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adams_second_moment_is_the_running_mean(amsgrad):
+    nets = [model(), model()]
+    for net, curvature in zip(nets, ("squares", "second_moment"), strict=True):
+        base = torch.optim.AdamW(net.parameters(), 0.01, betas=(0.9, 0.9), amsgrad=amsgrad)
+        opt = SoftIRE(base, beta=0.9, curvature=curvature)
+        train(net, opt, range(25))
+    assert not opt.squares and opt.masks
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
 # --------------------------------------------------------------------------- state
 def saved_and_loaded(opt, into):
     file = io.BytesIO()
@@ -196,6 +208,8 @@ def test_what_another_optimizer_saved_loads_without_its_masks():
         ({"beta": 1.0}, "beta: got 1.0, allowed is a number in [0, 1)"),
         ({"kappa": 2}, "kappa: got 2, allowed is a number in [0, 1]"),
         ({"interval": 0}, "interval: got 0"),
+        ({"curvature": "second_moment"}, "curvature: got 'second_moment', allowed is squares"),
+        ({"curvature": "fisher"}, "curvature: got 'fisher', allowed is squares over SGD"),
         ({"warmup": 1.5}, "warmup: got 1.5"),
     ],
 )
