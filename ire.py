@@ -15,7 +15,7 @@ there. The sharp ones move as before.
         opt.step()
 
 Over any other optimizer: `IRE(base, kappa=2, gamma=0.6)`. Over one that keeps Adam's second moment,
-`curvature="second_moment"` needs no probe. `SoftIRE` is a form without a threshold, ours. Plain, DDP,
+`curvature="second_moment"` needs no probe. Ours, and without a threshold: `SoftIRE`. Plain, DDP,
 FSDP2 and DTensor parameters.
 """
 
