@@ -17,13 +17,13 @@ README = (ROOT / "README.md").read_text()
 def test_the_code_runs():
     scope = {"model": nn.Linear(2, 2)}  # the first block is about a model of the reader's
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        if hasattr(torch.optim, "Muon") or "Muon" not in block:
-            exec(block, scope)
+        exec(block, scope)
     opt = scope["opt"]
     size = sum(p.numel() for p in scope["model"].parameters())
     assert opt.param_groups[0]["ire_step"] == 30
     assert all(mask.dtype == torch.bool for mask in opt.masks.values())
     assert sum(mask.sum() for mask in opt.masks.values()) >= 0.6 * size - 1
+    assert [*scope["soft"].masks] == scope["hidden"]
 
 
 def load(name):
@@ -101,9 +101,9 @@ def where():
     gains = {(row["place"], row["form"]): row for row in report["gains"]}
     forms = {
         "IRE over AdamW": "hard mask over AdamW",
+        "SoftIRE over AdamW": "soft factor over AdamW",
         "IRE over Muon": "hard mask over Muon",
         "SoftIRE over Muon": "soft factor over Muon",
-        "random mask over Muon": "random mask over Muon",
     }
     lines = [f"| steps x sequences | {' | '.join(forms)} |", "|---|" + "---|" * len(forms)]
     for place in report["places"]:
