@@ -85,6 +85,9 @@ form's own tuned base, and the share of the base's steps that this saves (~: bey
 that were run), on a smaller model (`python benchmarks/map.py`):
 
 {where()}
+On the larger model of the first table, at 500 steps of 16 sequences: SoftIRE over AdamW
+{larger("soft factor over AdamW")}, over Muon {larger("soft factor over Muon")}.
+
 Tokens a second of AdamW's: {second:.2f} with the second
 moment, {probe:.2f} with the probe. Images (ResNet-56, {images["limit_train"]:,} CIFAR-10 pictures,
 {images["epochs"]} epochs): test accuracy {points} points for SGD-IRE over SGD; SAM-IRE over SAM.
@@ -106,11 +109,16 @@ def where():
         "SoftIRE over Muon": "soft factor over Muon",
     }
     lines = [f"| steps x sequences | {' | '.join(forms)} |", "|---|" + "---|" * len(forms)]
-    for place in report["places"]:
-        if (place, "soft factor over Muon") in gains:
+    for place, at in report["places"].items():
+        if at["model"] == "nano" and (place, "soft factor over Muon") in gains:
             cells = [gained(gains.get((place, form))) for form in forms.values()]
             lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def larger(form):
+    rows = [r for r in load("map")["gains"] if (r["place"], r["form"]) == ("tiny 500x16", form)]
+    return gained(rows[0] if rows else None)
 
 
 def gained(row):
