@@ -9,8 +9,12 @@ import train_gpt
 
 MISSING = "not measured yet"
 PANELS = (
-    ("hard mask over AdamW", "soft factor over AdamW", "random mask over AdamW"),
-    ("hard mask over Muon", "soft factor over Muon", "random mask over Muon"),
+    "hard mask over AdamW",
+    "soft factor over AdamW",
+    "random mask over AdamW",
+    "hard mask over Muon",
+    "soft factor over Muon",
+    "random mask over Muon",
 )
 SOURCES = ("device", "threads", "torch", "commit")  # of a run
 COLOURS = 0.1  # the gain at which colours end
@@ -98,7 +102,7 @@ def the_map(report):
     lengths = sorted({p["steps"] for p in places.values()})
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.8), layout="constrained")
-        for form, panel in zip(sum(PANELS, ()), axes.flat, strict=True):
+        for form, panel in zip(PANELS, axes.flat, strict=True):
             rows = {row["place"]: row for row in report["gains"] if row["form"] == form}
             cells = {(p["batch"], p["steps"]): rows.get(name) for name, p in places.items()}
             image = draw_panel(panel, form, cells, batches, lengths)
@@ -150,7 +154,7 @@ def the_forms(report):
         for base in ("AdamW", "Muon"):
             rows = [r for r in report["gains"] if (r["place"], r["base"]) == (place, base)]
             rows = [row for row in rows if row["form"] != base]
-            if {row["form"] for row in rows} - set(sum(PANELS, ())):
+            if {row["form"] for row in rows} - set(PANELS):
                 panels[place, base] = sorted(rows, key=lambda row: -row["gain"])
     if not panels:
         return None

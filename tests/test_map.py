@@ -100,6 +100,13 @@ def test_the_soft_rule_is_soft_ire():
     assert any((weights(plain)[name] - p).abs().max() > 1e-3 for name, p in weights(ours).items())
 
 
+def test_a_form_is_run_first_where_its_searches_elsewhere_start():
+    """Else the search would start elsewhere when it is looked up than when it was made."""
+    lines = [(place, name) for place, names in study.PLAN for name in names]
+    for i, (place, name) in enumerate(lines):
+        assert (study.PLACES[place].near, name) not in lines[i:]
+
+
 def naive_flat(values, gamma, live):
     ranked = sorted(x for x in values if x > 0 or not live)
     count = math.floor(round(gamma * len(ranked), 9))
