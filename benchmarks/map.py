@@ -442,10 +442,10 @@ PLAN = (
     ("250x16", SOFT_TUNED_AGAIN),
     ("500x16", SOFT_TUNED_AGAIN),
     ("2000x16", SOFT_TUNED_AGAIN),
-    ("8000x16", ("AdamW", "soft factor over AdamW")),
+    ("8000x16", MAP[:1] + SOFT_ADAMW),
     ("tiny 500x16", MAP + RANDOM + SOFT_FORMS + LITE + LIVE),
     ("500x256", MAP + RANDOM),
-    ("8000x16", MAP + RANDOM),
+    ("8000x16", MAP[1:] + RANDOM),
     ("2000x256", MAP + RANDOM + LITE),
 )
 
