@@ -45,7 +45,7 @@ MODELS = {
     "nano": {"layers": 2, "width": 64, "heads": 2, "ffn": 168, "context": 128},
     "tiny": {"layers": 4, "width": 128, "heads": 4, "ffn": 336, "context": 128},
 }
-FIXED = {"data": "stdlib", "beta2": 0.98, "weight_decay": 0.1, "eval_sequences": 512}
+FIXED = {"beta2": 0.98, "weight_decay": 0.1, "eval_sequences": 512}
 RATIO = 2.0  # Muon's lr over that of the AdamW beside it
 SEEDS = (1, 2, 3)
 GRID = {
@@ -80,6 +80,7 @@ class Place:
     trials: int = 7  # of every form that is tuned here
     near: str | None = None  # the place at which its searches start
     model: str = "nano"
+    data: str = "stdlib"
 
 
 HARD_ADAMW = {"kappa": 2.0, "gamma": 0.7}
@@ -367,6 +368,7 @@ PREDICTIONS = (
     "The hard mask gains less over Muon than over AdamW.",
     "A random mask of the same size does not gain.",
     "At 8000x16 the soft factor gains less than 0.02 over AdamW (said after the runs of 2000).",
+    "On Shakespeare the soft factor gains as on Python: 0.05 to 0.15 over AdamW at 500x16.",
 )
 PLACES = {
     "250x4": Place(250, 4, trials=12),
@@ -383,6 +385,7 @@ PLACES = {
     "8000x16": Place(8000, 16, near="2000x16"),
     "2000x256": Place(2000, 256, near="500x256"),
     "tiny 500x16": Place(500, 16, near="500x16", model="tiny"),
+    "shakespeare 500x16": Place(500, 16, near="500x16", data="shakespeare"),
 }
 MAP = ("AdamW", "hard mask over AdamW", "Muon", "hard mask over Muon", "soft factor over Muon")
 RANDOM = ("random mask over AdamW", "random mask over Muon")
@@ -443,6 +446,7 @@ PLAN = (
     ("500x16", SOFT_TUNED_AGAIN),
     ("2000x16", SOFT_TUNED_AGAIN),
     ("8000x16", MAP[:1] + SOFT_ADAMW),
+    ("shakespeare 500x16", MAP[:1] + SOFT_ADAMW + ("Muon", "soft factor over Muon")),
     ("tiny 500x16", MAP + RANDOM + SOFT_FORMS + LITE + LIVE),
     ("500x256", MAP + RANDOM),
     ("8000x16", MAP[1:] + RANDOM),
@@ -490,6 +494,7 @@ def config(settings, out):
     given = train_gpt.Config(
         **MODELS[place.model],
         **FIXED,
+        data=place.data,
         steps=place.steps,
         batch_size=place.batch,
         warmup=round(settings["warmup_fraction"] * place.steps),
@@ -638,7 +643,7 @@ def steps_saved(results, place, base, losses):
     here = PLACES[place]
     curves = {}
     for other, there in PLACES.items():
-        if (there.batch, there.model) == (here.batch, here.model):
+        if dataclasses.replace(there, steps=here.steps, near=here.near, trials=here.trials) == here:
             with contextlib.suppress(NotHeld):
                 curves[there.steps] = base_losses(results, other, base)
     saved, beyond = [], []

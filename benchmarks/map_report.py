@@ -97,7 +97,8 @@ def the_map(report):
 
     from toy.common import STYLE
 
-    places = {n: p for n, p in report["places"].items() if p["model"] == "nano"}
+    alike = {"model": "nano", "data": "stdlib"}
+    places = {n: p for n, p in report["places"].items() if p.items() >= alike.items()}
     batches = sorted({p["batch"] for p in places.values()})
     lengths = sorted({p["steps"] for p in places.values()})
     with plt.rc_context(STYLE):

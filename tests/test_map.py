@@ -423,9 +423,9 @@ def small(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 2000)
     monkeypatch.setitem(study.MODELS, "nano", SMALL)
-    monkeypatch.setitem(study.PLACES, "250x4", study.Place(5, 4))
-    data = {"data": str(text), "data_dir": str(tmp_path), "eval_sequences": 8}
-    monkeypatch.setattr(study, "FIXED", {**study.FIXED, **data})
+    monkeypatch.setitem(study.PLACES, "250x4", study.Place(5, 4, data=str(text)))
+    fast = {"data_dir": str(tmp_path), "eval_sequences": 8}
+    monkeypatch.setattr(study, "FIXED", {**study.FIXED, **fast})
     monkeypatch.setattr(study, "ROOT", tmp_path)
 
 

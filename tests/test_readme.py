@@ -110,7 +110,8 @@ def where():
     }
     lines = [f"| steps x sequences | {' | '.join(forms)} |", "|---|" + "---|" * len(forms)]
     for place, at in report["places"].items():
-        if at["model"] == "nano" and (place, "soft factor over Muon") in gains:
+        soft = [(place, form) for form in forms.values() if form.startswith("soft")]
+        if at["model"] == "nano" and gains.keys() & set(soft):
             cells = [gained(gains.get((place, form))) for form in forms.values()]
             lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
