@@ -53,7 +53,9 @@ from ire import IRE, SAM, frozen_batch_norm, sampled_cross_entropy
 # torchrun sets all of these; some of them alone are left over from something else
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = all(name in os.environ for name in LAUNCH)
-RANK, LOCAL_RANK, RANKS = (int(os.environ[x]) for x in LAUNCH[:3]) if LAUNCHED else (0, 0, 1)
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -280,7 +282,8 @@ def check_unchanged(c, known):
 def check_values(c):
     """Each value alone."""
     for name, f in FIELDS.items():
-        value, allowed = getattr(c, name), f.metadata["allowed"]
+        value = getattr(c, name)
+        allowed = f.metadata["allowed"]
         if name == "model":
             allowed = MODELS  # a test may have added one
         if value is not None:
@@ -368,8 +371,10 @@ class Block(nn.Module):
 
     def __init__(self, n_in, n_out, stride):
         super().__init__()
-        self.conv1, self.norm1 = conv(n_in, n_out, stride), nn.BatchNorm2d(n_out)
-        self.conv2, self.norm2 = conv(n_out, n_out), nn.BatchNorm2d(n_out)
+        self.conv1 = conv(n_in, n_out, stride)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = conv(n_out, n_out)
+        self.norm2 = nn.BatchNorm2d(n_out)
         self.shortcut = nn.Sequential()
         if n_in != n_out:
             self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride, bias=False))
@@ -385,8 +390,10 @@ class WideBlock(nn.Module):
 
     def __init__(self, n_in, n_out, stride):
         super().__init__()
-        self.conv1, self.norm1 = conv(n_in, n_out, stride), nn.BatchNorm2d(n_in)
-        self.conv2, self.norm2 = conv(n_out, n_out), nn.BatchNorm2d(n_out)
+        self.conv1 = conv(n_in, n_out, stride)
+        self.norm1 = nn.BatchNorm2d(n_in)
+        self.conv2 = conv(n_out, n_out)
+        self.norm2 = nn.BatchNorm2d(n_out)
         self.shortcut = nn.Sequential()
         if n_in != n_out:
             self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride, bias=False))
@@ -400,7 +407,8 @@ class WideBlock(nn.Module):
 
 def stages(block, width, blocks):
     """Three stages, each with half the height and width and twice the channels of the last."""
-    layers, n_in = [], 16
+    layers = []
+    n_in = 16
     for stage in range(3):
         n_out = width * 2**stage
         for i in range(blocks):
@@ -584,7 +592,8 @@ def fetch_rest(url, part, name):
 def load_cifar(c):
     """((x, y), (test_x, test_y), classes): pictures (n, 32, 32, 3) uint8 and labels (n,)."""
     archive = CIFAR[c.data]
-    path, folder = Path(c.data_dir) / archive.name, Path(c.data_dir) / archive.folder
+    path = Path(c.data_dir) / archive.name
+    folder = Path(c.data_dir) / archive.folder
     packed = not folder.exists()
     if packed and not path.exists() and RANK == 0:
         download(URL + archive.name, path, archive.sha256)
@@ -661,7 +670,9 @@ class Data:
         x, y = x[: c.limit_train].copy(), y[: c.limit_train]
         test_x, test_y = test_x[: c.limit_test], test_y[: c.limit_test]
         check(c, "batch_size", c.batch_size <= len(x), f"1 to {len(x)}, the training pictures")
-        self.c, self.sha256, self.epoch = c, hashlib.sha256(x).hexdigest(), None
+        self.c = c
+        self.sha256 = hashlib.sha256(x).hexdigest()
+        self.epoch = None
         self.steps_per_epoch = len(x) // c.batch_size
         mean, square = x.mean((0, 1, 2)), np.square(x, dtype=np.uint16).mean((0, 1, 2))
         std = (square - mean**2 + 1e-6) ** 0.5
@@ -679,7 +690,8 @@ class Data:
 
     def draw_epoch(self, epoch):
         """All random numbers of an epoch go to the device at once, so no step waits for a copy."""
-        c, steps = self.c, self.steps_per_epoch
+        c = self.c
+        steps = self.steps_per_epoch
         order = np.random.default_rng((c.seed, 0, epoch)).permutation(len(self.x))
         order = order[: steps * c.batch_size].reshape(steps, -1)
         rng = np.random.default_rng((c.seed, 1, epoch))
@@ -695,7 +707,9 @@ class Data:
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.draw_epoch(epoch)
-        kind, index, u = self.c.augment, self.order[i], self.uniform[i]
+        kind = self.c.augment
+        index = self.order[i]
+        u = self.uniform[i]
         x, y = self.x[index], self.y[index]
         if kind != "none":
             x = shift_and_flip(x, u[:, :3], flip=kind != "shift")
@@ -703,7 +717,8 @@ class Data:
         if kind == "cutout":
             x = cutout(x, u[:, 3:], 16 if self.classes == 10 else 8)
         if kind == "mixup":  # of the pictures of a rank (Zhang et al. 2018)
-            y, weight = F.one_hot(y, self.classes).float(), float(self.weights[i])
+            y = F.one_hot(y, self.classes).float()
+            weight = float(self.weights[i])
             x = weight * x + (1 - weight) * x.flip(0)
             y = weight * y + (1 - weight) * y.flip(0)
         return x, y
@@ -786,7 +801,8 @@ def which_run(folder):
 
 
 def save(run):
-    c, parts = run.c, {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
+    c = run.c
+    parts = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
     saved = {"config": dataclasses.asdict(c), "data": run.data.sha256, "random": random_states(c)}
     saved |= {name: part.state_dict() for name, part in parts.items()}
     saved |= {name: getattr(run, name) for name in REACHED}
@@ -815,8 +831,10 @@ def set_random_states(states):
 
 def read_log(folder):
     """The whole lines of a run's log: a kill may leave half of one."""
-    path, lines = Path(folder) / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    path = Path(folder) / "log.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = []
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
             int(entry["step"])
@@ -835,7 +853,8 @@ def draw(c: Config):
     }
     if has_ire(c):
         panels["flat share of the coordinates"] = ("flat",)
-    figure, log = Figure(figsize=(3.2 * len(panels), 3), layout="constrained"), read_log(c.out)
+    figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
+    log = read_log(c.out)
     for ax, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key in keys:
             points = np.array([(r["step"], r[key]) for r in log if key in r]).reshape(-1, 2)
@@ -928,7 +947,9 @@ def autocast(c):
 
 def train_step(run):
     """One step, with a probe where it is due; returns the loss before it (Average SAM: there)."""
-    c, optimizer, scaler = run.c, run.optimizer, run.scaler
+    c = run.c
+    optimizer = run.optimizer
+    scaler = run.scaler
     x, y = run.data.batch(run.step)
     lr = learning_rate(c, run.step, run.data.steps_per_epoch)
     for group in optimizer.param_groups:
@@ -1048,7 +1069,8 @@ def set_up(c, data):
 
 def restore(run):
     """Goes on from the checkpoint."""
-    c, saved = run.c, load_checkpoint(run.c.out)
+    c = run.c
+    saved = load_checkpoint(run.c.out)
     words = f"the pictures that {c.out} began with; these differ, by their sha256"
     check(c, "data", saved["data"] == run.data.sha256, words)
     try:
@@ -1067,7 +1089,8 @@ def restore(run):
 
 def open_folder(run):
     """The files of the run, as they are at its step."""
-    c, out = run.c, Path(run.c.out)
+    c = run.c
+    out = Path(run.c.out)
     log = read_log(out) if c.resume else []
     if not c.resume:
         (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -1077,7 +1100,8 @@ def open_folder(run):
 
 
 def banner(run):
-    c, data = run.c, run.data
+    c = run.c
+    data = run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     place = f"{RANKS} x {c.device}, {c.dtype}"
     place += ", compiled" if c.compile else ""
@@ -1142,10 +1166,12 @@ def report(run):
 
 def loop(run, record, caught):
     """Steps, and between them log, test and checkpoint where they are due."""
-    c, per_epoch = run.c, run.data.steps_per_epoch
+    c = run.c
+    per_epoch = run.data.steps_per_epoch
     if run.step == run.steps:
         record(**test(run))
-    pending, clock = [], time.perf_counter()
+    pending = []
+    clock = time.perf_counter()
     while run.step < run.steps:
         pending.append(train_step(run))
         run.step += 1
@@ -1164,7 +1190,8 @@ def loop(run, record, caught):
             save(run)
         if number and run.step < run.steps:
             raise stopped(number, "the checkpoint is written, go on with --resume")
-        pending, clock = [], time.perf_counter()
+        pending = []
+        clock = time.perf_counter()
 
 
 def due(run, interval):
@@ -1180,7 +1207,8 @@ def test(run):
 
 def values_of(run, losses, elapsed):
     """What the log says of the last steps."""
-    c, step = run.c, run.step - 1
+    c = run.c
+    step = run.step - 1
     flat = run.optimizer.flat_share() if has_ire(c) and run.step > c.ire_warmup else {}
     values = {"train_loss": statistics.mean(losses)}
     values["lr"] = learning_rate(c, step, run.data.steps_per_epoch)
@@ -1198,7 +1226,9 @@ def check_finite(run, losses):
 def train_seeds(c: Config):
     """As many runs as --seeds says, in OUT/seed-N."""
     c = dataclasses.replace(c, out=c.out or DEFAULTS["out"])
-    out, start, begun = c.out, c.seed, []
+    out = c.out
+    start = c.seed
+    begun = []
     if c.resume:
         paths = Path(out).glob("seed-*/checkpoint.pt")
         begun = sorted(int(path.parent.name.removeprefix("seed-")) for path in paths)
@@ -1264,7 +1294,9 @@ def largest_eigenvalue(losses, params, tolerance=0.01, products=100, seed=0, tic
     which does not bear on the largest (Paige 1980)."""
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64)
-    v, before, beta = v / v.norm(), 0.0, 0.0
+    v = v / v.norm()
+    before = 0.0
+    beta = 0.0
     T = torch.zeros(products + 1, products + 1, dtype=torch.float64)  # H in the basis of the v
     for k in range(products):
         w = hessian_products(losses, params, v[None], tick)[0] - beta * before
@@ -1272,7 +1304,8 @@ def largest_eigenvalue(losses, params, tolerance=0.01, products=100, seed=0, tic
         w -= T[k, k] * v
         beta = w.norm()
         values, vectors = torch.linalg.eigh(T[: k + 1, : k + 1])
-        largest, residual = values[-1].item(), (beta * vectors[-1, -1].abs()).item()
+        largest = values[-1].item()
+        residual = (beta * vectors[-1, -1].abs()).item()
         if residual <= tolerance * abs(largest):
             break
         T[k, k + 1] = T[k + 1, k] = beta
@@ -1283,7 +1316,8 @@ def largest_eigenvalue(losses, params, tolerance=0.01, products=100, seed=0, tic
 @contextlib.contextmanager
 def true_float32():
     """No TF32, whose errors a second derivative shows."""
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -1306,7 +1340,8 @@ def sharpness(model, data, c, tick=None):
         return F.cross_entropy(logits, y, label_smoothing=c.label_smoothing)
 
     batches = zip(data.x[:images].split(size), data.y[:images].split(size), strict=True)
-    losses, params = [functools.partial(loss, x, y) for x, y in batches], list(model.parameters())
+    losses = [functools.partial(loss, x, y) for x, y in batches]
+    params = list(model.parameters())
     # MATH is the one attention with a second derivative
     with frozen_batch_norm(model), sdpa_kernel(SDPBackend.MATH), true_float32():
         trace, error = hessian_trace(losses, params, c.sharpness_probes, c.seed, tick)
@@ -1411,12 +1446,14 @@ def main(arguments=None):
             run_command(parse(arguments))
         return 0
     except Halt as e:
-        code, text = e.code, e
+        code = e.code
+        text = e
     except OSError as e:
         text = e
     except ModuleNotFoundError as e:
         package = {"sklearn": "scikit-learn"}.get(e.name.split(".")[0], e.name)
-        code, text = 2, f"{e.name} is missing: pip install {package}"
+        code = 2
+        text = f"{e.name} is missing: pip install {package}"
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not known and "allocate memory" not in str(e):

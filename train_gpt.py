@@ -53,7 +53,9 @@ from ire import IRE, SoftIRE
 # torchrun sets all of these; some of them alone are left over from something else
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = all(name in os.environ for name in LAUNCH)
-RANK, LOCAL_RANK, RANKS = (int(os.environ[x]) for x in LAUNCH[:3]) if LAUNCHED else (0, 0, 1)
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -299,7 +301,8 @@ def check_steps(c, known, done):
 def check_values(c):
     """Each value alone."""
     for name, f in FIELDS.items():
-        value, allowed = getattr(c, name), f.metadata["allowed"]
+        value = getattr(c, name)
+        allowed = f.metadata["allowed"]
         if value is not None:
             right = type(value) is f.type or (f.type is float and type(value) is int)
             check(c, name, right, f"a value of type {f.type.__name__}")
@@ -358,7 +361,8 @@ def check_settings(c):
     near = max(1, round(c.batch_size / RANKS)) * RANKS
     divides = c.batch_size % RANKS == 0
     check(c, "batch_size", divides, f"a multiple of the {RANKS} ranks, such as {near}")
-    share, muon = c.batch_size // RANKS, c.optimizer.startswith("muon")
+    share = c.batch_size // RANKS
+    muon = c.optimizer.startswith("muon")
     divides = share % c.micro_batch == 0
     check(c, "micro_batch", divides, f"a divisor of --batch-size over {RANKS} rank(s), {share}")
     most = share // c.micro_batch
@@ -445,7 +449,8 @@ def linears(**sizes):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, d = c.heads, c.width
+        self.heads = c.heads
+        d = c.width
         self.input_layernorm = nn.RMSNorm(d, eps=1e-6)
         self.self_attn = linears(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), o_proj=(d, d))
         self.post_attention_layernorm = nn.RMSNorm(d, eps=1e-6)
@@ -453,12 +458,15 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):  # x: (batch, time, width)
         x = x + self.attend(Normalise.apply(x), cos, sin)
-        h, norm, mlp = Normalise.apply(x), self.post_attention_layernorm, self.mlp
+        h = Normalise.apply(x)
+        norm = self.post_attention_layernorm
+        mlp = self.mlp
         gate, up = project(h, norm, mlp.gate_proj), project(h, norm, mlp.up_proj)
         return x + mlp.down_proj(F.silu(gate) * up)
 
     def attend(self, h, cos, sin):
-        layer, norm = self.self_attn, self.input_layernorm
+        layer = self.self_attn
+        norm = self.input_layernorm
         qk = project(h, norm, layer.q_proj, layer.k_proj).unflatten(-1, (2 * self.heads, -1))
         q, k = Rotate.apply(qk, cos, sin).transpose(1, 2).chunk(2, dim=1)  # (b, heads, t, size)
         v = project(h, norm, layer.v_proj).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -470,7 +478,8 @@ def head_loss(weight, x, labels, classes=None):
     """Mean cross entropy of labels (batch, time). weight: (vocab, width), x: (batch, time, width).
     With classes it is the probe's (Eq. 6): labels are seeds, by which others are drawn from the
     softmax."""
-    logits, labels = F.linear(x, weight).flatten(0, 1).float(), labels.flatten()
+    logits = F.linear(x, weight).flatten(0, 1).float()
+    labels = labels.flatten()
     if classes is not None:
         with torch.no_grad():
             labels = drawn_labels(logits, labels, classes)
@@ -502,7 +511,8 @@ class Llama(nn.Module):
         self.logits = 2**26  # how many may exist at once, see loss()
         self.head_loss = head_loss
         blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        embed, norm = nn.Embedding(vocab, c.width), nn.RMSNorm(c.width, eps=1e-6)
+        embed = nn.Embedding(vocab, c.width)
+        norm = nn.RMSNorm(c.width, eps=1e-6)
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": blocks, "norm": norm})
         self.lm_head = nn.Linear(c.width, vocab, bias=False)
         half = c.width // c.heads // 2
@@ -593,14 +603,18 @@ NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # 
 
 def text_files(c: Config) -> list[Path]:
     """The text files behind --data, in a fixed order."""
-    path, pattern, skip = Path(c.data), "*", set()
+    path = Path(c.data)
+    pattern = "*"
+    skip = set()
     if c.data == "stdlib":
-        path, pattern, skip = Path(sysconfig.get_paths()["stdlib"]), "*.py", NO_SOURCE
+        path = Path(sysconfig.get_paths()["stdlib"])
+        pattern = "*.py"
+        skip = NO_SOURCE
     elif c.data == "shakespeare":
         path = fetch_shakespeare(Path(c.data_dir) / "shakespeare.txt")
-    for name in ("out", "data_dir") if path.is_dir() else ():  # would become the run's text
+    for name in ("out", "data_dir"):  # would become the run's text
         folder = Path(getattr(c, name)).resolve()
-        inside = path.resolve() in (folder, *folder.parents)
+        inside = path.is_dir() and path.resolve() in (folder, *folder.parents)
         check(c, "data", not inside, f"a folder that does not hold --{name.replace('_', '-')}")
     found = [path] if path.is_file() else sorted(p for p in path.rglob(pattern) if p.is_file())
     found = [p for p in found if not skip & set(p.relative_to(path).parts)]
@@ -668,16 +682,20 @@ class Codec:
     """Texts to tokens and back. What the tokens of a prepared folder mean is not known here."""
 
     def __init__(self, kind, vocab=256):
-        self.kind, self.vocab, self.between = kind, vocab, 0  # between documents
+        self.kind = kind
+        self.vocab = vocab
+        self.between = 0  # the token between documents
         if kind == "bytes":
-            self.vocab, self.between = 256, ord("\n")
+            self.vocab = 256
+            self.between = ord("\n")
         if kind == "gpt2":
             import tiktoken
 
             way = "; use bytes or set TIKTOKEN_CACHE_DIR to a folder that has it"
             with instead("--tokenizer: tiktoken can't fetch gpt2's vocabulary", way):
                 self.bpe = tiktoken.get_encoding("gpt2")
-            self.vocab, self.between = self.bpe.n_vocab, self.bpe.eot_token
+            self.vocab = self.bpe.n_vocab
+            self.between = self.bpe.eot_token
 
     def encode(self, texts):
         if self.kind == "gpt2":
@@ -753,7 +771,8 @@ class Data:
     def __init__(self, c: Config):
         folder = prepare(c) if LOCAL_RANK == 0 else None
         over_ranks([0])  # the others find the data made
-        self.c, folder = c, folder or prepare(c)
+        self.c = c
+        folder = folder or prepare(c)
         with instead(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size"):
             meta = json.loads((folder / "meta.json").read_text())
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
@@ -765,7 +784,9 @@ class Data:
         self.sha256 = known or hashlib.sha256(self.train).hexdigest()
 
     def read(self, folder, meta, part):
-        c, path, vocab = self.c, folder / f"{part}.bin", self.tokens["vocab"]
+        c = self.c
+        path = folder / f"{part}.bin"
+        vocab = self.tokens["vocab"]
         check(c, "data", path.exists(), f"a folder that has {path}")
         size = path.stat().st_size
         whole = 2 * meta.get(f"{part}_tokens", size // 2)
@@ -791,7 +812,8 @@ class Data:
     def batch(self, step):
         """This rank's micro-batches of a step: inputs, targets, keys of the probe's labels. Which
         sequences form one does not depend on the number of ranks."""
-        c, rng = self.c, np.random.default_rng((self.c.seed, step))
+        c = self.c
+        rng = np.random.default_rng((self.c.seed, step))
         starts = rng.integers(len(self.train) - c.context, size=c.batch_size)
         keys = torch.from_numpy(rng.integers(2**31, size=c.batch_size))
         firsts = range(RANK * c.micro_batch, c.batch_size, RANKS * c.micro_batch)
@@ -876,7 +898,9 @@ def save(run, folder: Path):
     from safetensors.torch import save
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    c, data, hf = run.c, run.data, folder / "hf"
+    c = run.c
+    data = run.data
+    hf = folder / "hf"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, state = get_state_dict(run.model, run.optimizer, options=options)
     if RANK:
@@ -936,8 +960,10 @@ def same_entries(expected, found, source):
 
 def read_log(folder):
     """The whole lines of a run's log: a kill may leave half of one."""
-    path, lines = Path(folder) / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    path = Path(folder) / "log.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = []
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
             int(entry["step"])
@@ -963,8 +989,8 @@ def draw(path, *runs):
         losses = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
         label = f"{c.optimizer}, lr {c.lr:g}, validation"
         axes.plot(*zip(*losses, strict=True), color=color, marker="o", ms=3, label=label)
-        if losses:  # the first fall would hide the rest
-            axes.set_ylim(0.95 * min(loss for _, loss in losses), 1.02 * losses[:2][-1][1])
+        if len(losses) > 1:  # the first fall would hide the rest
+            axes.set_ylim(0.95 * min(loss for _, loss in losses), 1.02 * losses[1][1])
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
@@ -1033,7 +1059,9 @@ def is_soft(c: Config):
 
 def learning_rate(c: Config, step):
     """A linear warm-up, then the schedule, down to min_lr * lr."""
-    first, last, share = c.warmup, c.steps - 1, 1.0
+    first = c.warmup
+    last = c.steps - 1
+    share = 1.0
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     if c.schedule == "cosine":
@@ -1065,6 +1093,9 @@ class Run:
     best: float = math.inf
     kept: str = "none"  # the last checkpoint
     bar: tqdm = None
+
+    def due(self, interval):
+        return self.step % interval == 0 or self.step == self.c.steps
 
     def done(self):
         return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
@@ -1130,8 +1161,8 @@ def train(c: Config, build=None):
     tokens_per_second. build(model, c): another optimizer. Raises BadInput, Diverged, or Halt when
     a signal came, the checkpoint written."""
     c = keep_runs(complete(c))
-    for package in ("matplotlib", "safetensors", "wandb")[: 2 + c.wandb]:
-        if importlib.util.find_spec(package) is None:  # said now, not after the training
+    for package, needed in {"matplotlib": True, "safetensors": True, "wandb": c.wandb}.items():
+        if needed and importlib.util.find_spec(package) is None:  # not after the training
             raise ModuleNotFoundError(name=package)
     run = set_up(c, Data(c), build)
     if c.resume:
@@ -1200,7 +1231,8 @@ def set_state(model, weights, source, optimizer=None, state=None):
 
 def restore(run):
     """Goes on from the checkpoint."""
-    c, path = run.c, Path(run.c.out) / "checkpoint.pt"
+    c = run.c
+    path = Path(run.c.out) / "checkpoint.pt"
     saved = load_checkpoint(c.out)
     words = f"the text that {c.out} began with; this one's sha256 differs"
     check(c, "data", saved["data"] == run.data.sha256, words)
@@ -1214,18 +1246,22 @@ def restore(run):
 
 def open_folder(run):
     """The files of the run, as they are at its step."""
-    c, out = run.c, Path(run.c.out)
-    for folder in () if c.resume else (out, out / "best"):
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        (folder / "hf/config.json").unlink(missing_ok=True)
-    log = read_log(out) if c.resume else []
-    lines = [json.dumps(r) + "\n" for r in log if r["step"] <= run.step]
+    c = run.c
+    out = Path(run.c.out)
+    lines = []
+    if c.resume:
+        lines = [json.dumps(r) + "\n" for r in read_log(out) if r["step"] <= run.step]
+    else:
+        for folder in (out, out / "best"):
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            (folder / "hf/config.json").unlink(missing_ok=True)
     write_atomically(out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
     write_json(out / "config.json", dataclasses.asdict(c) | environment() | {"pid": os.getpid()})
 
 
 def banner(run):
-    c, data = run.c, run.data
+    c = run.c
+    data = run.data
     count = sum(p.numel() for p in run.model.parameters())
     sizes = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
     place = f"{RANKS} x {c.device}, {c.dtype}"
@@ -1283,16 +1319,16 @@ def loop(run, caught):
     c = run.c
     if run.step == 0:
         record(run, val_loss=validate(run.forward, run.data))
-    pending, clock = [], time.perf_counter()
+    pending = []
+    clock = time.perf_counter()
     while not run.done():
         batch = run.data.batch(run.step)
         pending.append(train_step(run.forward, run.optimizer, batch, run.step, c, run.scaler))
         run.step += 1
         number = int(over_ranks([caught[0] if caught else 0], dist.ReduceOp.MAX)[0])
-        log_due, eval_due, save_due = (
-            run.step % every == 0 or run.step == c.steps
-            for every in (c.log_interval, c.eval_interval, c.checkpoint_interval)
-        )
+        log_due = run.due(c.log_interval)
+        eval_due = run.due(c.eval_interval)
+        save_due = run.due(c.checkpoint_interval)
         if not (log_due or eval_due or save_due or number):
             continue
         table = np.array(over_ranks(torch.stack(pending).tolist())) / RANKS  # waits for the device
@@ -1308,7 +1344,8 @@ def loop(run, caught):
             halt.code = 128 + number
             raise halt
         run.idle += time.perf_counter() - clock - elapsed
-        pending, clock = [], time.perf_counter()
+        pending = []
+        clock = time.perf_counter()
 
 
 def values_of(run, table, elapsed):
@@ -1337,7 +1374,8 @@ def check_finite(run, table, eval_due):
 
 def keep(run, save_due):
     """Writes checkpoint and figure where they are due."""
-    c, out = run.c, Path(run.c.out)
+    c = run.c
+    out = Path(run.c.out)
     better = run.val_loss < run.best
     run.best = min(run.best, run.val_loss)
     try:
@@ -1362,7 +1400,8 @@ def compare(typed):
     if RANK:
         return
     draw(out / "loss.png", *runs)
-    loss, steps = adamw["val_loss"], adamw["steps"]
+    loss = adamw["val_loss"]
+    steps = adamw["steps"]
     losses = {r["step"]: r["val_loss"] for r in read_log(runs[1].out) if r.get("val_loss")}
     reached = min((step for step, x in losses.items() if step and x <= loss), default=None)
     command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
@@ -1499,7 +1538,8 @@ def run_command(typed):
         summary = train(Config(**typed))
         if RANK == 0:
             print(f"\n{sample(out, **{name: summary[name] for name in SAMPLING})}\n")
-            loss, seconds = summary["val_loss"], summary["seconds"]
+            loss = summary["val_loss"]
+            seconds = summary["seconds"]
             print(f"validation loss {loss:.4f} after {summary['steps']} steps, {seconds:.0f} s")
             print(f"figure     {out / 'loss.png'}\nmodel      {out / 'hf'}")
 
@@ -1514,17 +1554,20 @@ def main(arguments=None):
     """Runs the command line; returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what the terminal has no letter for
         sys.stdout.reconfigure(errors="replace")
-    code, text = 1, ""
+    code = 1
+    text = ""
     try:
         with on_signals(stop):
             run_command(parse(arguments))
         return 0
     except Halt as e:
-        code, text = e.code, e if LOCAL_RANK == 0 else ""
+        code = e.code
+        text = e if LOCAL_RANK == 0 else ""
     except OSError as e:
         text = e
     except ModuleNotFoundError as e:
-        code, text = 2, f"{e.name} is missing: pip install {e.name}"
+        code = 2
+        text = f"{e.name} is missing: pip install {e.name}"
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not known and "allocate memory" not in str(e):

@@ -78,9 +78,13 @@ STUDIES = {
 STUDIES["map"] = {"settings": STUDIES["quick"]["settings"] | {"log_interval": 5000 // 64}}
 BASE = {"sgd-ire": "sgd", "sam-ire": "sam"}
 STUDIES["probe"] = {"settings": STUDIES["quick"]["settings"]}
-SEEDS, PICTURES, PROBES = (0, 1, 2), 128, 6
+SEEDS = (0, 1, 2)
+PICTURES = 128
+PROBES = 6
 QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
-KAPPAS, GAMMAS, SCHEDULES = (0.0, 1.0, 2.0, 4.0, 8.0), (0.5, 0.7, 0.8, 0.9), ("cosine", "constant")
+KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
+GAMMAS = (0.5, 0.7, 0.8, 0.9)
+SCHEDULES = ("cosine", "constant")
 
 
 def trials(study, runs, optimizer):
@@ -104,7 +108,9 @@ def best(study, runs, optimizer):
 def trace(c):
     """Tr(Hessian) of a finished run's training loss and its standard error."""
     c = train_cifar.complete(c)
-    c.sharpness_images, c.sharpness_probes, c.sharpness_products = PICTURES, PROBES, 1
+    c.sharpness_images = PICTURES
+    c.sharpness_probes = PROBES
+    c.sharpness_products = 1
     data = train_cifar.Data(c)
     model = train_cifar.make_model(c, data.classes)
     model.load_state_dict(train_cifar.load_checkpoint(c.out)["model"])
@@ -149,7 +155,8 @@ def evidence(args):
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     start = time.monotonic()
     while time.monotonic() - start < 60 * args.minutes:
-        task, table = plan(study, runs), {}
+        task = plan(study, runs)
+        table = {}
         rows = []
         if task:
             runs.append(trained(args, *task))
@@ -439,7 +446,8 @@ class PlainLoop:
     """SGD, or SAM as davda54/sam has it, over a DataLoader: the loop that one writes first."""
 
     def __init__(self, c, data):
-        self.c, self.sam = c, c.optimizer == "sam"
+        self.c = c
+        self.sam = c.optimizer == "sam"
         self.model = train_cifar.MODELS[c.model](data.classes)
         self.sgd = torch.optim.SGD(
             self.model.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay

@@ -114,12 +114,17 @@ class Stretched(torch.optim.Optimizer):
 
     def __init__(self, base, model, rule, settings, *, beta, interval=10, active=None):
         super().__init__(base.param_groups, {})  # the groups themselves, not copies
-        self.base, self.rule, self.settings = base, rule, settings
-        self.beta, self.interval, self.active = beta, interval, active
+        self.base = base
+        self.rule = rule
+        self.settings = settings
+        self.beta = beta
+        self.interval = interval
+        self.active = active
         self.state = base.state
         self.named = dict(model.named_parameters())
         self.curvature = {name: torch.zeros_like(p) for name, p in self.named.items()}
-        self.factors, self.t = {}, 0
+        self.factors = {}
+        self.t = 0
         self.generator = torch.Generator().manual_seed(torch.initial_seed())
 
     @torch.no_grad()
@@ -163,7 +168,8 @@ class Lite(Stretched):
     def stretch(self, name, base_step, old):
         if name not in self.top:
             return super().stretch(name, base_step, old)
-        top, chi = self.top[name], self.settings["chi"]
+        top = self.top[name]
+        chi = self.settings["chi"]
         return chi * base_step - (chi - 1) * base_step @ top.T @ top
 
 

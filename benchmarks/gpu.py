@@ -419,8 +419,10 @@ class Stage:
     """One stage in a folder: what is done already, and the way to do the rest."""
 
     def __init__(self, args):
-        self.args, self.out = args, args.out.resolve()
-        self.work, self.file = self.out / "work", self.out / f"stage-{args.stage}.json"
+        self.args = args
+        self.out = args.out.resolve()
+        self.work = self.out / "work"
+        self.file = self.out / f"stage-{args.stage}.json"
         self.steps = stages(args.seeds or (1 if args.toy else 3))[args.stage]
         self.deadline = time.monotonic() + 60 * args.minutes
         self.work.mkdir(parents=True, exist_ok=True)
@@ -446,20 +448,24 @@ class Stage:
             tokens, self.report["data"] = make_tokens(self.work, args.toy)
             self.words["tokens"] = shown(tokens)
         if args.stage == "5":
-            made, self.report["data"] = make_pictures(self.work, args.toy), "made pictures"
+            made = make_pictures(self.work, args.toy)
+            self.report["data"] = "made pictures"
             if args.pictures:
-                made, self.report["data"] = args.pictures.resolve(), str(args.pictures)
+                made = args.pictures.resolve()
+                self.report["data"] = str(args.pictures)
             self.words["pictures"] = shown(made)
 
     def commands(self, step):
-        run, file = shown(self.work / step.name), shown(self.out / f"{step.name}.json")
+        run = shown(self.work / step.name)
+        file = shown(self.out / f"{step.name}.json")
         return [" ".join(c.format(**self.words, run=run, file=file).split()) for c in step.commands]
 
     def go_on(self):
         """Runs what is left until the time is over."""
         self.prepare()
         for step in self.steps:
-            commands, known = self.commands(step), self.report["steps"].get(step.name, {})
+            commands = self.commands(step)
+            known = self.report["steps"].get(step.name, {})
             if known.get("done") and known["commands"] == commands:
                 print(f"{step.name}: done before")
                 continue
@@ -480,8 +486,10 @@ class Stage:
     def run(self, step, commands, goes_on, seconds):
         """What a step's commands came to: done, or why not; and the result, where there is one."""
         print(f"{step.name}: {commands[-1]}", flush=True)
-        run, file = self.work / step.name, self.out / f"{step.name}.json"
-        log, start = self.out / f"{step.name}.log", time.monotonic()
+        run = self.work / step.name
+        file = self.out / f"{step.name}.json"
+        log = self.out / f"{step.name}.log"
+        start = time.monotonic()
         file.unlink(missing_ok=True)
         now = commands
         if goes_on and (run / "checkpoint.pt").exists():
@@ -503,7 +511,8 @@ class Stage:
         return entry
 
     def write(self):
-        steps, names = self.report["steps"], [step.name for step in self.steps]
+        steps = self.report["steps"]
+        names = [step.name for step in self.steps]
         results = {n: steps[n]["result"] for n in names if "result" in steps.get(n, {})}
         if self.args.stage == "6":  # half a run is no result
             results = {name: x for name, x in results.items() if steps[name]["done"]}

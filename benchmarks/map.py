@@ -565,9 +565,11 @@ def tuned(results, place, name):
         fixed |= {setting: best[setting] for setting in GRID}
         if not form.grid:
             return fixed, 0
-        start, grid = {setting: form.settings[setting] for setting in form.grid}, form.grid
+        start = {setting: form.settings[setting] for setting in form.grid}
+        grid = form.grid
     else:
-        start, grid = neighbour(results, place, name), GRID
+        start = neighbour(results, place, name)
+        grid = GRID
     point, _, made = search(
         start,
         grid,

@@ -70,7 +70,8 @@ ROWS = {
     "119m": {"steps": 7500, "lr": 6e-4, "warmup": 0.05, "model": {"preset": "119m"}},
     "229m": {"steps": 12500, "lr": 6e-4, "warmup": 0.05, "model": {"preset": "229m"}},
 }
-TRIALS, LONG_TRIALS = 14, 5
+TRIALS = 14
+LONG_TRIALS = 5
 WARMUPS = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)  # fractions of the schedule
 DECAYS = (0.03, 0.1, 0.3)
 GAMMAS = (0.5, 0.7, 0.9)
@@ -356,9 +357,11 @@ def train(run, model):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             summary = train_gpt.train(c, builder(run))
-        loss, seconds = summary["val_loss"], summary["seconds"]
+        loss = summary["val_loss"]
+        seconds = summary["seconds"]
     except train_gpt.Diverged:
-        loss, seconds = None, time.time() - started
+        loss = None
+        seconds = time.time() - started
     finally:
         shutil.rmtree(out, ignore_errors=True)
     result = {"val_loss": loss, "diverged": loss is None, "seconds": round(seconds, 1)}
@@ -482,7 +485,9 @@ def compared(results):
 def summarise(results):
     """What is computed from the runs, and stands before them in the JSON."""
     results = results.only_held()
-    steps, found, trials = ROWS[results.row]["steps"], {}, {}
+    steps = ROWS[results.row]["steps"]
+    found = {}
+    trials = {}
     for optimizer, horizon in dict.fromkeys((entry.search, entry.horizon) for entry in PLAN):
         with contextlib.suppress(NotHeld):
             name = optimizer if horizon == 1 else f"{optimizer}, long"

@@ -104,7 +104,8 @@ def draw_lengths(axes, rows):
     lengths, gaps, errors = zip(*curve, strict=True)
     style = {"color": BLACK, "marker": "o", "ms": 4}
     axes.errorbar(lengths, gaps, errors, label="AdamW, each schedule to its end", **style)
-    level, error = rows["AdmIRE"]["minus_adamw"], rows["AdmIRE"]["minus_adamw_stderr"] or 0
+    level = rows["AdmIRE"]["minus_adamw"]
+    error = rows["AdmIRE"]["minus_adamw_stderr"] or 0
     axes.axhline(level, color=BLUE, label=f"AdmIRE, {steps} steps")
     axes.axhspan(level - error, level + error, color=BLUE, alpha=0.2, lw=0)
     if early := rows.get("AdmIRE from step 0, tuned so"):

@@ -128,7 +128,8 @@ def search(start, grid, loss, trials):
     singles = [{name: move} for name in grid for move in (1, -1)]
     pairs = [a | b for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys()]
     with contextlib.suppress(Spent):
-        here, before = start, None
+        here = start
+        before = None
         value(start)
         while here != before:
             before = here

@@ -217,7 +217,8 @@ def time_rows(typed, rounds):
         random.Random(i).shuffle(order)
         for name in order:
             speeds[name].append(interval(runs[name]))
-    model, c = runs["AdamW"].model, runs["AdamW"].c
+    model = runs["AdamW"].model
+    c = runs["AdamW"].c
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {c.batch_size} x {c.context} tokens a step, K = {c.interval}")
     print(f"{'':40}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}{'TFLOP/s':>10}")
