@@ -529,17 +529,17 @@ class Llama(nn.Module):
 
     def forward(self, tokens, targets=None, keys=None):
         """Logits (batch, time, vocab) of tokens (batch, time); with targets (batch, time) their
-        mean cross entropy; with keys (batch) the probe's loss, whose labels depend on them."""
+        mean cross entropy; with keys (batch) the probe's loss, whose labels depend on them; with
+        both, both."""
         enabled = self.dtype != torch.float32
         with torch.autocast(tokens.device.type, self.dtype, enabled=enabled):
             x = self.hidden(tokens)
-            if targets is not None:
-                return self.loss(x, targets)
             if keys is None:
-                return self.lm_head(x)
+                return self.lm_head(x) if targets is None else self.loss(x, targets)
             time = torch.arange(tokens.shape[1], dtype=torch.int32, device=x.device)
             seeds = mix(mix(keys.int())[:, None] + mix(~time))  # ~: positions are not classes
-            return self.loss(x, seeds, self.classes)
+            probe = self.loss(x, seeds, self.classes)
+            return probe if targets is None else (self.loss(x, targets), probe)
 
     def hidden(self, tokens):
         """(batch, time, width), what the head reads."""
@@ -1109,9 +1109,9 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
-def backward(forward, batch, c, scaler):
+def backward(forward, batch, c, scaler, retain_graph=False):
     """Gradients of the mean loss over micro-batches, which the ranks share in the last one's;
-    returns that loss. A micro-batch is what `forward` takes."""
+    returns that loss. A micro-batch is what `forward` takes, or its loss."""
     total = 0.0
     for i, micro in enumerate(batch, 1):
         last = i == len(batch)
@@ -1119,8 +1119,8 @@ def backward(forward, batch, c, scaler):
             forward.set_requires_gradient_sync(last)
         alone = hasattr(forward, "no_sync") and not last
         with forward.no_sync() if alone else contextlib.nullcontext():
-            loss = forward(*micro) / len(batch)
-            scaler.scale(loss).backward()
+            loss = (micro if torch.is_tensor(micro) else forward(*micro)) / len(batch)
+            scaler.scale(loss).backward(retain_graph=retain_graph)
         total = total + loss.detach()
     return total
 
@@ -1132,12 +1132,16 @@ def train_step(forward, optimizer, batch, step, c, scaler):
         group["lr"] = lr
         if c.kappa_decay:
             group["kappa"] = c.kappa * lr / c.lr
+    micros = [(x, y) for x, y, _ in batch]
     if getattr(optimizer, "probe_due", False):
+        count = c.probe_batches or math.ceil(len(batch) / 4)
+        probe = [(x, None, keys) for x, _, keys in batch[:count]]
+        shared = count == 1 and isinstance(forward, Llama) and not (c.compile or c.fsdp)
+        if shared:  # one forward pass serves both losses
+            micros[0], probe[0] = forward(*batch[0])
         with optimizer.probe(forward):
-            count = c.probe_batches or math.ceil(len(batch) / 4)
-            probe = [(x, None, keys) for x, _, keys in batch[:count]]
-            backward(forward, probe, c, scaler)
-    loss = backward(forward, [(x, y) for x, y, _ in batch], c, scaler)
+            backward(forward, probe, c, scaler, retain_graph=shared)
+    loss = backward(forward, micros, c, scaler)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(forward.parameters(), c.clip or math.inf)
     if c.fsdp:  # each rank has a part of it

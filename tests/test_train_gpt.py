@@ -525,6 +525,49 @@ def test_probe_takes_a_quarter_of_the_micro_batches(micro_batches, probed):
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
+class Apart(torch.nn.Module):
+    """A model that the script can't look into, as in DDP."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *micro):
+        return self.model(*micro)
+
+
+@pytest.mark.parametrize("flags", ("", "--micro-batch 2", "--micro-batch 1 --probe-batches 2"))
+@pytest.mark.parametrize("pieces", (1, 2))
+def test_one_forward_pass_serves_probe_and_step(monkeypatch, flags, pieces):
+    passes = []
+    hidden = train_gpt.Llama.hidden
+
+    def counted(model, tokens):
+        passes.append(len(tokens))
+        return hidden(model, tokens)
+
+    monkeypatch.setattr(train_gpt.Llama, "hidden", counted)
+    typed = train_gpt.parse(shlex.split(f"{TINY} --ire-warmup 1 {flags}"))
+    c = train_gpt.complete(train_gpt.Config(**typed))
+    data = train_gpt.Data(c)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    found = []
+    for around in (torch.nn.Module.train, Apart):
+        torch.manual_seed(0)
+        model = train_gpt.Llama(c, data.vocab)
+        model.logits = c.micro_batch * c.context * data.vocab // pieces
+        optimizer = train_gpt.make_optimizer(model, c)
+        for step in range(2):  # no probe, a probe
+            passes.clear()
+            batch = data.batch(step)
+            train_gpt.train_step(around(model), optimizer, batch, step, c, scaler)
+        found.append((sum(passes), model.state_dict(), optimizer.state_dict()))
+    (ours, *shared), (theirs, *apart) = found
+    assert same(shared, apart)
+    assert theirs == c.batch_size + c.micro_batch * (c.probe_batches or 1)
+    assert ours == (theirs if c.probe_batches else c.batch_size)
+
+
 # -------------------------------------------------------------------------------- resume
 @pytest.mark.parametrize(
     "flags, step",
