@@ -42,12 +42,13 @@ class _Wrapper(Optimizer):
 
     def __init__(self, base, **settings):
         """settings: those of the wrapper, which stand in every group beside the base's."""
+        optimizer = isinstance(base, Optimizer)
+        others = sorted({"LBFGS (a line search)", "IRE", type(self).__name__})
         _require(
-            isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(self))),
+            optimizer and not isinstance(base, (LBFGS, IRE, type(self))),
             "base",
-            base,
-            "a torch.optim.Optimizer other than LBFGS (a line search), IRE and "
-            f"{type(self).__name__}",
+            f"{type(base).__name__} (an optimizer)" if optimizer else base,
+            f"a torch.optim.Optimizer other than {', '.join(others)}",
         )
         for name in settings:
             _require(
@@ -100,7 +101,13 @@ class _Wrapper(Optimizer):
         return saved
 
     def _unpack(self, saved):
+        """Loads the base. A group keeps its own settings where the saved one has none."""
+        before = [dict(group) for group in self.param_groups]
         self.base.load_state_dict(saved)
+        for group, own in zip(self.base.param_groups, before, strict=False):
+            for name in self.settings:
+                if not name.startswith("ire_"):  # counters
+                    group.setdefault(name, own[name])
 
     def train(self):
         """The base's own, where it has one, as schedule-free optimizers do."""
@@ -131,7 +138,8 @@ class _Wrapper(Optimizer):
         return not _total(lambda parts: _added(g.count_nonzero() for g in parts), grads)
 
 
-_OURS = ("flat", "soft_factor", "soft_square")  # in saved states, whichever wrapper saved them
+# In saved states, whichever wrapper saved them.
+_OURS = ("flat", "soft_factor", "soft_square", "soft_count")
 
 
 class IRE(_Wrapper):
@@ -222,9 +230,13 @@ class IRE(_Wrapper):
         """theta = theta_base + kappa * flat * (theta_base - theta_old), theta_base being where the
         base's step leads. Returns what the base returns. Without a mask, before `warmup`, and
         where kappa is 0, it is the base's step to the bit."""
+        return self._step(closure)
+
+    def _step(self, closure):
         self._check_step()
         counts = not self._makes_state()
         old = self._copy_weights()
+        closure = self._observed(closure, counts)
         loss = self.base.step() if closure is None else self.base.step(closure)
         self._begin_masks()
         if counts:
@@ -268,7 +280,11 @@ class IRE(_Wrapper):
         self._check_ranks_once()
         for p in [p for p in self._params() if p in self.masks]:
             if self.masks[p].shape != p.shape:  # p has grown: nothing of it is flat until a probe
-                del self.masks[p]
+                for kept in self._kept().values():
+                    kept.pop(p, None)
+
+    def _observed(self, closure, counts):
+        return closure
 
     @torch._disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
@@ -301,7 +317,7 @@ class IRE(_Wrapper):
                 last = self.param_groups[0]["ire_probed"]
                 what = "nothing was amplified" if last < 0 else f"the mask of step {last} goes on"
                 text = f"IRE: no probe before step {self._t}, {self._missed} missed so far: {what}"
-                warnings.warn(text, stacklevel=4)
+                warnings.warn(text, stacklevel=5)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -401,22 +417,37 @@ class IRE(_Wrapper):
     def _unpack(self, saved):
         own = {}
         state = {}
+        groups = saved.get("param_groups", [])
         for key, entry in saved.get("state", {}).items():
             if isinstance(entry, dict):
                 own[key] = {name: entry[name] for name in self._kept() if name in entry}
                 entry = {name: x for name, x in entry.items() if name not in _OURS}
             if not isinstance(entry, dict) or entry:  # a base takes an empty entry for a full one
                 state[key] = entry
-        ours = "param_groups" not in saved and not state  # a base that saves in its own way
-        rest = {name: value for name, value in saved.items() if name != "state"}
-        self.base.load_state_dict(rest if ours else {**rest, "state": state})
-        for kept in self._kept().values():
-            kept.clear()
+        loaded = {name: {} for name in self._kept()}
         for p, key in self._keys(saved):
             for name, x in own.get(key, {}).items():
-                shape = tuple(x.shape)
-                _require(shape == tuple(p.shape), name, shape, f"of {tuple(p.shape)}, as p is")
-                self._kept()[name][p] = torch.empty_like(p, dtype=x.dtype).copy_(x)
+                shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+                wanted = () if name == "soft_count" else tuple(p.shape)
+                _require(shape == wanted, name, shape, f"of {wanted}, as p is")
+                loaded[name][p] = x
+        rest = {name: value for name, value in saved.items() if name != "state"}
+        if groups:
+            rest["param_groups"] = [self._without_foreign(group) for group in groups]
+        if groups or state:  # else of a base that saves in its own way
+            rest["state"] = state
+        super()._unpack(rest)
+        for name, kept in self._kept().items():
+            kept.clear()
+            for p, x in loaded[name].items():
+                like = x if name == "soft_count" else p
+                kept[p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+    def _without_foreign(self, group):
+        """kappa means one thing to IRE, which has a gamma, and another to SoftIRE."""
+        if "ire_step" in group and ("gamma" in group) != ("gamma" in self.settings):
+            return {name: x for name, x in group.items() if name not in ("kappa", "gamma")}
+        return group
 
     def _keys(self, saved):
         """[(p, its key in a saved state)]"""
@@ -481,10 +512,11 @@ class SAMIRE(IRE):
 class SoftIRE(IRE):
     """IRE without a threshold; ours, not the paper's. The step of a coordinate is multiplied by
     (v / median of v) ** -alpha, kept within 1 / limit and limit, over the mean of all these
-    factors. v is the running mean of its squared gradient. So flat coordinates take longer steps
-    and sharp ones shorter ones, and the learning rate keeps its meaning. For the matrices of a
-    transformer's blocks, over AdamW or Muon; chapter 12 of the book says where it was tried and
-    what it gained: most in short runs.
+    factors. v is the running mean of its squared gradient, rid of its start at 0. So flat
+    coordinates take longer steps and sharp ones shorter ones, and the learning rate keeps its
+    meaning: coordinates that get no gradient (v = 0) do not count, and move as the base moves them.
+    For the matrices of a transformer's blocks, over AdamW or Muon; chapter 12 of the book says
+    where it was tried and what it gained: most in short runs.
 
     alpha: how unlike the factors are, in [0, 1]. limit: the largest of them and one over the
         smallest, before the mean is taken out; >= 1.
@@ -492,9 +524,11 @@ class SoftIRE(IRE):
         leaves its parameters out, as is right for embeddings, the head and norms.
     interval, warmup: steps from one set of factors to the next, and before the first.
     curvature: "squares", where v is kept here and decays by beta a step, in [0, 1), or
-        "second_moment", where it is the base's own `exp_avg_sq`.
+        "second_moment", where it is the base's own `exp_avg_sq`. A square that is not finite
+        counts as 0, since the base may skip such a step; a second moment that is none, as sharp.
 
     No probe. `masks[p]` is factor - 1; that and v are two float32 numbers a coordinate to keep.
+    Warns where v is 0 everywhere or not finite for half of the coordinates.
     Raises ValueError: an argument out of range, sparse gradients, a base without second moment.
     """
 
@@ -521,6 +555,7 @@ class SoftIRE(IRE):
         self.limit = limit
         self.beta = beta
         self.squares = {}
+        self.counts = {}
 
     def probe(self, model=None, *more):
         raise RuntimeError("SoftIRE: there is no probe; v is from the gradients of training")
@@ -531,35 +566,46 @@ class SoftIRE(IRE):
 
     def step(self, closure=None):
         """theta = theta_base + kappa * (factor - 1) * (theta_base - theta_old); see IRE.step."""
+        return self._step(closure)  # IRE.step would run torch's hooks a second time
+
+    def _observed(self, closure, counts):
+        """Squares are taken before the base's step, as some bases change the gradients; with a
+        closure, at its first call, as SAM's second one is elsewhere."""
         if self.curvature == "second_moment":
-            return super().step(closure)
+            return closure
         if closure is None:
-            self._observe()
-            return super().step()
+            self._observe(counts)
+            return None
+        calls = []
 
         def observed():
             loss = closure()
-            self._observe()
+            if not calls:
+                self._observe(counts)
+            calls.append(loss)
             return loss
 
-        return super().step(observed)
+        return observed
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def _observe(self):
-        """Before the base's step, as some bases change the gradients."""
+    def _observe(self, counts):
         params = [p for p in self._amplified() if p.grad is not None]
         for p in params:
             layout = p.grad.layout
             _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
             if p not in self.squares or self.squares[p].shape != p.shape:  # new, or p has grown
                 self.squares[p] = torch.zeros_like(p, dtype=_real(p))
-        if params:
+                self.counts[p] = torch.zeros(())
+        if params and counts:
             squares = [_local(self.squares[p]) for p in params]
             grads = torch._foreach_abs([_local(_laid_out_as(p.grad, p)) for p in params])
             grads = [g.to(v.dtype) for g, v in zip(grads, squares, strict=True)]
             torch._foreach_mul_(grads, grads)
+            for g in grads:  # a base may skip such a step, and v would never forget it
+                g.nan_to_num_(0, 0, 0)
             torch._foreach_lerp_(squares, grads, 1 - self.beta)
+            torch._foreach_add_([self.counts[p] for p in params], 1)
 
     def _amplified(self):
         return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
@@ -577,30 +623,60 @@ class SoftIRE(IRE):
     def _refresh_or_warn(self):
         own = self.curvature == "squares"
         squares = self.squares if own else self._second_moments()
-        if self._mask_due():
-            self._update_masks({p: squares[p] for p in self._amplified() if p in squares})
+        if not self._mask_due():
+            return
+        squares = {p: squares[p] for p in self._amplified() if p in squares}
+        weights = self._weights()
+        if len({weights.get(p, 1.0) for p in squares}) > 1:  # one for all goes with the median
+            squares = {p: v / weights.get(p, 1.0) for p, v in squares.items()}
+        self._update_masks(squares)
+
+    def _weights(self):
+        """{p: what the weights in its running mean add up to, which began at 0}; a parameter that
+        joined later would look flat without it."""
+        if self.curvature == "squares":
+            return {p: 1 - self.beta ** float(n) for p, n in self.counts.items()}
+        steps = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = self.state.get(p, {}).get("step")
+                if step is not None and "betas" in group:
+                    steps[p] = 1 - float(group["betas"][1]) ** float(step)
+        return steps
 
     @torch.no_grad()
     def _update_masks(self, squares):
+        """Coordinates without gradient (v = 0) have factor 1 and do not count."""
         n = sum(v.numel() for v in squares.values())
         if n == 0:
             return
-        median = max(float(kth_smallest(squares.values(), (n + 1) // 2)), 1e-30)
-        factors = {p: torch.empty_like(p, dtype=_real(p)) for p in squares}
+        live = int(_total(lambda parts: _added(v.count_nonzero() for v in parts), squares.values()))
+        middle = n - live + (live + 1) // 2
+        median = float(kth_smallest(squares.values(), middle)) if live else 0.0
+        _check_thresholds(squares, [median])
+        if not 0 < median < math.inf:
+            what = "not finite for half of the coordinates" if live else "0 everywhere"
+            text = f"SoftIRE: the curvature is {what}, so the last factors go on"
+            warnings.warn(text, stacklevel=7)
+            return
         for p, v in squares.items():
-            raw = (_local(v) / median) ** -self.alpha
-            _local(factors[p]).copy_(raw.clamp_(1 / self.limit, self.limit))
-        total = _total(
-            lambda parts: _added(x.sum(dtype=torch.float64) for x in parts), factors.values()
-        )
-        mean = float(total) / n
-        _check_thresholds(squares, [median, mean])
-        for factor in factors.values():
-            _local(factor).div_(mean).sub_(1)
-        self.masks.update(factors)
+            if p not in self.masks:
+                self.masks[p] = torch.zeros_like(p, dtype=_real(p))
+            v = _local(v)
+            raw = _local(self.masks[p]).copy_(v.abs() if v.is_complex() else v)
+            raw.div_(median).pow_(-self.alpha).clamp_(1 / self.limit, self.limit)
+            raw.nan_to_num_(1 / self.limit).mul_(v != 0)  # not a number counts as sharp
+        factors = [self.masks[p] for p in squares]
+        total = _total(lambda parts: _added(x.sum(dtype=torch.float64) for x in parts), factors)
+        mean = float(total) / live
+        for p, v in squares.items():
+            _local(self.masks[p]).div_(mean).sub_(1).mul_(_local(v) != 0)
 
     def _kept(self):
-        return {"soft_factor": self.masks, "soft_square": self.squares}
+        kept = {"soft_factor": self.masks}
+        if self.curvature == "squares":
+            kept |= {"soft_square": self.squares, "soft_count": self.counts}
+        return kept
 
 
 class SAM(_Wrapper):

@@ -172,7 +172,11 @@ class Config:
     ire_warmup: int = setting(
         None, "steps before IRE switches on (default --warmup; soft 0)", STEPS
     )
-    curvature: str = setting("fisher", "source of the mask", ("fisher", "second_moment"))
+    curvature: str = setting(
+        None,
+        "where it is read (default fisher; soft squares)",
+        ("fisher", "squares", "second_moment"),
+    )
     kappa_decay: bool = setting(False, "kappa follows the learning rate down")
     probe_batches: int = setting(
         None, "micro-batches a rank for the probe (default a quarter: its masks do as well)", COUNT
@@ -350,6 +354,8 @@ def fit(c, given):
         c.warmup = min(c.warmup, c.steps // 2)
     if c.ire_warmup is None:
         c.ire_warmup = 0 if is_soft(c) else c.warmup
+    if c.curvature is None:
+        c.curvature = "squares" if is_soft(c) else "fisher"
     share = c.batch_size // RANKS
     if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
         sizes = range(min(share, max(1, 2**15 // c.context)), 0, -1)
@@ -374,7 +380,10 @@ def check_settings(c):
     check(c, "fsdp", not c.fsdp or LAUNCHED, "--fsdp under torchrun")
     old = muon and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
-    check(c, "curvature", c.curvature == "fisher" or not muon, "fisher over Muon")
+    sources = ["squares" if is_soft(c) else "fisher"]
+    sources += [] if muon else ["second_moment"]  # which Muon does not keep
+    words = f"{' or '.join(sources)} with --optimizer {c.optimizer}"
+    check(c, "curvature", c.curvature in sources, words)
     decays = c.kappa_decay and is_soft(c)
     check(c, "kappa_decay", not decays, f"--no-kappa-decay with {c.optimizer}")
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
@@ -1041,12 +1050,12 @@ def make_optimizer(model, c: Config):
     base = MuonAndAdamW(groups, **adamw) if muon else torch.optim.AdamW(groups, **adamw)
     if not has_ire(c):
         return base
-    every = {"interval": c.interval, "warmup": c.ire_warmup}
+    every = {"interval": c.interval, "warmup": c.ire_warmup, "curvature": c.curvature}
     if is_soft(c):
         for group in base.param_groups:
             group["kappa"] = float(group["muon"])
-        return SoftIRE(base, alpha=c.alpha, beta=c.beta2, **every)
-    return IRE(base, kappa=c.kappa, gamma=c.gamma, curvature=c.curvature, **every)
+        return SoftIRE(base, alpha=c.alpha, **every)
+    return IRE(base, kappa=c.kappa, gamma=c.gamma, **every)
 
 
 def has_ire(c: Config):
@@ -1274,8 +1283,7 @@ def banner(run):
     method = f"{c.optimizer}, lr {c.lr:g} after {c.warmup} steps, {c.schedule}"
     if has_ire(c):
         kind = f"alpha {c.alpha:g}" if is_soft(c) else f"kappa {c.kappa:g}, gamma {c.gamma:g}"
-        method += f"; {kind}, K {c.interval}, on from step {c.ire_warmup}"
-        method += "" if is_soft(c) else f", {c.curvature}"
+        method += f"; {kind}, K {c.interval}, on from step {c.ire_warmup}, {c.curvature}"
     epochs = c.steps * c.batch_size * c.context / len(data.train)
     start = c.init or f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}"
     print(f"model      Llama, {count:,} parameters: {c.layers} layers of width {c.width}")
@@ -1373,7 +1381,8 @@ def check_finite(run, table, eval_due):
     for step, x in enumerate(sums, run.step - len(sums) + 1):
         if not math.isfinite(x):
             text = f"step {step}: the loss or its gradient is {x}; last checkpoint: {run.kept}"
-            raise Diverged(f"{text}; try a lower --lr, a lower --kappa or a longer --warmup")
+            strength = "--alpha" if is_soft(run.c) else "--kappa"
+            raise Diverged(f"{text}; try a lower --lr, a lower {strength} or a longer --warmup")
 
 
 def keep(run, save_due):
@@ -1463,7 +1472,7 @@ def load_model(folder, typed):
     weights, saved = read_weights(folder)
     free = ("seed", "device", "dtype", "micro_batch", "deterministic")
     check_unchanged(Config(**typed), saved["config"], folder, but=free)
-    anew = dict.fromkeys(("device", "dtype", "micro_batch", "probe_batches", "init"))
+    anew = dict.fromkeys(("device", "dtype", "micro_batch", "probe_batches", "curvature", "init"))
     anew |= {"compile": False, "fsdp": False}
     c = complete(Config(**saved["config"] | anew | typed | {"resume": False}))
     model = make_model(c, -(-saved["tokens"]["vocab"] // 64) * 64)
@@ -1503,7 +1512,25 @@ def parse(arguments):
         flag = "--" + name.replace("_", "-")
         cli.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     typed = vars(cli.parse_args(arguments))
-    return read_config(typed["config"]) | typed if "config" in typed else typed
+    config = read_config(typed["config"]) if "config" in typed else {}
+    return without_unread(config, typed) | typed
+
+
+def without_unread(config, typed):
+    """config without what another optimizer wants or does not read. Raises BadInput where such a
+    setting was typed."""
+    before = Config(optimizer=config.get("optimizer", FIELDS["optimizer"].metadata["default"]))
+    c = Config(**typed)
+    c.optimizer = c.optimizer or before.optimizer
+    unread = {"alpha"} if has_ire(c) else set()
+    if is_soft(c):
+        unread = {"kappa", "gamma", "kappa_decay", "probe_batches"}
+    for name in sorted(unread & typed.keys()):
+        known = c.resume or c.sample or c.eval_only or getattr(c, name) is False
+        check(c, name, known, f"nothing with --optimizer {c.optimizer}, which does not read it")
+    if is_soft(c) != is_soft(before):  # these were filled in for the other kind
+        unread |= {"curvature", "ire_warmup"}
+    return {name: value for name, value in config.items() if name not in unread}
 
 
 def read_config(path):

@@ -195,6 +195,14 @@ def test_a_measured_row_of_the_gpu_is_quoted():
     assert gpu_cell(rows, "AdamW", "tflops") == "not measured yet"
 
 
+@pytest.mark.parametrize("page", ("README.md", "book/intro.md"))
+def test_the_first_lines_say_what_the_soft_factor_saved(page):
+    rows = [row for row in load("map")["gains"] if row["form"] == "soft factor over AdamW"]
+    saved = [100 * row["steps_saved"] for row in rows if row["steps_saved"] is not None]
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"{min(saved):.0f} to {max(saved):.0f}%" in text
+
+
 def test_the_files_it_names_exist():
     names = re.findall(r"\]\((?!http)([^)]+)\)", README)
     for name in names + re.findall(r"python ((?:\w+/)?\w+\.py)", README):

@@ -1923,19 +1923,58 @@ def test_ire_that_does_nothing_is_muon(nothing):
 @pytest.mark.parametrize("optimizer", ("adamw-soft", pytest.param("muon-soft", marks=muon)))
 def test_soft_is_soft_ire_on_the_hidden_matrices(optimizer):
     out = trained(f"--optimizer {optimizer} --alpha 0.5 --interval 3")
-    assert "alpha 0.5, K 3, on from step 0" in out
+    assert "alpha 0.5, K 3, on from step 0, squares" in out
     c = settings()
     opt = train_gpt.make_optimizer(train_gpt.Llama(c, 256), c)
-    assert (opt.alpha, opt.beta, opt.interval, opt.warmup) == (0.5, c.beta2, 3, 0)
+    assert (opt.alpha, opt.beta, opt.interval, opt.warmup) == (0.5, 0.98, 3, 0)
     assert [group["kappa"] for group in opt.param_groups] == [1, 0, 0]
     refused(f"--optimizer {optimizer} --kappa-decay", f"--kappa-decay.*{optimizer}")
     refused(f"--optimizer {optimizer} --alpha 2", "--alpha.*2.*0 to 1")
+    for flag in ("--kappa 0", "--gamma 0.5", "--probe-batches 1"):
+        refused(f"--optimizer {optimizer} {flag}", f"{flag.split()[0]}.*nothing.*{optimizer}")
+    refused(f"--optimizer {optimizer} --curvature fisher", f"--curvature.*squares.*{optimizer}")
+    assert "validation loss" in trained("--eval-only") and trained(f"--sample {RUN}")
+    trained("--resume --steps 12")
+
+
+@pytest.mark.parametrize("flags", ("--optimizer admire", "--optimizer muon-ire", "--compare"))
+def test_alpha_is_refused_where_nothing_reads_it(flags):
+    refused(f"{flags} --alpha 0.2", "--alpha.*0.2.*nothing")
+
+
+def test_soft_reads_adams_second_moment_where_it_is_told_to():
+    trained("--optimizer adamw-soft")
+    weights = checkpoint()["model"]
+    assert "second_moment" in trained(
+        "--optimizer adamw-soft --curvature second_moment --overwrite"
+    )
+    saved = checkpoint()
+    entries = [set(entry) for entry in saved["optimizer"]["state"].values()]
+    assert any("soft_factor" in names for names in entries)
+    assert not any("soft_square" in names for names in entries)
+    assert not same(weights, saved["model"])
+
+
+def test_a_config_keeps_what_the_other_optimizer_reads():
+    trained("--optimizer admire --kappa 3 --interval 4 --out hard")
+    trained("--config hard/config.json --optimizer adamw-soft --out soft", tiny="")
+    c = settings(Path("soft"))
+    assert (c.ire_warmup, c.curvature, c.interval, c.steps) == (0, "squares", 4, 12)
+    assert c.kappa == 1  # nothing reads it
+    trained("--config soft/config.json --optimizer admire --out again", tiny="")
+    c = settings(Path("again"))
+    assert (c.ire_warmup, c.curvature, c.interval, c.alpha) == (2, "fisher", 4, 0.3)
+    trained("--config hard/config.json --optimizer adamw --out plain", tiny="")
+    assert settings(Path("plain")).kappa == 3
 
 
 def test_muon_is_refused_where_it_cannot_be(monkeypatch):
     if hasattr(torch.optim, "Muon"):
         refused(
             "--optimizer muon-ire --curvature second_moment", "--curvature.*second_moment.*fisher"
+        )
+        refused(
+            "--optimizer muon-soft --curvature second_moment", "--curvature.*second_moment.*squares"
         )
         monkeypatch.delattr(torch.optim, "Muon")
     refused("--optimizer muon", "--optimizer.*muon.*2.9")
