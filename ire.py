@@ -235,8 +235,8 @@ class IRE(_Wrapper):
     def _step(self, closure):
         self._check_step()
         counts = not self._makes_state()
-        old = self._copy_weights()
         closure = self._observed(closure, counts)
+        old = self._copy_weights()
         loss = self.base.step() if closure is None else self.base.step(closure)
         self._begin_masks()
         if counts:
