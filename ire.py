@@ -284,6 +284,7 @@ class IRE(_Wrapper):
                     kept.pop(p, None)
 
     def _observed(self, closure, counts):
+        """For SoftIRE: a look at the gradients of training, before the base's step."""
         return closure
 
     @torch._disable_dynamo  # a compiled training step breaks its graph here
