@@ -375,6 +375,8 @@ def check_settings(c):
     check(c, "probe_batches", (c.probe_batches or 1) <= most, f"1 to {most}, those of a step")
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
+    never = has_ire(c) and c.ire_warmup >= c.steps
+    check(c, "ire_warmup", not never, f"0 to --steps - 1, {c.steps - 1}: later is the base alone")
     fits = c.dtype != "float16" or (c.device != "cpu" and not c.fsdp)
     check(c, "dtype", fits, "float32 or bfloat16 on a CPU or with --fsdp")
     check(c, "fsdp", not c.fsdp or LAUNCHED, "--fsdp under torchrun")

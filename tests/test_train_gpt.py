@@ -810,6 +810,7 @@ def test_resume_after_a_torn_line_of_the_log():
         ("--warmup -1", "--warmup.*-1.*0"),
         ("--warmup 12", "--warmup.*12.*11"),
         ("--ire-warmup -1", "--ire-warmup.*-1.*0"),
+        ("--ire-warmup 12", "--ire-warmup.*12.*0 to --steps - 1, 11"),
         *[
             (f"--{name} {value}", f"--{name}.*{value}.*above 0")
             for name in ("lr", "eps")
