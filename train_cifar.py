@@ -1051,6 +1051,8 @@ def set_up(c, data):
     """Model and optimizer at the start of a run."""
     if c.ire_warmup is None:
         c.ire_warmup = c.ire_epoch * data.steps_per_epoch
+    last = c.epochs * data.steps_per_epoch - 1
+    check(c, "ire_warmup", not has_ire(c) or c.ire_warmup <= last, f"0 to the last step, {last}")
     # DDP spreads rank 0's weights; each rank draws its own labels in the probe
     torch.manual_seed(c.seed + (RANK << 40))
     torch.set_float32_matmul_precision("high")

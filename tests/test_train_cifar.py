@@ -554,6 +554,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(step, says):
         ("--warmup 3", "--warmup.*3.*0 to --epochs - 1, 2"),
         ("--seed -1", "--seed"),
         ("--ire-epoch 3", "--ire-epoch.*3.*2"),
+        ("--optimizer sgd-ire --ire-warmup 999", "--ire-warmup.*999.*0 to the last step"),
         ("--optimizer sgd --base adamw", "--base.*adamw.*--optimizer sgd"),
         ("--curvature second_moment", "--curvature.*fisher.*sgd"),
         ("--dtype float16", "--dtype.*float16.*CPU"),
