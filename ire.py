@@ -626,10 +626,11 @@ class SoftIRE(IRE):
         squares = self.squares if own else self._second_moments()
         if not self._mask_due():
             return
-        squares = {p: squares[p] for p in self._amplified() if p in squares}
-        weights = self._weights()
-        if len({weights.get(p, 1.0) for p in squares}) > 1:  # one for all goes with the median
-            squares = {p: v / weights.get(p, 1.0) for p, v in squares.items()}
+        weights = {**dict.fromkeys(squares, 1.0), **self._weights()}
+        seen = [p for p in self._amplified() if p in squares and weights[p] > 0]
+        squares = {p: squares[p] for p in seen}
+        if len({weights[p] for p in seen}) > 1:  # one for all goes with the median
+            squares = {p: squares[p] / weights[p] for p in seen}
         self._update_masks(squares)
 
     def _weights(self):

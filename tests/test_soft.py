@@ -337,6 +337,17 @@ def test_a_parameter_that_joins_later_is_not_flat_for_that(curvature):
     assert factor[old].mean().item() == pytest.approx(1, abs=0.03)
 
 
+def test_a_parameter_without_a_gradient_yet_does_not_count():
+    p, q = parameters(1000, 1000)
+    opt = SoftIRE(torch.optim.SGD([p, q], lr=0.0))
+    factors_after(opt, [{p: torch.zeros(1000), q: torch.zeros(1000)}])  # as DCP makes state
+    assert opt.counts[p] == opt.counts[q] == 0 and opt.param_groups[0]["ire_step"] == 0
+    q.grad = None
+    factor = factors_after(opt, [{p: uniform(0)}])
+    assert (factor[q] == 1).all() and factor[p].std() > 0.05
+    assert factor[p].mean().item() == pytest.approx(1, abs=1e-5)
+
+
 def test_a_closure_that_is_called_twice_counts_once():
     (p,) = parameters(3)
     opt = SoftIRE(SAM(torch.optim.SGD([p], 0.0), rho=1.0), beta=0.5)
