@@ -445,6 +445,7 @@ PLAN = (
     ("250x16", SOFT_TUNED_AGAIN),
     ("500x16", SOFT_TUNED_AGAIN),
     ("2000x16", SOFT_TUNED_AGAIN),
+    ("tiny 500x16", SOFT_TUNED_AGAIN),
     ("8000x16", MAP[:1] + SOFT_ADAMW),
     ("shakespeare 500x16", MAP[:1] + SOFT_ADAMW + ("Muon", "soft factor over Muon")),
     ("tiny 500x16", MAP + RANDOM + SOFT_FORMS + LITE + LIVE),
