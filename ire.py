@@ -404,7 +404,8 @@ class IRE(_Wrapper):
             group["ire_dead"] = dead
 
     def _kept(self):
-        """What stands beside the base's entries in a saved state: {name: {p: of p's shape}}."""
+        """What stands beside the base's entries in a saved state: {name: {p: of p's shape, or one
+        number if it is a count}}."""
         return {"flat": self.masks}
 
     def _pack(self, saved):
@@ -416,33 +417,32 @@ class IRE(_Wrapper):
         return saved
 
     def _unpack(self, saved):
+        own, rest = self._separated(saved)
+        loaded = {name: {} for name in self._kept()}
+        for p, key in self._keys(saved):
+            for name, x in own.get(key, {}).items():
+                loaded[name][p] = _taken_over(name, x, p)
+        super()._unpack(rest)  # only now: what does not fit changes nothing
+        for name, kept in self._kept().items():
+            kept.clear()
+            kept.update(loaded[name])
+
+    def _separated(self, saved):
+        """A saved state as ({key: what is ours in its entry}, a state for the base)."""
         own = {}
         state = {}
-        groups = saved.get("param_groups", [])
         for key, entry in saved.get("state", {}).items():
             if isinstance(entry, dict):
                 own[key] = {name: entry[name] for name in self._kept() if name in entry}
                 entry = {name: x for name, x in entry.items() if name not in _OURS}
             if not isinstance(entry, dict) or entry:  # a base takes an empty entry for a full one
                 state[key] = entry
-        loaded = {name: {} for name in self._kept()}
-        for p, key in self._keys(saved):
-            for name, x in own.get(key, {}).items():
-                shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-                wanted = () if name == "soft_count" else tuple(p.shape)
-                _require(shape == wanted, name, shape, f"of {wanted}, as p is")
-                loaded[name][p] = x
         rest = {name: value for name, value in saved.items() if name != "state"}
-        if groups:
-            rest["param_groups"] = [self._without_foreign(group) for group in groups]
-        if groups or state:  # else of a base that saves in its own way
+        if "param_groups" in saved:
+            rest["param_groups"] = [self._without_foreign(group) for group in saved["param_groups"]]
+        if "param_groups" in saved or state:  # else of a base that saves in its own way
             rest["state"] = state
-        super()._unpack(rest)
-        for name, kept in self._kept().items():
-            kept.clear()
-            for p, x in loaded[name].items():
-                like = x if name == "soft_count" else p
-                kept[p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+        return own, rest
 
     def _without_foreign(self, group):
         """kappa means one thing to IRE, which has a gamma, and another to SoftIRE."""
@@ -577,13 +577,14 @@ class SoftIRE(IRE):
         if closure is None:
             self._observe(counts)
             return None
-        calls = []
+        seen = False
 
         def observed():
+            nonlocal seen
             loss = closure()
-            if not calls:
+            if not seen:
                 self._observe(counts)
-            calls.append(loss)
+            seen = True
             return loss
 
         return observed
@@ -618,8 +619,12 @@ class SoftIRE(IRE):
 
     def _begin_masks(self):
         for p in self._amplified():
-            if p.grad is not None and p not in self.masks:
-                self.masks[p] = torch.zeros_like(p, dtype=_real(p))
+            if p.grad is not None:
+                self._begin_mask(p)
+
+    def _begin_mask(self, p):
+        if p not in self.masks:
+            self.masks[p] = torch.zeros_like(p, dtype=_real(p))
 
     def _refresh_or_warn(self):
         own = self.curvature == "squares"
@@ -638,13 +643,13 @@ class SoftIRE(IRE):
         joined later would look flat without it."""
         if self.curvature == "squares":
             return {p: 1 - self.beta ** float(n) for p, n in self.counts.items()}
-        steps = {}
+        weights = {}
         for group in self.param_groups:
             for p in group["params"]:
                 step = self.state.get(p, {}).get("step")
                 if step is not None and "betas" in group:
-                    steps[p] = 1 - float(group["betas"][1]) ** float(step)
-        return steps
+                    weights[p] = 1 - float(group["betas"][1]) ** float(step)
+        return weights
 
     @torch.no_grad()
     def _update_masks(self, squares):
@@ -662,8 +667,7 @@ class SoftIRE(IRE):
             warnings.warn(text, stacklevel=7)
             return
         for p, v in squares.items():
-            if p not in self.masks:
-                self.masks[p] = torch.zeros_like(p, dtype=_real(p))
+            self._begin_mask(p)
             v = _local(v)
             raw = _local(self.masks[p]).copy_(v.abs() if v.is_complex() else v)
             raw.div_(median).pow_(-self.alpha).clamp_(1 / self.limit, self.limit)
@@ -978,6 +982,16 @@ def _modules(model, more):
     good = all(isinstance(m, torch.nn.Module) for m in modules)
     _require(good, "model", model, "a torch.nn.Module or several")
     return modules
+
+
+# ------------------------------------------------------------------------------------ states
+def _taken_over(name, x, p):
+    """A copy of what was saved under `name` for p, laid out as p is; a count is one number."""
+    count = name == "soft_count"
+    shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+    wanted = () if count else tuple(p.shape)
+    _require(shape == wanted, name, shape, f"of {wanted}, as p is")
+    return torch.empty_like(x if count else p, dtype=x.dtype).copy_(x)
 
 
 # ------------------------------------------------------------------------------------ memory

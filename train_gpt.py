@@ -1526,12 +1526,12 @@ def without_unread(config, typed):
     c.optimizer = c.optimizer or before.optimizer
     unread = {"alpha"} if has_ire(c) else set()
     if is_soft(c):
-        unread = {"kappa", "gamma", "kappa_decay", "probe_batches"}
+        unread = {"kappa", "gamma", "probe_batches"}
+    goes_on = c.resume or c.sample or c.eval_only  # by the optimizer of the run that is there
     for name in sorted(unread & typed.keys()):
-        known = c.resume or c.sample or c.eval_only or getattr(c, name) is False
-        check(c, name, known, f"nothing with --optimizer {c.optimizer}, which does not read it")
-    if is_soft(c) != is_soft(before):  # these were filled in for the other kind
-        unread |= {"curvature", "ire_warmup"}
+        check(c, name, goes_on, f"nothing with --optimizer {c.optimizer}, which does not read it")
+    if is_soft(c) != is_soft(before):  # these were meant for the other kind
+        unread |= {"curvature", "ire_warmup", "kappa_decay"}
     return {name: value for name, value in config.items() if name not in unread}
 
 

@@ -448,12 +448,13 @@ class Stage:
             tokens, self.report["data"] = make_tokens(self.work, args.toy)
             self.words["tokens"] = shown(tokens)
         if args.stage == "5":
-            made = make_pictures(self.work, args.toy)
-            self.report["data"] = "made pictures"
             if args.pictures:
-                made = args.pictures.resolve()
+                pictures = args.pictures.resolve()
                 self.report["data"] = str(args.pictures)
-            self.words["pictures"] = shown(made)
+            else:
+                pictures = make_pictures(self.work, args.toy)
+                self.report["data"] = "made pictures"
+            self.words["pictures"] = shown(pictures)
 
     def commands(self, step):
         run = shown(self.work / step.name)
