@@ -237,8 +237,8 @@ class IRE(_Wrapper):
             group["ire_probed"] = group["ire_step"]
 
     def flat_share(self):
-        """{"flat": the share of the coordinates that is flat}; {} while there is no mask."""
-        masks = [self.masks[p] for p in self._params() if p in self.masks]
+        """{"flat": the share of the coordinates that is flat}; {} if there is no mask."""
+        masks = [x for x in self.masks.values() if x.dtype == torch.bool]
         return {"flat": _nonzero(masks) / sum(x.numel() for x in masks)} if masks else {}
 
     def _due(self):
@@ -250,11 +250,7 @@ class IRE(_Wrapper):
         return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
 
     def __repr__(self):
-        source = f"exp_avg_sq of {type(self.base).__name__}" if self.masks else "not known yet"
-        source = "kept here" if self.squares else source
-        source = source if self.curvature == "squares" else "probe"
-        every = f"every {self.interval} steps from step {self.warmup} on"
-        return f"{super().__repr__()}\ncurvature: {self.curvature} ({source}), {every}"
+        return f"{super().__repr__()}\n{_described(self)}"
 
 
 class SGDIRE(IRE):
@@ -347,10 +343,6 @@ class SoftIRE(IRE):
         total = _total(lambda x: x.sum(dtype=torch.float64), [self.masks[p] for p in curvature])
         for factor, x in zip(factors, h, strict=True):
             factor.div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
-
-    def flat_share(self):
-        """{}: no coordinate is either flat or sharp."""
-        return {}
 
 
 class SAM(_Wrapper):
@@ -449,6 +441,13 @@ def sampled_mse(prediction, *, generator=None):
     return F.mse_loss(prediction, prediction.detach() + noise)
 
 
+# ================================================================================================
+# You can stop reading here: this was the method, complete for one process. What follows makes it
+# exact (the k-th smallest, the probe that leaves no trace), resumable (saving and loading) and
+# sharded (DDP, FSDP2 and DTensors on several ranks).
+# ================================================================================================
+
+
 @contextmanager
 def frozen_batch_norm(model):
     """Batch-norm layers of `model` normalise as before but leave their running statistics alone."""
@@ -466,13 +465,6 @@ def frozen_batch_norm(model):
     finally:
         for layer in layers:
             layer.track_running_stats = True
-
-
-# ================================================================================================
-# You can stop reading here: this was the method, complete for one process. What follows makes it
-# exact (the k-th smallest, the probe that leaves no trace), resumable (saving and loading) and
-# sharded (DDP, FSDP2 and DTensors on several ranks).
-# ================================================================================================
 
 
 def hidden_matrices(model):
@@ -578,6 +570,14 @@ def _is_usable(ire, threshold, curvature):
     return not dead and bool(threshold.isfinite())
 
 
+def _described(ire):
+    source = f"exp_avg_sq of {type(ire.base).__name__}" if ire.masks else "not known yet"
+    source = "kept by IRE" if ire.squares else source
+    source = source if ire.curvature == "squares" else "probe()"
+    every = f"every {ire.interval} steps from step {ire.warmup} on"
+    return f"curvature: {ire.curvature} ({source}), {every}"
+
+
 def _warn_of_miss(ire):
     ire._missed += 1
     if math.log10(ire._missed).is_integer():  # the 1st, 10th, 100th, ...
@@ -676,7 +676,7 @@ def _keys(ire, saved):
     _require({"state", "param_groups"} <= saved.keys(), "base", name, allowed)
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     params = [p for group in ire.param_groups for p in group["params"]]
-    return list(zip(params, keys, strict=True))
+    return list(zip(params, keys, strict=False))  # torch refuses what does not fit
 
 
 def _with_ours(ire, saved):
@@ -804,7 +804,7 @@ def _check_agreement(threshold, params):
 
 # ------------------------------------------------------------------------ settings
 def _give_settings(wrapper, base, settings):
-    """Puts the settings into the base's groups, except where a group has one already."""
+    """Puts the settings into the base's groups, except where the user has put one already."""
     allowed = "a torch.optim.Optimizer, except LBFGS and a second wrapper of the same kind"
     fits = isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(wrapper)))
     _require(fits, "base", type(base).__name__, allowed)
@@ -813,12 +813,12 @@ def _give_settings(wrapper, base, settings):
     for p in [p for group in base.param_groups for p in group["params"]]:
         flattened = getattr(p, "_fsdp_flattened", False)
         _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
-    earlier = vars(base).get("_wrapped_with", {})  # a notebook cell that is run again
-    for group in base.param_groups:
+    typed = vars(base).setdefault("_typed", {})  # a notebook cell may be run again
+    for i, group in enumerate(base.param_groups):
+        wrapped = "ire_step" in group
         for name, value in settings.items():
-            if name not in group or name[:4] == "ire_" or group[name] == earlier.get(name):
+            if not typed.setdefault((i, name), name in group and not wrapped):
                 group[name] = value
-    base._wrapped_with = settings
 
 
 def _arguments_of_ire(kwargs):
