@@ -334,14 +334,14 @@ class SoftIRE(IRE):
         median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
         if not _is_usable(self, median, curvature):
             return
-        factors = [_values(self.masks[p]) for p in curvature]
-        for factor, x in zip(factors, h, strict=True):
+        factors = [self.masks[p] for p in curvature]
+        for factor, x in zip(map(_values, factors), h, strict=True):
             factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
             factor.clamp_(1 / self.limit, self.limit)
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
-        total = _total(lambda x: x.sum(dtype=torch.float64), [self.masks[p] for p in curvature])
-        for factor, x in zip(factors, h, strict=True):
+        total = _total(lambda parts: sum(x.sum(dtype=torch.float64) for x in parts), factors)
+        for factor, x in zip(map(_values, factors), h, strict=True):
             factor.div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
 
 
@@ -399,7 +399,7 @@ class SAM(_Wrapper):
         scaled = [_gradient(p).detach() * scale for p, scale in zip(params, scales, strict=True)]
         products = [x * scale for x, scale in zip(scaled, scales, strict=True)]
         direction = {p: _values(x) for p, x in zip(params, products, strict=True)}
-        square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled)
+        square = _total(lambda parts: sum(_square(x) for x in parts), scaled)
         return direction, float(square) ** 0.5
 
 
@@ -496,26 +496,29 @@ def kth_smallest(tensors, k, group=None):
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
     do. So a histogram of 65,536 bins for every 16 bits finds the element, without a copy of all
     tensors."""
-    tensors = list(tensors)
+    tensors = list(tensors) or [torch.empty(0)]
     fits = all(x.is_floating_point() for x in tensors)
     _require(fits, "tensors", sorted({str(x.dtype) for x in tensors}), "floating dtypes")
     wide = any(x.dtype == torch.float64 for x in tensors)
     floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     prefix = None  # the bits that are known
 
-    def histogram(x):  # of the next 16 bits of the elements that begin with `prefix`
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
-        for part in x.flatten().split(1 << 20):
-            digits = part.to(floats).abs().view(ints) >> shift
-            if prefix is not None:
-                digits = digits[digits >> 16 == prefix] & 0xFFFF
-            counts += torch.bincount(digits, minlength=1 << 16)
+    def histogram(parts):  # of the next 16 bits of the elements that begin with `prefix`
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
+        small = [x.flatten() for x in parts if x.numel() < 1 << 18]
+        large = [x.flatten() for x in parts if x.numel() >= 1 << 18]
+        for x in [torch.cat(small), *large] if small else large:
+            for piece in x.split(1 << 20):
+                digits = piece.to(floats).abs().view(ints) >> shift
+                if prefix is not None:
+                    digits = digits[digits >> 16 == prefix] & 0xFFFF
+                counts += torch.bincount(digits, minlength=1 << 16)
         return counts
 
     shift = torch.finfo(floats).bits
     while shift > 0:
         shift -= 16
-        counts = _total(histogram, tensors, group).cpu()
+        counts = _total(histogram, tensors, group)
         if prefix is None:
             n = int(counts.sum())
             _require(isinstance(k, numbers.Integral) and 1 <= k <= n, "k", k, f"1 to n = {n}")
@@ -592,7 +595,11 @@ def _warn(ire, text):
 
 
 def _nonzero(tensors):
-    return int(_total(torch.count_nonzero, tensors))
+    return int(_total(lambda parts: sum(x.count_nonzero() for x in parts), tensors))
+
+
+def _square(x):
+    return torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2
 
 
 def _wide(x):
@@ -709,16 +716,13 @@ def _without_ours(ire, saved):
 
 def _save(ire):
     """The base's state_dict with ours in it."""
-    hooked = []
-
-    def add(_, saved):
-        hooked.append(True)
-        return _with_ours(ire, saved)
-
-    handle = ire.base.register_state_dict_post_hook(add, prepend=True)
+    handle = ire.base.register_state_dict_post_hook(lambda _, x: _with_ours(ire, x), prepend=True)
     saved = ire.base.state_dict()
     handle.remove()
-    return saved if hooked else _with_ours(ire, saved)  # some bases call no hooks
+    entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
+    if any(ire._mask[0] in entry for entry in entries):
+        return saved
+    return _with_ours(ire, saved)  # of a base that calls no hooks, or makes its state after them
 
 
 def _load(ire, saved):
@@ -774,19 +778,20 @@ def _shard_groups(x):
 
 
 def _total(measure, tensors, group=None):
-    """The sum of measure(x) over all tensors and ranks. Replicas are alike and count once."""
-    totals = {}
+    """The sum of measure([tensors of one device]) over all devices and ranks. Replicas are alike
+    and count once."""
+    by_place = {}
     for x in tensors:
         groups = tuple(_shard_groups(x)) or (group,)
-        value = measure(_values(x))
-        totals[groups] = (
-            value.to(totals[groups].device) + totals[groups] if groups in totals else value
-        )
-    for groups, total in totals.items():
+        by_place.setdefault((x.device, groups), []).append(_values(x))
+    totals = []
+    for (_, groups), parts in by_place.items():
+        total = measure(parts)
         for each in groups:
             if each is not None:
                 dist.all_reduce(total, group=each)
-    return sum(total.cpu() for total in totals.values())
+        totals.append(total.cpu())
+    return sum(totals)
 
 
 def _check_agreement(threshold, params):
