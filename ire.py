@@ -545,8 +545,8 @@ def _adams_squares(ire, params):
     for group in ire.param_groups:
         for p in [p for p in group["params"] if p in wanted]:
             entry = ire.state.get(p, {})
-            if not entry and p.grad is None:
-                continue
+            if not entry and (p.grad is None or "betas" in group):
+                continue  # not yet: the base may skip its first step
             v = entry.get("exp_avg_sq")
             rotated = "Q" in entry  # SOAP keeps it in another basis
             if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
@@ -652,7 +652,10 @@ def _put_back(params, models, seed):
         p.grad = None
     try:
         with torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(seed % 2**63)
+            # torch.manual_seed would also seed devices that are not in use.
+            torch.default_generator.manual_seed(seed % 2**63)
+            if used:
+                torch.get_device_module(kind).manual_seed_all(seed % 2**63)
             yield
     finally:
         _OPEN.difference_update(opened)
@@ -717,8 +720,10 @@ def _without_ours(ire, saved):
 def _save(ire):
     """The base's state_dict with ours in it."""
     handle = ire.base.register_state_dict_post_hook(lambda _, x: _with_ours(ire, x), prepend=True)
-    saved = ire.base.state_dict()
-    handle.remove()
+    try:
+        saved = ire.base.state_dict()
+    finally:
+        handle.remove()
     entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
     if any(ire._mask[0] in entry for entry in entries):
         return saved
@@ -854,11 +859,11 @@ def _check_settings(wrapper):
     else:
         both = wrapper.adaptive and wrapper.average
         _require(not both, "adaptive", wrapper.adaptive, "False where average is True")
-    found = [vars(wrapper), *wrapper.param_groups]
+    groups = [{name: group[name] for name in wrapper.settings} for group in wrapper.param_groups]
     soft = {"kappa": (lambda x: 0 <= x <= 1, "a number in [0, 1]")}
     allowed = _ALLOWED | (soft if isinstance(wrapper, SoftIRE) else {})
-    for settings in found:
-        for name in allowed.keys() & settings.keys() - wrapper.defaults.keys():
+    for settings in [vars(wrapper), *groups]:
+        for name in allowed.keys() & settings.keys():
             fits, words = allowed[name]
             value = settings[name]
             number = isinstance(value, (numbers.Real, torch.Tensor)) and math.isfinite(value)
