@@ -25,7 +25,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,7 +52,6 @@ MODELS = {  # each makes a network for so many classes
 DATA = ("cifar10", "cifar100", "digits")
 AUGMENTATIONS = ("none", "shift", "basic", "cutout", "mixup")  # the last three also flip
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
-CURVATURES = ("squares", "fisher")
 EPOCHS = Range(1, 10**6, "1 or more, up to 10^6")
 BATCH = Range(1, 2**20, "1 or more, up to 2^20")
 SOME = Range(2, 10**4, "2 to 10000")
@@ -63,50 +61,81 @@ SOME = Range(2, 10**4, "2 to 10000")
 class Config(common.Settings):
     """Every setting. None stands for what was not given; fill_in chooses a value."""
 
-    home: ClassVar[str] = "runs/cifar"
+    home = "runs/cifar"
 
     # the network and its pictures
     preset: str = setting("paper", "quick trains a small network in minutes", tuple(PRESETS))
-    data: str = setting("cifar10", "pictures; digits are scikit-learn's", DATA)
-    limit_train: int = setting(None, "training pictures, the first so many (default all)", COUNT)
-    holdout: int = setting(0, "last training pictures, kept out and tested: val_acc", STEPS)
-    model: str = setting(None, "(default resnet56, quick and digits resnet8)", tuple(MODELS))
-    augment: str = setting(None, "(default basic, digits shift, vit mixup)", AUGMENTATIONS)
+    data: str = setting("cifar10", "pictures; digits come with scikit-learn", DATA)
+    limit_train: int = setting(None, "train on the first so many pictures (default all)", COUNT)
+    holdout: int = setting(0, "keep the last so many training pictures for val_acc", STEPS)
+    model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
+    augment: str = setting(
+        None, "changes of the pictures (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
+    )
     # the schedule
     epochs: int = setting(
-        None, "passes over the pictures (default 200, quick 8, digits 10)", EPOCHS
+        None, "passes over the pictures (default 200; quick: 8; digits: 10)", EPOCHS
     )
-    batch_size: int = setting(None, "over all ranks (default 128, quick 64, digits 32)", BATCH)
-    warmup: int = setting(None, "epochs to the peak (default 0, quick 2, vit a tenth)", STEPS)
-    lr: float = setting(None, "peak learning rate (default 0.1, digits 0.02, adamw 1e-3)", POSITIVE)
-    schedule: str = setting("cosine", "of the rate after the warm-up", ("cosine", "constant"))
-    label_smoothing: float = setting(0.1, "of the training loss", DECAY)
+    batch_size: int = setting(
+        None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", BATCH
+    )
+    warmup: int = setting(
+        None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
+    )
+    lr: float = setting(
+        None, "peak learning rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE
+    )
+    schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
+    label_smoothing: float = setting(0.1, "share of the other classes in a label", DECAY)
     # the optimizer
-    optimizer: str = setting(None, "admire: on AdamW (default sgd-ire, vit admire)", OPTIMIZERS)
-    base: str = setting(None, "SAM's (default sgd, vit adamw)", ("sgd", "adamw"), of=("sam",))
-    weight_decay: float = setting(None, "of the base (default 5e-4, adamw 0.1)", NOT_NEGATIVE)
+    optimizer: str = setting(
+        None, "admire is IRE on top of AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
+    )
+    base: str = setting(
+        None, "the optimizer under SAM (default sgd; vit: adamw)", ("sgd", "adamw"), of=("sam",)
+    )
+    weight_decay: float = setting(
+        None, "strength of the decay (default 0.0005; adamw: 0.1)", NOT_NEGATIVE
+    )
     decay_norms: bool = setting(True, "weight decay on biases and norms too")
     momentum: float = setting(0.9, "momentum of SGD", DECAY, of=("sgd",))
     rho: float = setting(0.05, "length of SAM's climb", NOT_NEGATIVE, of=("sam",))
-    adaptive: bool = setting(False, "ASAM: longer climbs for large weights", of=("sam",))
-    average: bool = setting(False, "Average SAM: climb along a random direction", of=("sam",))
+    adaptive: bool = setting(False, "ASAM: large weights climb further", of=("sam",))
+    average: bool = setting(False, "Average SAM: climb in a random direction", of=("sam",))
     # IRE on top of the optimizer
     kappa: float = setting(1.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE, of=("ire",))
     gamma: float = setting(0.9, "flat fraction of the coordinates", FRACTION, of=("ire",))
     interval: int = setting(10, "steps from one mask to the next", COUNT, of=("ire",))
-    ire_epoch: int = setting(None, "first epoch with IRE (default 0.6 of all)", STEPS, of=("ire",))
+    ire_epoch: int = setting(
+        None, "first epoch with IRE, from 0 (default 0.6 of --epochs)", STEPS, of=("ire",)
+    )
     ire_warmup: int = setting(None, "steps before IRE, instead of --ire-epoch", STEPS, of=("ire",))
-    curvature: str = setting("fisher", "what tells flat from sharp", CURVATURES, of=("ire",))
-    probe: str = setting("fixed", "pictures of a probe", ("fixed", "fresh"), of=("fisher",))
+    curvature: str = setting(
+        "fisher",
+        "what finds flat coordinates: mean squared gradients, or a probe with drawn labels",
+        ("squares", "fisher"),
+        of=("ire",),
+    )
+    probe: str = setting(
+        "fixed", "its pictures: the first ones or the step's", ("fixed", "fresh"), of=("fisher",)
+    )
     kappa_decay: bool = setting(False, "kappa follows the learning rate down", of=("ire",))
     # files and reports
     data_dir: str = setting("data", "folder of the pictures, fetched if missing", resume=True)
-    limit_test: int = setting(None, "test pictures (default all)", COUNT, resume=True)
+    limit_test: int = setting(
+        None, "test on the first so many pictures (default all)", COUNT, resume=True
+    )
     tta: bool = setting(False, "test on each picture and its mirror image", resume=True)
     eval_interval: int = setting(1, "epochs between tests", COUNT, resume=True)
-    checkpoint_interval: int = setting(None, "epochs (default a twentieth)", COUNT, resume=True)
-    sharpness: bool = setting(False, "at the end Tr(Hessian) and lambda_max", resume=True)
-    sharpness_images: int = setting(None, "(default 1024, on a CPU 128)", COUNT, resume=True)
+    checkpoint_interval: int = setting(
+        None, "epochs between checkpoints (default a twentieth of --epochs)", COUNT, resume=True
+    )
+    sharpness: bool = setting(
+        False, "at the end estimate Tr(H) and lambda_max of the Hessian", resume=True
+    )
+    sharpness_images: int = setting(
+        None, "training pictures for this (default 1024; on a CPU: 128)", COUNT, resume=True
+    )
     sharpness_probes: int = setting(16, "random vectors for the trace", SOME, resume=True)
     sharpness_products: int = setting(60, "most products for lambda_max", SOME, resume=True)
     seeds: int = setting(1, "runs with --seed, --seed + 1, ...", COUNT, command=True)
@@ -282,34 +311,22 @@ class ViT(nn.Module):
 URL = "https://www.cs.toronto.edu/~kriz/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Archive:
-    """An official archive and what it holds. The last of its files has the test pictures."""
-
-    name: str
-    sha256: str
-    folder: str
-    files: tuple
-    labels: bytes  # the key of the labels
-    classes: int
-
-
-CIFAR = {
-    "cifar10": Archive(
-        "cifar-10-python.tar.gz",
-        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        "cifar-10-batches-py",
-        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
-        b"labels",
-        10,
+CIFAR = {  # the official archives; the last file has the test pictures
+    "cifar10": dict(
+        archive="cifar-10-python.tar.gz",
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        folder="cifar-10-batches-py",
+        files=[*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
+        labels=b"labels",
+        classes=10,
     ),
-    "cifar100": Archive(
-        "cifar-100-python.tar.gz",
-        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-        "cifar-100-python",
-        ("train", "test"),
-        b"fine_labels",
-        100,
+    "cifar100": dict(
+        archive="cifar-100-python.tar.gz",
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        folder="cifar-100-python",
+        files=["train", "test"],
+        labels=b"fine_labels",
+        classes=100,
     ),
 }
 
@@ -320,8 +337,8 @@ def latin1(text, _):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads arrays, bytes, lists and dicts. A pickle that names anything else could run code;
-    torchvision's reader would run it."""
+    """Reads arrays, bytes, lists and dicts. A pickle that names anything else could run code, and
+    torchvision's reader would run that code."""
 
     KNOWN = {
         "ndarray": np.ndarray,
@@ -337,36 +354,34 @@ class ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(text)
 
 
-def load_cifar(c):
+def load_cifar(name, data_dir):
     """((x, y), (test_x, test_y), classes): pictures (n, 32, 32, 3) uint8 and labels (n,)."""
-    archive = CIFAR[c.data]
-    folder = Path(c.data_dir) / archive.folder
+    about = CIFAR[name]
+    folder = Path(data_dir, about["folder"])
     if common.RANK == 0 and not folder.exists():
-        packed = Path(c.data_dir) / archive.name
-        otherwise = f"--data-dir: put {archive.name}, or the same unpacked, into {c.data_dir}"
-        common.download(URL + archive.name, packed, archive.sha256, otherwise)
-        with tempfile.TemporaryDirectory(dir=c.data_dir) as half:
-            shutil.unpack_archive(packed, half, filter="data")
-            os.replace(Path(half) / archive.folder, folder)
+        archive = Path(data_dir, about["archive"])
+        otherwise = f"--data-dir: put {archive.name}, or the same unpacked, into {data_dir}"
+        common.download(URL + archive.name, archive, about["sha256"], otherwise)
+        with tempfile.TemporaryDirectory(dir=data_dir) as half:
+            shutil.unpack_archive(archive, half, filter="data")
+            os.replace(Path(half, folder.name), folder)
     common.over_ranks([0])  # the other ranks wait
-    parts = [read_pictures(archive, folder / name) for name in archive.files]
+    parts = [read_pictures(folder / file, about) for file in about["files"]]
     train = tuple(np.concatenate(v) for v in zip(*parts[:-1], strict=True))
-    return train, parts[-1], archive.classes
+    return train, parts[-1], about["classes"]
 
 
-def read_pictures(archive, path):
+def read_pictures(path, about):
     """Pictures and labels of one file of the unpacked archive."""
-    try:
+    classes = about["classes"]
+    with common.instead(f"--data-dir: got {path}, allowed is a file of the unpacked archive"):
         with open(path, "rb") as f:
             batch = ArraysOnly(f, encoding="bytes").load()
-        x, y = batch[b"data"], np.array(batch[archive.labels])
+        x, y = batch[b"data"], np.array(batch[about["labels"]])
         if x.dtype != np.uint8 or x.shape != (len(y), 3072):
-            raise ValueError("it needs uint8 data of shape (n, 3072), with a label for each")
-        if y.ndim != 1 or y.dtype.kind != "i" or not 0 <= y.min() <= y.max() < archive.classes:
-            raise ValueError(f"it needs n whole labels from 0 to {archive.classes - 1}")
-    except Exception as e:  # a broken pickle raises almost anything
-        text = f"--data-dir: got {path}, allowed is a file of the unpacked archive: {e!r:.200}"
-        raise common.BadInput(text) from None
+            raise ValueError("data must be uint8 of shape (n, 3072), with n labels")
+        if y.ndim != 1 or y.dtype.kind != "i" or not 0 <= y.min() <= y.max() < classes:
+            raise ValueError(f"labels must be n whole numbers, 0 to {classes - 1}")
     x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(x), y.astype(np.int64)
 
@@ -410,7 +425,8 @@ class Data:
     resumed run sees the same batches."""
 
     def __init__(self, c):
-        train, test, self.classes = load_digits() if c.data == "digits" else load_cifar(c)
+        digits = c.data == "digits"
+        train, test, self.classes = load_digits() if digits else load_cifar(c.data, c.data_dir)
         self.c = c
         self.epoch = None  # to which self.order and self.uniform belong
         digest = hashlib.sha256()
@@ -772,5 +788,10 @@ def train_seeds(typed):
             common.say(**{key: f"{text}, mean and standard error of {len(values)} seeds"})
 
 
+def main(arguments=None):
+    memory = "lower --batch-size, and --lr with it, or take a smaller --model"
+    return common.main(Config, __doc__, command, arguments, memory)
+
+
 if __name__ == "__main__":
-    common.leave(common.main(Config, __doc__, command))
+    common.leave(main())
