@@ -179,7 +179,14 @@ def collect(config_class, typed):
         return asked | {"given": sorted(asked)}
     if "out" not in asked:
         asked["out"] = find_run(config_class.home, unfinished=True)
-    before = read_checkpoint(asked["out"], mmap=True)["config"]
+    return take_over(config_class, asked["out"], asked)
+
+
+def take_over(config_class, folder, asked, free=()):
+    """The settings of the run in a folder, under those that are asked for now. Raises BadInput
+    where a setting differs that must not, that is, one without resume=True that is not in `free`.
+    """
+    before = read_checkpoint(folder, mmap=True)["config"]
     saved = {}
     for f in fields(config_class):
         name = f.name
@@ -187,10 +194,10 @@ def collect(config_class, typed):
             continue
         saved[name] = before[name]
         if asked.get(name) == "auto":
-            del asked[name]
-        same = f.metadata["resume"] or asked.get(name, saved[name]) == saved[name]
-        if not same:
-            began = f"{saved[name]} on --resume, as {asked['out']} began"
+            asked = {k: x for k, x in asked.items() if k != name}
+        may_differ = f.metadata["resume"] or name in free
+        if not may_differ and asked.get(name, saved[name]) != saved[name]:
+            began = f"{saved[name]}, as {folder} began"
             raise BadInput(f"{flag(name)}: got {asked[name]}, allowed is {began}")
     return saved | asked | {"given": sorted({*before["given"], *asked})}
 
@@ -410,7 +417,7 @@ def read_checkpoint(folder, mmap=False):
     """The checkpoint in a run's folder. mmap: its tensors are read only when they are used."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        raise BadInput(f"--resume: {path} is missing, so {folder} is no folder of a run")
+        raise BadInput(f"{folder} is not the folder of a run: {path} is missing")
     with instead(f"{path} can't be read as the checkpoint of a run"):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return saved | {"config": dict(saved["config"])}
@@ -453,9 +460,10 @@ def free_folder(home):
     return from_first_rank(next(name for name in names if not Path(name, "config.json").exists()))
 
 
-def find_run(home, unfinished=False):
-    """The one run in home, home-2, ..., or the one of them that has not come to its end."""
-    runs = sorted(str(path.parent) for path in Path().glob(f"{home}*/checkpoint.pt"))
+def find_run(home, unfinished=False, file="checkpoint.pt"):
+    """The one run in home, home-2, ..., or the one of them that has not come to its end. file: what
+    a folder must have."""
+    runs = sorted(str(path.parent) for path in Path().glob(f"{home}*/{file}"))
     begun = [path for path in runs if not read_json(Path(path, "config.json"))["finished"]]
     wanted = begun if unfinished else runs
     if len(wanted) != 1:
@@ -593,13 +601,16 @@ class Run:
         if done == 0 or step == self.steps:
             return ""
         seconds = (self.seconds - self.first[1]) / done * (self.steps - step)
-        return f"  {seconds / 60:.1f} min left"
+        return f"  {seconds:.0f} s left" if seconds < 100 else f"  {seconds / 60:.0f} min left"
 
     def start_clock(self):
         self.clock = time.perf_counter()
 
     def stop_clock(self):
-        self.seconds += time.perf_counter() - self.clock
+        """Returns the seconds since start_clock()."""
+        passed = time.perf_counter() - self.clock
+        self.seconds += passed
+        return passed
 
     def asked_to_stop(self):
         """Whether a signal came, to any rank."""

@@ -104,7 +104,7 @@ def log(folder=RUN):
         ("--out ''", ("--out", "got ''", "not empty")),
         ("--device cuda", ("--device", "got 'cuda'", "this machine has: .*cpu")),
         ("--dtype float16 --device cpu", ("--dtype", "got 'float16'", "bfloat16")),
-        ("--resume --overwrite --out a", ("a/checkpoint.pt is missing",)),
+        ("--resume --out a", ("a is not the folder of a run",)),
         ("--config none.json", ("--config", "none.json", "JSON")),
     ),
 )
@@ -186,9 +186,9 @@ def test_a_run_that_goes_on_ends_with_the_same_bits():
 
 def test_resume_refuses_a_changed_setting_by_name():
     done()
-    refused("--resume --out runs/small --lr 0.2", "--lr: got 0.2", "0.1 on --resume")
+    refused("--resume --out runs/small --lr 0.2", "--lr: got 0.2", "0.1, as runs/small began")
     Path("c.json").write_text(json.dumps({"momentum": 0.5}))
-    refused("--resume --out runs/small --config c.json", "--momentum: got 0.5", "0.9 on --resume")
+    refused("--resume --out runs/small --config c.json", "--momentum: got 0.5", "0.9, as")
     done("--resume --out runs/small --lr 0.1 --device auto --save-interval 5")
 
 
@@ -311,7 +311,7 @@ def test_lines_of_the_log():
     assert last.keys() == {"step", "loss", "numbers_per_second", "seconds"}  # JSON has no inf
     lines = out.splitlines()
     assert all(len(line) <= 100 for line in lines)
-    assert re.match(r"step     2/10  loss \S+  100 numbers/s  \S+ min left$", lines[1]), lines[1]
+    assert re.match(r"step     2/10  loss \S+  100 numbers/s  \S+ s left$", lines[1]), lines[1]
 
 
 def test_a_figure():
