@@ -176,7 +176,7 @@ class Config(common.Settings):
                 setattr(self, name, value)
 
 
-def config(typed):
+def configure(typed):
     """The settings of a run from what was typed: a run that goes on < --config < typed."""
     c = Config(**common.collect(Config, typed))
     parts = {c.base, "sam" if has_sam(c) else "", "ire" if has_ire(c) else ""}
@@ -536,10 +536,10 @@ def set_up(c: Config, data):
     check(c, "ire_warmup", in_time, f"0 to the last step, {data.steps - 1}")
     scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
     parts = {"model": model, "optimizer": make_optimizer(model, c), "scaler": scaler}
-    net = torch.compile(model) if c.compile else model
+    forward = torch.compile(model) if c.compile else model
     if dist.is_initialized():
-        net = nn.parallel.DistributedDataParallel(net)
-    return net, parts
+        forward = nn.parallel.DistributedDataParallel(forward)
+    return forward, parts
 
 
 def train(c: Config):
@@ -549,7 +549,7 @@ def train(c: Config):
     common.choose_folder(c)
     common.require("matplotlib")
     data = Data(c)
-    net, parts = set_up(c, data)
+    forward, parts = set_up(c, data)
     if c.resume:
         same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
         check(c, "data", same, f"the pictures that {c.out} began with; these differ")
@@ -558,7 +558,7 @@ def train(c: Config):
         banner(c, data, parts["model"], step)
         if step == data.steps:  # a run at its end is tested again: --tta may be new
             run.log(step, **evaluate(c, data, parts["model"]))
-        loop(run, data, net, parts, step)
+        loop(run, data, forward, parts, step)
         if c.sharpness:
             run.log(data.steps, **measure(c, data, parts["model"]))
     log = common.read_log(c.out)
@@ -577,7 +577,7 @@ def load(run, parts):
     return saved["step"]
 
 
-def loop(run, data, net, parts, step):
+def loop(run, data, forward, parts, step):
     """All steps from this one on, and between them log, test and checkpoint."""
     c = run.c
     model, optimizer, scaler = parts.values()
@@ -590,7 +590,7 @@ def loop(run, data, net, parts, step):
         passes += 1
         optimizer.zero_grad()
         with frozen_batch_norm(model) if passes == 2 else contextlib.nullcontext(), autocast(c):
-            logits = net(x)
+            logits = forward(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=c.label_smoothing)
         scaler.scale(loss).backward()
         return loss.detach()
@@ -606,9 +606,9 @@ def loop(run, data, net, parts, step):
         x, y = data.batch(step)
 
         if getattr(optimizer, "probe_due", False):
-            with optimizer.probe(net):
+            with optimizer.probe(forward):
                 with autocast(c):
-                    logits = net(x if c.probe == "fresh" else data.first_batch())
+                    logits = forward(x if c.probe == "fresh" else data.first_batch())
                 scaler.scale(sampled_cross_entropy(logits.float())).backward()
 
         passes = 0
@@ -635,15 +635,14 @@ def report(run, data, parts, step, losses):
     save_due = due(c.checkpoint_interval * data.steps_per_epoch) or stop
     if not (due(c.log_interval) or test_due or save_due):
         return losses
-    before = run.seconds
     means = common.over_ranks(torch.stack(losses).cpu() / common.RANKS)  # waits for the device
-    run.stop_clock()
+    passed = run.stop_clock()
     for i, loss in enumerate(means, step - len(means) + 1):
         if not math.isfinite(loss):
             text = f"step {i}: the loss is {loss}; last checkpoint: {run.kept}"
             raise common.Diverged(f"{text}; try a lower --lr or --kappa")
     flat = optimizer.flat_share() if has_ire(c) and step > c.ire_warmup else {}
-    speed = round(len(means) * c.batch_size / (run.seconds - before), 1)
+    speed = round(len(means) * c.batch_size / passed, 1)
     lr = optimizer.param_groups[0]["lr"]
     run.log(step, train_loss=statistics.mean(means), lr=lr, **flat, images_per_second=speed)
     if test_due:
@@ -757,29 +756,33 @@ def draw(c, log):
 def command(typed):
     if typed.get("seeds", 1) > 1:
         return train_seeds(typed)
-    found = train(config(typed))
+    found = train(configure(typed))
     result = f"{found['test_acc']:.2f}% after {found['step']} steps, {found['seconds']:.0f} s"
     common.say(accuracy=result)
     common.say(figure=Path(found["out"]) / "loss.png")
 
 
 def train_seeds(typed):
-    """As many runs as --seeds says, in OUT/seed-N. With --resume the runs that are there go on, and
-    those that are not there yet get their settings."""
-    out = typed.get("out") or common.free_folder(f"{Config.home}-seeds")
-    begun = sorted(int(p.parent.name[5:]) for p in Path(out).glob("seed-*/checkpoint.pt"))
-    start = typed.get("seed", 0)
-    if typed.get("resume"):
-        if not begun:
-            ways = "a folder with runs in seed-0, seed-1, ..."
-            raise common.BadInput(f"--out: got {out}, allowed on --resume is {ways}")
-        start = typed.get("seed", begun[0])
-        typed = {"config": f"{out}/seed-{begun[0]}/config.json"} | typed
+    """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
+    home = f"{Config.home}-seeds"
+    resume = typed.get("resume", False)
+    out = typed.get("out")
+    if resume:
+        out = out or common.find_run(home, unfinished=True, file="config.json")
+        with common.instead(f"--out: got {out}, allowed on --resume is a folder of --seeds"):
+            typed = common.read_json(Path(out, "config.json"))["typed"] | typed
+    out = out or common.free_folder(home)
+    first = typed.get("seed", 0)
     runs = []
-    for seed in range(start, start + typed["seeds"]):
-        own = {"seed": seed, "out": f"{out}/seed-{seed}"}
-        own["resume"] = typed.get("resume", False) and seed in begun
-        runs.append(train(config(typed | own)))
+    for seed in range(first, first + typed["seeds"]):
+        folder = Path(out, f"seed-{seed}")
+        begun = resume and (folder / "checkpoint.pt").exists()
+        c = configure(typed | {"seed": seed, "out": str(folder), "resume": begun})
+        if seed == first and common.RANK == 0:
+            common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
+        runs.append(train(c))
+    if common.RANK == 0:
+        common.write_json(Path(out, "config.json"), {"typed": typed, "finished": True})
     for key in ("test_acc", "val_acc", "test_loss", "trace", "lambda_max"):
         values = [found[key] for found in runs if key in found]
         if values:
