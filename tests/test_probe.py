@@ -84,8 +84,9 @@ def test_a_missing_probe_is_said_at_the_1st_10th_and_100th_miss():
             backward(model, step)
             opt.step()
     said = [str(w.message) for w in caught]
-    assert [f"no probe before step {step}," in text for step, text in zip((0, 9, 99), said)]
-    assert len(said) == 3 and caught[0].filename == __file__
+    assert len(said) == 3
+    for text, step in zip(said, (0, 9, 99)):
+        assert f"step {step} " in text and "probe()" in text
     plain = SGD(twin.parameters(), 0.1)
     for step in range(100):
         backward(twin, step)
@@ -128,12 +129,12 @@ def test_squares_that_underflow_are_ranked_and_what_is_not_finite_is_sharp(dtype
     assert opt.masks[p].tolist() == flat
 
 
-@pytest.mark.parametrize("factor, words", [(0, "0 everywhere"), (math.nan, "not finite")])
-def test_a_curvature_that_says_nothing_warns_and_lengthens_nothing(factor, words):
+@pytest.mark.parametrize("factor", [0.0, math.nan])
+def test_a_curvature_that_says_nothing_warns_and_lengthens_nothing(factor):
     one, two = make_model(), make_model()
     plain = train(one, SGD(one.parameters(), 0.1), range(3))
     opt = SGDIRE(two.parameters(), kappa=5, interval=1)
-    with pytest.warns(UserWarning, match=f"curvature is {words}"):
+    with pytest.warns(UserWarning, match="IRE: the curvature .* last mask stays"):
         for step in range(3):
             with opt.probe(two):
                 (sampled_cross_entropy(two(batch(0)[0])) * factor).backward()
@@ -299,19 +300,16 @@ def test_it_wakes_up_no_device():
 
 def test_several_modules_and_two_optimizers_over_one_model():
     model = make_model(nn.BatchNorm1d(8))
-    for open_probe in (
-        lambda o: o.probe([model[0], model[1], model[3]]),
-        lambda o: o.probe(*model),
-    ):
+    for modules in ([model], [*model]):
         one = SGDIRE(model[0].parameters())
         two = SGDIRE(model[3].parameters(), gamma=0.25)
         backward(model)
         before = [*(p.grad.clone() for p in model.parameters()), *map(torch.clone, model.buffers())]
-        with open_probe(one), open_probe(two):
+        with one.probe(*modules), two.probe(*modules):
             sampled_cross_entropy(model(batch(0)[0])).backward()
         assert equal(before, [*(p.grad for p in model.parameters()), *model.buffers()])
         assert sum(flat_counts(one)) == 20 and sum(flat_counts(two)) == 6
-    with pytest.raises(ValueError, match="model: got 'net', allowed is a torch.nn.Module"):
+    with pytest.raises(ValueError, match="probe.*: got .*'net'.*, allowed is torch.nn.Module"):
         with one.probe("net"):
             pass
     one.step()
@@ -371,14 +369,14 @@ def test_a_step_while_the_probe_is_open_is_refused():
     for p in model.parameters():  # an optimizer in the backward pass
         p.register_post_accumulate_grad_hook(lambda p: opt.step())
     before = values(model)
-    with pytest.raises(RuntimeError, match="a step inside its own probe"):
+    with pytest.raises(RuntimeError, match=r"step\(\) inside probe\(\)"):
         probe(model, opt)
     assert equal(before, values(model)) and not opt.masks and opt.probe_due
 
 
 def test_a_probe_without_dense_gradients_is_an_error():
     opt = SGDIRE(make_model().parameters())
-    with pytest.raises(ValueError, match=r"no gradient from backward\(\) inside"), opt.probe():
+    with pytest.raises(ValueError, match=r"got no gradient, allowed is a backward"), opt.probe():
         pass
     embed = nn.Embedding(5, 3, sparse=True)
     opt = SGDIRE(embed.parameters())

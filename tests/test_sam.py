@@ -68,8 +68,11 @@ def test_rho_by_group_and_changed_later():
     opt.param_groups[0]["rho"] = math.nan
     with pytest.raises(ValueError, match="rho: got nan, allowed is a finite number >= 0"):
         opt.step(closure)
-    again = SAM(opt.base, rho=0.3)
-    assert again.param_groups[0]["rho"] == 0.3
+
+
+def test_a_cell_that_is_run_again_takes_the_new_rho():
+    first = SAM(SGD(make_model().parameters(), 0.1), rho=0.1)
+    assert SAM(first.base, rho=0.3).param_groups[0]["rho"] == 0.3
 
 
 def test_average_sam_draws_xi_of_unit_mean_square_length():
