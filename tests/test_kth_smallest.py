@@ -43,7 +43,7 @@ def lists_of_tensors(draw):
 def test_any_tensors(tensors, data):
     n = sum(t.numel() for t in tensors)
     if n == 0:
-        with pytest.raises(ValueError, match="k: got 1, allowed is 1 to the number of elements, 0"):
+        with pytest.raises(ValueError, match="k: got 1, allowed is 1 to"):
             kth_smallest(tensors, 1)
         return
     k = data.draw(st.integers(1, n))
@@ -88,5 +88,5 @@ def test_signs_are_ignored_and_input_stays():
 
 @pytest.mark.parametrize("k", [0, 4, -1, "a"])
 def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=r"k: got .*, allowed is 1 to the number of elements, 3"):
+    with pytest.raises(ValueError, match=r"k: got .*, allowed is 1 to .*3"):
         kth_smallest([torch.ones(3)], k)

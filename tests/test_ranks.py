@@ -201,7 +201,7 @@ def zero(folder):
         parts.consolidate_state_dict(to=0)
         if rank == 0:
             saved = opts[0].state_dict()["state"][0]
-            assert saved.keys() == opts[1].state_dict()["state"][0].keys()
+            assert saved.keys() == opts[1].state_dict()["state"][0].keys(), saved.keys()
     for own in (False, True):
         flat = FullyShardedDataParallel(
             nn.Linear(3, 4), device_id=torch.device("cpu"), use_orig_params=own
