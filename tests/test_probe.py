@@ -291,11 +291,12 @@ def test_it_leaves_the_random_stream_but_draws_anew_each_time():
 
 def test_it_wakes_up_no_device():
     """torch.manual_seed would queue a seed for CUDA, which then starts from the probe's."""
-    calls = torch.cuda._queued_calls
-    before = len(calls)
     model = make_model()
-    probe(model, SGDIRE(model.parameters()))
-    assert len(calls) == before and not torch.cuda.is_initialized()
+    opt = SGDIRE(model.parameters())
+    torch.cuda.manual_seed_all(7)
+    before = torch.cuda._lazy_seed_tracker.get_calls()[1]
+    probe(model, opt)
+    assert torch.cuda._lazy_seed_tracker.get_calls()[1] is before
 
 
 def test_several_modules_and_two_optimizers_over_one_model():
