@@ -177,6 +177,35 @@ def test_what_it_keeps_and_says():
             assert setting in repr(opt)
 
 
+@pytest.mark.parametrize("by_closure", [False, True])
+@pytest.mark.parametrize("wrap", [lambda base: IRE(base, kappa=1, gamma=0.5), SoftIRE])
+def test_squares_are_of_the_gradients_before_the_base_changes_them(by_closure, wrap):
+    """As Muon does, whose Nesterov step stands in p.grad afterwards."""
+
+    class Changing(SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.grad.lerp_(torch.ones_like(p), 0.9)
+            return loss
+
+    one, two = make_model(), make_model()
+    expected = train(one, wrap(SGD(one.parameters(), 0.1)), range(12))
+    opt = wrap(Changing(two.parameters(), 0.1))
+    for step in range(12):
+
+        def closure():
+            opt.zero_grad()
+            return backward(two, step)
+
+        if by_closure:
+            opt.step(closure)
+        else:
+            closure()
+            opt.step()
+    assert equal(expected, values(two))
+
+
 def test_a_group_with_kappa_0_does_not_decide_on_the_source():
     model = make_model()
     matrices = {"params": [model[0].weight, model[2].weight], "kappa": 0}
@@ -525,6 +554,40 @@ class Named(SGD):
         return super().step(closure)
 
 
+class ReadsAgain(SGD):
+    """Makes its saved entries after the hooks, and reads them again after torch has loaded them.
+    Its first save fails, as ZeRO's does without consolidate_state_dict."""
+
+    ready = False
+
+    def state_dict(self):
+        saved = super().state_dict()
+        if not self.ready:
+            self.ready = True
+            raise RuntimeError("not yet")
+        state = {i: dict(self.state[p]) for i, p in enumerate(self.param_groups[0]["params"])}
+        return {**saved, "state": {i: entry for i, entry in state.items() if entry}}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for p, entry in zip(self.param_groups[0]["params"], state_dict["state"].values()):
+            assert self.state[p].keys() == entry.keys() == {"momentum_buffer"}
+
+
+def test_a_base_that_saves_and_loads_in_its_own_way():
+    model, other = make_model(), make_model()
+    bases = [ReadsAgain(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other)]
+    opt, again = (IRE(base, **SETTINGS) for base in bases)
+    train(model, opt, range(3))
+    with pytest.raises(RuntimeError, match="not yet"):
+        opt.state_dict()
+    assert bases[0].state_dict()["state"][0].keys() == {"momentum_buffer"}
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(reload(opt.state_dict()))
+    assert equal(masks(opt), masks(again)) and masks(opt)[0].any()
+    assert equal(train(model, opt, range(3, 9)), train(other, again, range(3, 9)))
+
+
 @pytest.mark.parametrize("base", [Counting, Named])
 def test_what_the_base_saves_of_its_own_survives(base):
     model, other = make_model(), make_model()
@@ -569,23 +632,17 @@ def keyed_by_name(optimizer, saved):
     return {"state": state, "param_groups": [{**group, "params": names}]}
 
 
-class Matching(AdamW):
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(match_by_name(self, state_dict))
+def matching(cls):
+    class Matching(cls):
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(match_by_name(self, state_dict))
+
+    return Matching
 
 
 def hooked(model, how, cls):
     if how == "own load_state_dict":
-        kind = type(
-            "Matching",
-            (cls,),
-            {
-                "load_state_dict": lambda self, saved: super(kind, self).load_state_dict(
-                    match_by_name(self, saved)
-                )
-            },
-        )
-        return kind(model.named_parameters(), 0.01)
+        return matching(cls)(model.named_parameters(), 0.01)
     base = cls(model.named_parameters(), 0.01)
     if how == "keyed by name":
         base.register_state_dict_post_hook(keyed_by_name)

@@ -377,7 +377,7 @@ def test_a_step_while_the_probe_is_open_is_refused():
 
 def test_a_probe_without_dense_gradients_is_an_error():
     opt = SGDIRE(make_model().parameters())
-    with pytest.raises(ValueError, match=r"got no gradient, allowed is a backward"), opt.probe():
+    with pytest.raises(ValueError, match="no backward pass inside"), opt.probe():
         pass
     embed = nn.Embedding(5, 3, sparse=True)
     opt = SGDIRE(embed.parameters())
