@@ -1,4 +1,4 @@
-"""The optimizers of the studies: a base, and a base whose steps are stretched by coordinate.
+"""The optimizers of the studies: a base of train_gpt.py, its steps stretched by coordinate.
 
 A rule makes a factor for each coordinate from the curvatures of all. The curvature v of a
 coordinate is the running mean of its squared (clipped) gradient, so no rule costs a backward pass.
@@ -146,39 +146,13 @@ def by_hand(curvature, generator, **multiples):
     return {name: x / mean for name, x in factors.items()}
 
 
+def constants(curvature, generator, **multiples):
+    """The same for any kinds, without the mean: a learning rate of its own for each kind."""
+    kinds = {name: kind_of(name) for name in curvature}
+    return {name: multiples[kind] for name, kind in kinds.items() if kind in multiples}
+
+
 # --------------------------------------------------------------------------- optimizers
-class Base(torch.optim.Optimizer):
-    """AdamW, whose kinds of parameters may take multiples of the learning rate; with a `ratio`,
-    Muon instead on the hidden matrices, with that multiple. The caller sets lr anew before each
-    step."""
-
-    def __init__(self, model, c, multiples=None, ratio=None):
-        multiples = multiples or {}
-        groups = {}
-        for name, p in model.named_parameters():
-            groups.setdefault(kind_of(name), []).append(p)
-        adam, hidden = [], []
-        for kind, params in groups.items():
-            decay = 0.0 if kind == "norm" else c.weight_decay
-            group = {"params": params, "weight_decay": decay, "multiple": multiples.get(kind, 1.0)}
-            if ratio is not None and kind in HIDDEN:
-                hidden.append({**group, "multiple": ratio})
-            else:
-                adam.append(group)
-        self.parts = [torch.optim.AdamW(adam, c.lr, (c.beta1, c.beta2), c.eps, fused=True)]
-        if hidden:
-            self.parts.append(torch.optim.Muon(hidden, c.lr, adjust_lr_fn="match_rms_adamw"))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        for part in self.parts:
-            part.state = self.state
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["lr"] *= group["multiple"]
-        for part in self.parts:
-            part.step()
-
-
 class Stretched(torch.optim.Optimizer):
     """theta = theta_old + factor * (theta_base - theta_old), coordinate by coordinate.
 
@@ -270,7 +244,7 @@ class NorMuon(Stretched):
         return group["lr"] * scaled + decay
 
 
-RULES = {"hard": hard, "rows": rows, "soft": soft, "by hand": by_hand}
+RULES = {"hard": hard, "rows": rows, "soft": soft, "by hand": by_hand, "constants": constants}
 CLASSES = {"lite": Lite, "normuon": NorMuon}
 
 

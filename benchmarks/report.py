@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-import train_gpt
+import common
 
 MISSING = "not measured yet"
 PANELS = (
@@ -128,7 +128,7 @@ def draw(report, path):
     figures = {path: the_map(report), path.with_stem(f"{path.stem}-forms"): the_forms(report)}
     for name, figure in figures.items():
         if figure:
-            train_gpt.write_atomically(name, partial(figure.savefig, format="png"))
+            common.write_atomically(name, partial(figure.savefig, format="png"))
             plt.close(figure)
 
 

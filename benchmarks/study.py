@@ -27,7 +27,6 @@ A run is saved as soon as it is made; a signal ends the script without loss.
 import argparse
 import contextlib
 import copy
-import dataclasses
 import io
 import itertools
 import json
@@ -39,7 +38,6 @@ import sys
 import time
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 
@@ -47,10 +45,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import optimizers
 from report import draw, number, table
-from speed import environment, interleaved, of_base
+from speed import Training, environment, interleaved, of_base
 
+import common
+import text
 import train_gpt
-from ire import IRE
 
 BASES = {"adamw": "AdamW", "muon": "Muon"}
 MODELS = {
@@ -62,7 +61,8 @@ TEXTS = {
     "stdlib-gpt2": {"data": "stdlib", "tokenizer": "gpt2"},
     "bpe-4096": {"data": str(ROOT / "data" / "bpe-4096")},
 }
-TRAINING = ("lr", "seed", "beta2", "eps", "weight_decay", "clip")  # settings of any form
+# Settings of any form that are train_gpt.py's.
+TRAINING = ("lr", "seed", "embedding_lr", "head_lr", "beta2", "eps", "weight_decay", "clip")
 FRESH_SEEDS = tuple(range(101, 109))  # neither a search nor a judgement used them
 
 
@@ -124,7 +124,7 @@ class Study:
         head = json.dumps({**self.plan, **computed}, indent=1)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
         text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]')
-        train_gpt.write_atomically(self.path, lambda f: f.write(text.encode()))
+        common.write_atomically(self.path, lambda f: f.write(text.encode()))
 
     def place(self, name):
         return self.plan["places"][name]
@@ -149,51 +149,54 @@ def key(settings):
 def config(study, settings, out):
     """train_gpt.py's settings of a run. Steps, batch, model and text are the place's."""
     place = study.place(settings["place"])
+    form = study.form(settings["form"])
     steps = round(place["steps"] * settings.get("length", 1))
-    fields = {field.name for field in dataclasses.fields(train_gpt.Config)}
+    fields = {field.name for field in common.fields(train_gpt.Config)}
     shared = {name: value for name, value in study.plan["fixed"].items() if name in fields}
     own = {name: settings[name] for name in TRAINING if name in settings}
-    given = train_gpt.Config(
+    warmup = round(settings["warmup_fraction"] * steps)
+    optimizer = {"optimizer": form["base"]}
+    if form["rule"] == "paper":
+        optimizer = {"optimizer": "admire", "curvature": "fisher", "ire_warmup": warmup}
+        optimizer |= form["settings"]
+    return train_gpt.Config(
         **MODELS[place["model"]],
         **TEXTS.get(place["data"], {"data": place["data"]}),
         **{**shared, **own},
+        **optimizer,
         steps=steps,
         batch_size=place["batch"],
-        warmup=round(settings["warmup_fraction"] * steps),
-        optimizer="admire" if study.form(settings["form"])["rule"] == "paper" else "adamw",
+        warmup=warmup,
+        device="cpu",
         out=str(out),
         overwrite=True,
         log_interval=50,
         eval_interval=steps,
         checkpoint_interval=steps,
     )
-    return train_gpt.complete(given)
 
 
 def builder(study, settings):
     """make_optimizer(model, c) of a run."""
     form = study.form(settings["form"])
-    searched = {name: settings[name] for name in form["settings"] if name in settings}
-    own = {**form["settings"], **searched}
-    multiples = own.pop("multiples", {})
-    for kind in ("embedding", "head"):
-        if f"{kind}_lr" in settings:
-            multiples = {**multiples, kind: settings[f"{kind}_lr"]}
-    ratio = None
-    if form["base"] == "muon":
-        ratio = settings.get("ratio", study.plan["fixed"].get("muon_ratio"))
+    rule = form["rule"]
+    own = {name: settings.get(name, value) for name, value in form["settings"].items()}
+    if "multiples" in own:
+        rule, own = "constants", own["multiples"]
+    ratio = settings.get("ratio", study.plan["fixed"].get("muon_ratio"))
 
     def make_optimizer(model, c):
-        base = optimizers.Base(model, c, multiples, ratio)
-        if form["rule"] is None:
+        base = train_gpt.make_optimizer(model, c)
+        if form["base"] == "muon":
+            for group in base.param_groups:
+                group["lr_scale"] = ratio if group["muon"] else group["lr_scale"]
+        if rule in (None, "paper"):
             return base
-        if form["rule"] == "paper":
-            return IRE(base, **own, warmup=c.warmup, curvature="fisher")
-        if form["rule"] == "rows":
-            data = train_gpt.Data(c)
+        if rule == "rows":
+            data = text.Data(c)
             counts = np.bincount(data.train, minlength=data.vocab)
             own["counts"] = torch.from_numpy(counts).double()
-        return optimizers.stretched(base, model, form["rule"], own, beta=c.beta2, steps=c.steps)
+        return optimizers.stretched(base, model, rule, own, beta=c.beta2, steps=c.steps)
 
     return make_optimizer
 
@@ -207,18 +210,18 @@ def train(study, settings):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loss = train_gpt.train(c, builder(study, settings))["val_loss"]
-    except train_gpt.Diverged:
+    except common.Diverged:
         pass
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    here = environment(c.device)
+    here = environment("cpu")
     seconds = round(time.process_time() - started, 1)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"{now} {settings} {loss} {seconds} s", flush=True)
     return {
         "val_loss": loss,
         "cpu_seconds": seconds,
-        "data": train_gpt.Data(c).sha256[:12],
+        "data": text.Data(c).sha256[:12],
         "finished": now,
         **{name: here[name] for name in ("commit", "torch", "device", "threads")},
     }
@@ -511,32 +514,18 @@ def replicate(study, place, seeds=FRESH_SEEDS):
 
 
 # --------------------------------------------------------------------------- time
-class Timed:
+def timed(study, place, name):
     """A run of a form, to be timed a few steps at a time."""
-
-    def __init__(self, study, place, name):
-        form = study.form(name)
-        settings = {**study.plan["start"], **form["settings"]}
-        settings |= {"place": place, "form": name, "seed": 0}
-        self.c = config(study, settings, ROOT / "runs" / "study" / "timed")
-        self.data = train_gpt.Data(self.c)
-        torch.manual_seed(0)
-        self.model = train_gpt.make_model(self.c, self.data.vocab)
-        self.optimizer = builder(study, settings)(self.model, self.c)
-        self.scaler = torch.amp.GradScaler(self.c.device, enabled=False)
-        self.step = 0
-
-    def __call__(self, steps=10):
-        """So many steps: as many as the factors stay, so that each call has one refresh."""
-        for _ in range(steps):
-            batch = self.data.batch(self.step)
-            train_gpt.train_step(self.model, self.optimizer, batch, self.step, self.c, self.scaler)
-            self.step += 1
+    form = study.form(name)
+    settings = {**study.plan["start"], **form["settings"]}
+    settings |= {"place": place, "form": name, "seed": 0}
+    c = config(study, settings, ROOT / "runs" / "study" / "timed")
+    return Training(c, builder(study, settings))
 
 
 def time_forms(study, place, rounds):
     """Time of ten steps of every form over its base's, with quartiles; all take turns."""
-    times = interleaved({name: Timed(study, place, name) for name in study.plan["forms"]}, rounds)
+    times = interleaved({name: timed(study, place, name) for name in study.plan["forms"]}, rounds)
     rows = {}
     for name in times:
         base = BASES[study.form(name)["base"]]
@@ -581,13 +570,8 @@ def main():
         if place and place not in places:
             allowed = f"a place of {args.file}: {', '.join(places)}"
             parser.error(f"{flag}: got {place}, allowed is {allowed}")
-    lock = ROOT / "runs" / "study" / f"{args.file.stem}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(lock, timeout=0):
-            return go_on(study, args)
-    except filelock.Timeout:
-        sys.exit(f"study.py: another process works on {args.file}")
+    with common.locked(ROOT / "runs" / "study" / args.file.stem):
+        return go_on(study, args)
 
 
 def go_on(study, args):
@@ -610,6 +594,6 @@ def go_on(study, args):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (train_gpt.Halt, OSError) as e:
+    except (common.Halt, OSError) as e:
         print(f"study.py: {e}", file=sys.stderr)
         sys.exit(getattr(e, "code", 1))

@@ -1,7 +1,6 @@
 """benchmarks/study.py: optimizers against naive ones, search, plan, judging, replicate, figures."""
 
-import fcntl
-import functools
+import dataclasses
 import json
 import math
 import sys
@@ -16,12 +15,14 @@ import optimizers  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 
+import common  # noqa: E402
+import llama  # noqa: E402
 import train_gpt  # noqa: E402
-from ire import IRE, SoftIRE  # noqa: E402
+from ire import IRE, SoftIRE, hidden_matrices  # noqa: E402
 
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 MAP = ROOT / "results" / "map.json"
-SMALL = {"layers": 1, "width": 8, "heads": 2, "ffn": 12, "context": 8, "device": "cpu"}
+SMALL = {"layers": 1, "width": 8, "heads": 2, "ffn": 12, "context": 8, "dtype": "float32"}
 Q, K, V, OUT = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo")
 UP = "model.layers.0.mlp.up_proj.weight"
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
@@ -30,13 +31,13 @@ HEAD, NORM = "lm_head.weight", "model.norm.weight"
 # --------------------------------------------------------------------------- rules
 def small_run(build, steps=7):
     """A small model after some steps of build(model, c), and its optimizer."""
-    c = train_gpt.complete(train_gpt.Config(**SMALL, lr=0.01, optimizer="adamw", beta2=0.98))
+    c = train_gpt.Config(**SMALL, lr=0.01, optimizer="adamw", beta2=0.98)
     torch.manual_seed(0)
-    model = train_gpt.Llama(c, 16)
+    model = llama.Llama(c, 16)
     opt = build(model, c)
     for i in range(steps):
         for group in opt.param_groups:
-            group["lr"] = 0.01 / (i + 1)
+            group["lr"] = 0.01 / (i + 1) * group["lr_scale"]
         tokens = torch.randint(12, (2, 8), generator=torch.Generator().manual_seed(i))
         model(tokens, tokens.roll(-1, 1)).backward()
         opt.step()
@@ -48,15 +49,21 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+adamw = train_gpt.make_optimizer
+
+
 def muon_base(model, c):
-    return optimizers.Base(model, c, ratio=2.0)
+    base = train_gpt.make_optimizer(model, dataclasses.replace(c, optimizer="muon"))
+    for group in base.param_groups:
+        group["lr_scale"] = 2.0 if group["muon"] else 1.0
+    return base
 
 
 def on_top(base, rule, settings, steps=7):
     """build: a rule on top of "adamw" or "muon"."""
 
     def build(model, c):
-        inner = (muon_base if base == "muon" else optimizers.Base)(model, c)
+        inner = (muon_base if base == "muon" else adamw)(model, c)
         return optimizers.stretched(inner, model, rule, settings, beta=0.98, steps=steps)
 
     return build
@@ -83,8 +90,7 @@ def test_the_hard_rule_is_ire():
     """On top of AdamW, whose second moment is the running mean that the rule keeps."""
 
     def ire(model, c):
-        base = optimizers.Base(model, c).parts[0]  # torch's AdamW
-        return IRE(base, kappa=2.0, gamma=0.7, curvature="second_moment", interval=10)
+        return IRE(adamw(model, c), kappa=2.0, gamma=0.7)
 
     mask = {"kappa": 2.0, "gamma": 0.7}
     ours, plain = (on_top("adamw", "hard", own, 25) for own in (mask, {**mask, "kappa": 0.0}))
@@ -94,10 +100,7 @@ def test_the_hard_rule_is_ire():
 @muon
 def test_the_soft_rule_is_soft_ire():
     def soft_ire(model, c):
-        base = muon_base(model, c)
-        for group in base.parts[0].param_groups:
-            group["kappa"] = 0.0
-        return SoftIRE(base, alpha=0.3, beta=c.beta2)
+        return SoftIRE(muon_base(model, c), params=hidden_matrices(model), beta=c.beta2)
 
     ours, plain = (on_top("muon", "soft", {"alpha": alpha}, 15) for alpha in (0.3, 0.0))
     check_same((ours, 15), (soft_ire, 15), (plain, 15))  # later a rounding meets Muon's bfloat16
@@ -190,11 +193,11 @@ def test_a_step_is_the_bases_times_the_factor():
         def rule(curvature, generator):
             return {UP: torch.full_like(curvature[UP], 2.5)}
 
-        return optimizers.Stretched(optimizers.Base(model, c), model, rule, {}, beta=0.98)
+        return optimizers.Stretched(adamw(model, c), model, rule, {}, beta=0.98)
 
     before = weights(small_run(build, 0)[0])
     after = weights(small_run(build, 1)[0])
-    base = weights(small_run(optimizers.Base, 1)[0])
+    base = weights(small_run(adamw, 1)[0])
     for name in before:
         if name == UP:
             expected = before[name] + 2.5 * (base[name] - before[name])
@@ -214,15 +217,6 @@ def test_a_fifth_of_the_run(when):
         a, b = (weights(small_run(build, steps)[0]) for build in (form, starts_as))
         same = all(torch.equal(a[name], b[name]) for name in a)
         assert same == (steps <= 2)
-
-
-@muon
-def test_muon_moves_hidden_matrices_and_adamw_the_rest():
-    model, opt = small_run(muon_base, 1)
-    plain, _ = small_run(optimizers.Base, 1)
-    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
-        assert torch.equal(p, q) != optimizers.is_hidden(name), name
-    assert {group["lr"] for group in opt.param_groups} == {0.01, 0.02}
 
 
 @muon
@@ -275,15 +269,14 @@ def test_a_mask_in_one_part_of_the_model(curvature, only):
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
-def test_multiples_of_the_learning_rate():
-    """On the first step AdamW moves each coordinate by its lr."""
-    build = functools.partial(optimizers.Base, multiples={"head": 4.0})
-    before, plain, longer = (
-        weights(small_run(b, n)[0]) for b, n in ((build, 0), (optimizers.Base, 1), (build, 1))
-    )
+def test_constants_are_learning_rates():
+    """On the first step AdamW moves each coordinate by its lr, and by its decay."""
+    longer = on_top("adamw", "constants", {"head": 4.0, "vo": 2.0})
+    runs = ((adamw, 0), (adamw, 1), (longer, 1))
+    before, plain, after = (weights(small_run(*run)[0]) for run in runs)
     for name, start in before.items():
-        factor = 4 if name == HEAD else 1
-        torch.testing.assert_close(longer[name] - start, factor * (plain[name] - start))
+        factor = {HEAD: 4, V: 2, OUT: 2}.get(name, 1)
+        torch.testing.assert_close(after[name] - start, factor * (plain[name] - start))
 
 
 # --------------------------------------------------------------------------- search
@@ -509,7 +502,11 @@ def test_what_was_made_is_kept_when_a_signal_comes(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(two, monkeypatch):
     old = two.path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         two.loss({**two.runs[0]["settings"], "seed": 99})
     assert two.path.read_bytes() == old
@@ -533,11 +530,8 @@ def test_runs_of_another_commit_are_not_mixed_in_silence(two, monkeypatch, capsy
 
 
 def test_two_processes_do_not_write_one_file(two, monkeypatch):
-    lock = two.path.parent / "runs" / "study" / "two.lock"
-    lock.parent.mkdir(parents=True)
-    with open(lock, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another process works on"):
+    with common.locked(two.path.parent / "runs" / "study" / "two"):
+        with pytest.raises(common.BadInput, match="no other process uses"):
             call(monkeypatch, two.path, "--summary")
 
 
