@@ -68,24 +68,24 @@ class IRE(_Wrapper):
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. So embedding rows that no batch used come first, as their curvature is 0. So do
+        flat. Embedding rows that no batch has used come first, as their curvature is 0. So do
         branches that begin at zero; a warmup of one interval avoids this.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
-    curvature: the loss is flat where the curvature is small.
+    curvature: what tells where the loss is flat.
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
-            keeps one for all parameters (`exp_avg_sq`, Adam). Otherwise IRE keeps one, in 4 bytes
-            per parameter. That one remembers a gradient spike even if the base skips the step, so
-            clip the gradients first.
+            keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
+            4 bytes per parameter. A gradient spike counts there even if the base skips the step,
+            so clip the gradients first.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
-    beta: decay per step of the mean that IRE keeps, in [0, 1).
+    beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
     `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
     group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
     are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
-    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute for the
-    base must be set on `opt.base`. A base with its own copy of the weights undoes the longer steps.
-    Raises ValueError: an argument out of range. RuntimeError: a step inside a probe.
+    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute that is
+    meant for the base is set on `opt.base`. A base that keeps its own copy of the weights undoes
+    the longer steps. Raises ValueError if an argument is out of range.
     """
 
     _mask = ("flat", torch.bool)  # name in a saved state, dtype
@@ -117,16 +117,16 @@ class IRE(_Wrapper):
 
     @torch.compiler.disable
     def step(self, closure=None):
-        """theta_new = theta_base + kappa * mask * (theta_base - theta), where the base's step leads
-        from theta to theta_base. Returns what the base returns. Before `warmup`, without a mask,
-        and where kappa is 0, this is the base's step exactly."""
+        """Algorithm 1: theta_new = theta_base + kappa * mask * (theta_base - theta), where the base
+        leads from theta to theta_base. Returns what the base returns. Before `warmup`, without a
+        mask, and where kappa is 0, this is the base's step exactly."""
         _check_settings(self)
         t = self.param_groups[0]["ire_step"]
         counts = not _is_rehearsal(self)
         params = self._lengthened()
-        old = {p: _values(p).clone() for p in params if t >= self.warmup}
+        old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
 
-        loss = self.base.step() if closure is None else self.base.step(closure)
+        loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
         squares = self._squares(params, counts) if self.curvature == "squares" else {}
         self._begin_masks(p for p in params if p in squares or p.grad is not None)
@@ -334,14 +334,14 @@ class SoftIRE(IRE):
         median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
         if not _is_usable(self, median, curvature):
             return
-        factors = [_values(self.masks[p]) for p in curvature]
-        for factor, x in zip(factors, h, strict=True):
+        factors = [self.masks[p] for p in curvature]
+        for factor, x in zip(map(_values, factors), h, strict=True):
             factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
             factor.clamp_(1 / self.limit, self.limit)
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
-        total = _total(lambda x: x.sum(dtype=torch.float64), [self.masks[p] for p in curvature])
-        for factor, x in zip(factors, h, strict=True):
+        total = _total(lambda parts: sum(x.sum(dtype=torch.float64) for x in parts), factors)
+        for factor, x in zip(map(_values, factors), h, strict=True):
             factor.div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
 
 
@@ -399,7 +399,7 @@ class SAM(_Wrapper):
         scaled = [_gradient(p).detach() * scale for p, scale in zip(params, scales, strict=True)]
         products = [x * scale for x, scale in zip(scaled, scales, strict=True)]
         direction = {p: _values(x) for p, x in zip(params, products, strict=True)}
-        square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled)
+        square = _total(lambda parts: sum(_square(x) for x in parts), scaled)
         return direction, float(square) ** 0.5
 
 
@@ -496,26 +496,29 @@ def kth_smallest(tensors, k, group=None):
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
     do. So a histogram of 65,536 bins for every 16 bits finds the element, without a copy of all
     tensors."""
-    tensors = list(tensors)
+    tensors = list(tensors) or [torch.empty(0)]
     fits = all(x.is_floating_point() for x in tensors)
     _require(fits, "tensors", sorted({str(x.dtype) for x in tensors}), "floating dtypes")
     wide = any(x.dtype == torch.float64 for x in tensors)
     floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     prefix = None  # the bits that are known
 
-    def histogram(x):  # of the next 16 bits of the elements that begin with `prefix`
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
-        for part in x.flatten().split(1 << 20):
-            digits = part.to(floats).abs().view(ints) >> shift
-            if prefix is not None:
-                digits = digits[digits >> 16 == prefix] & 0xFFFF
-            counts += torch.bincount(digits, minlength=1 << 16)
+    def histogram(parts):  # of the next 16 bits of the elements that begin with `prefix`
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
+        small = [x.flatten() for x in parts if x.numel() < 1 << 18]
+        large = [x.flatten() for x in parts if x.numel() >= 1 << 18]
+        for x in [torch.cat(small), *large] if small else large:
+            for piece in x.split(1 << 20):
+                digits = piece.to(floats).abs().view(ints) >> shift
+                if prefix is not None:
+                    digits = digits[digits >> 16 == prefix] & 0xFFFF
+                counts += torch.bincount(digits, minlength=1 << 16)
         return counts
 
     shift = torch.finfo(floats).bits
     while shift > 0:
         shift -= 16
-        counts = _total(histogram, tensors, group).cpu()
+        counts = _total(histogram, tensors, group)
         if prefix is None:
             n = int(counts.sum())
             _require(isinstance(k, numbers.Integral) and 1 <= k <= n, "k", k, f"1 to n = {n}")
@@ -542,8 +545,8 @@ def _adams_squares(ire, params):
     for group in ire.param_groups:
         for p in [p for p in group["params"] if p in wanted]:
             entry = ire.state.get(p, {})
-            if not entry and p.grad is None:
-                continue
+            if not entry and (p.grad is None or "betas" in group):
+                continue  # not yet: the base may skip its first step
             v = entry.get("exp_avg_sq")
             rotated = "Q" in entry  # SOAP keeps it in another basis
             if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
@@ -592,7 +595,11 @@ def _warn(ire, text):
 
 
 def _nonzero(tensors):
-    return int(_total(torch.count_nonzero, tensors))
+    return int(_total(lambda parts: sum(x.count_nonzero() for x in parts), tensors))
+
+
+def _square(x):
+    return torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2
 
 
 def _wide(x):
@@ -645,7 +652,10 @@ def _put_back(params, models, seed):
         p.grad = None
     try:
         with torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(seed % 2**63)
+            # torch.manual_seed would also seed devices that are not in use.
+            torch.default_generator.manual_seed(seed % 2**63)
+            if used:
+                torch.get_device_module(kind).manual_seed_all(seed % 2**63)
             yield
     finally:
         _OPEN.difference_update(opened)
@@ -709,16 +719,15 @@ def _without_ours(ire, saved):
 
 def _save(ire):
     """The base's state_dict with ours in it."""
-    hooked = []
-
-    def add(_, saved):
-        hooked.append(True)
-        return _with_ours(ire, saved)
-
-    handle = ire.base.register_state_dict_post_hook(add, prepend=True)
-    saved = ire.base.state_dict()
-    handle.remove()
-    return saved if hooked else _with_ours(ire, saved)  # some bases call no hooks
+    handle = ire.base.register_state_dict_post_hook(lambda _, x: _with_ours(ire, x), prepend=True)
+    try:
+        saved = ire.base.state_dict()
+    finally:
+        handle.remove()
+    entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
+    if any(ire._mask[0] in entry for entry in entries):
+        return saved
+    return _with_ours(ire, saved)  # of a base that calls no hooks, or makes its state after them
 
 
 def _load(ire, saved):
@@ -774,19 +783,20 @@ def _shard_groups(x):
 
 
 def _total(measure, tensors, group=None):
-    """The sum of measure(x) over all tensors and ranks. Replicas are alike and count once."""
-    totals = {}
+    """The sum of measure([tensors of one device]) over all devices and ranks. Replicas are alike
+    and count once."""
+    by_place = {}
     for x in tensors:
         groups = tuple(_shard_groups(x)) or (group,)
-        value = measure(_values(x))
-        totals[groups] = (
-            value.to(totals[groups].device) + totals[groups] if groups in totals else value
-        )
-    for groups, total in totals.items():
+        by_place.setdefault((x.device, groups), []).append(_values(x))
+    totals = []
+    for (_, groups), parts in by_place.items():
+        total = measure(parts)
         for each in groups:
             if each is not None:
                 dist.all_reduce(total, group=each)
-    return sum(total.cpu() for total in totals.values())
+        totals.append(total.cpu())
+    return sum(totals)
 
 
 def _check_agreement(threshold, params):
@@ -849,11 +859,11 @@ def _check_settings(wrapper):
     else:
         both = wrapper.adaptive and wrapper.average
         _require(not both, "adaptive", wrapper.adaptive, "False where average is True")
-    found = [vars(wrapper), *wrapper.param_groups]
+    groups = [{name: group[name] for name in wrapper.settings} for group in wrapper.param_groups]
     soft = {"kappa": (lambda x: 0 <= x <= 1, "a number in [0, 1]")}
     allowed = _ALLOWED | (soft if isinstance(wrapper, SoftIRE) else {})
-    for settings in found:
-        for name in allowed.keys() & settings.keys() - wrapper.defaults.keys():
+    for settings in [vars(wrapper), *groups]:
+        for name in allowed.keys() & settings.keys():
             fits, words = allowed[name]
             value = settings[name]
             number = isinstance(value, (numbers.Real, torch.Tensor)) and math.isfinite(value)
