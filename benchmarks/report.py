@@ -81,6 +81,7 @@ def cells(row, names):
     if row["form"] != row["base"]:
         found["on top of"] = row["base"]
         found["gain"] = number(row["gain"], row["gain_stderr"], "+")
+        found["gain"] += " (commits differ)" if row["commits"] > 1 else ""
         found["steps saved"] = saved(row)
         if row["pooled_stderr"] is not None:
             found["pooled"] = f"± {row['pooled_stderr']:.4f}"
@@ -96,7 +97,20 @@ def table(report):
     heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(row[head] for head in heads)} |" for row in rows]
-    return "\n".join([*lines, LEFT_OUT, *missing(report)])
+    return "\n".join([*lines, LEFT_OUT, *changes(report), *missing(report)])
+
+
+def changes(report):
+    """Is a form tuned as far as it goes? The best of the changes of one setting, a line each."""
+    found = {}
+    for row in report.get("changes", ()):
+        if "length" not in row["changed"]:
+            found.setdefault((row["form"], row["place"]), []).append(row)
+    for (form, place), rows in found.items():
+        best = max(rows, key=lambda row: row["gain"])
+        words = ", ".join(f"{name} {value:g}" for name, value in best["changed"].items())
+        gain = number(best["gain"], best["gain_stderr"], "+")
+        yield f"\n{form} at {place}: the best of {len(rows)} changes, {words}, gains {gain}"
 
 
 def missing(report):

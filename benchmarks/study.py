@@ -27,6 +27,7 @@ A run is saved as soon as it is made; a signal ends the script without loss.
 import argparse
 import contextlib
 import copy
+import hashlib
 import io
 import itertools
 import json
@@ -120,11 +121,15 @@ class Study:
     def save(self):
         """Writes the file whole or not at all, each run on a line of its own."""
         command = f"python benchmarks/study.py results/{self.path.name}"
-        computed = {"command": command, "gains": gains(self), "runs": []}
-        head = json.dumps({**self.plan, **computed}, indent=1)
+        computed = {"command": command, "gains": gains(self), "changes": gains_of_changes(self)}
+        head = json.dumps({**self.plan, **computed, "runs": []}, indent=1)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
-        text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]')
-        common.write_atomically(self.path, lambda f: f.write(text.encode()))
+        content = head.replace('"runs": []', f'"runs": [\n{runs}\n ]').encode()
+        common.write_atomically(self.path, lambda f: f.write(content))
+
+    def commits(self, settings, seeds):
+        """Those of the runs with these seeds."""
+        return {self.index[key({**settings, "seed": seed})].get("commit") for seed in seeds}
 
     def place(self, name):
         return self.plan["places"][name]
@@ -221,7 +226,7 @@ def train(study, settings):
     return {
         "val_loss": loss,
         "cpu_seconds": seconds,
-        "data": text.Data(c).sha256[:12],
+        "data": hashlib.sha256(text.Data(c).train).hexdigest()[:12],
         "finished": now,
         **{name: here[name] for name in ("commit", "torch", "device", "threads")},
     }
@@ -326,7 +331,9 @@ def changes(study):
     a factor; beta2 in its distance from 1. `length` is in steps of the place."""
     for place, names, settings, factors, seeds in study.plan.get("changed", ()):
         for name in names:
-            best = {"length": 1.0, **study.plan["fixed"], **tuned(study, place, name)[0]}
+            best = {"length": 1.0, **study.plan["fixed"]}
+            with contextlib.suppress(NotHeld):
+                best |= tuned(study, place, name)[0]
             for setting, factor in itertools.product(settings, factors):
                 if setting in best:
                     value = best[setting] * factor
@@ -359,6 +366,7 @@ def gains(study):
     steps_saved: the share of the base's steps that the form does without, from the base's losses at
     the lengths that were run at this batch; None while there is one length only.
     at_edge: the settings whose best value is the last of the grid, so that a better may lie beyond.
+    commits: how many made the runs that are compared.
     """
     study = study.only_held()
     rows = {}
@@ -373,6 +381,23 @@ def gains(study):
     return rows
 
 
+def gains_of_changes(study):
+    """The gain of each changed setting on top of the tuned form itself, seed by seed."""
+    study = study.only_held()
+    rows = []
+    for place, name, changed, seeds in changes(study):
+        with contextlib.suppress(NotHeld):
+            losses = judged(study, place, name, seeds, **changed)
+            reference = judged(study, place, name, losses)
+            if losses and len(losses) == len(reference):
+                row = {"place": place, "form": name, "changed": changed, "seeds": list(losses)}
+                row["gain"], row["gain_stderr"] = mean(
+                    reference[seed] - loss for seed, loss in losses.items()
+                )
+                rows.append(row)
+    return rows
+
+
 def pooled(rows, seeds):
     """The standard error of a mean over so many seeds, from the variances of the rows' gains."""
     squares = sum(r["gain_stderr"] ** 2 * len(r["seeds"]) * (len(r["seeds"]) - 1) for r in rows)
@@ -383,12 +408,13 @@ def gain(study, place, name, seeds):
     """A row of `gains`; None where no seed is judged."""
     form = study.form(name)
     settings, trials = tuned(study, place, name)
-    losses = study.over(settings, seeds)
-    reference = judged(study, place, form["against"], seeds)
+    base, _ = tuned(study, place, form["against"])
+    losses, reference = study.over(settings, seeds), study.over(base, seeds)
     seeds = [seed for seed in losses if seed in reference]
     if not seeds:
         return None
     row = {"place": place, "form": name, "base": form["against"], "trials": trials, "seeds": seeds}
+    row["commits"] = len(study.commits(settings, seeds) | study.commits(base, seeds))
     row |= {setting: x for setting, x in settings.items() if setting not in ("place", "form")}
     row["at_edge"] = at_edge(study, name, settings)
     losses = {seed: losses[seed] for seed in seeds}
@@ -501,6 +527,9 @@ def replicate(study, place, seeds=FRESH_SEEDS):
     apart = abs(value - row["gain"])
     allowed = half_interval(new, old)
     agrees = apart <= allowed
+    texts = {run.get("data") for run in study.runs if run["settings"]["place"] == place}
+    if not {run.get("data") for run in fresh.runs if run["settings"]["place"] == place} <= texts:
+        print("The text is another one than the file's: losses differ, gains may be compared.")
     for form, found in losses.items():
         print(f"{form}: loss {number(*mean(found.values()))} on seeds {seeds[0]} to {seeds[-1]}")
     print(f"{name} on top of {base} at {place}: gain, positive is better, and its 95% interval")

@@ -49,7 +49,9 @@ def test_the_commands_for_a_gpu_are_understood(h100, step):
             c = train_gpt.complete(train_gpt.configure(given, names))
             assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
         if script == "train_cifar.py":
-            assert train_cifar.configure(common.parse(train_cifar.Config, "", rest)).device == "cuda"
+            assert (
+                train_cifar.configure(common.parse(train_cifar.Config, "", rest)).device == "cuda"
+            )
         if script == "benchmarks/speed.py":
             assert rest[0] in speed.WHAT
 

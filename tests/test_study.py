@@ -451,6 +451,10 @@ def test_one_setting_of_a_tuned_form_is_changed(two):
     changed = [run["settings"] for run in two.runs if run["settings"]["form"] == "AdamW"][-4:]
     values = [(run["lr"], run.get("beta2"), run["seed"]) for run in changed]
     assert values == [(1.0, None, 1), (4.0, None, 1), (2.0, 0.99, 1), (2.0, 0.96, 1)]
+    rows = [row for row in study.gains_of_changes(two) if row["form"] == "AdamW"]
+    assert [row["gain"] for row in rows] == pytest.approx([-0.1, -0.2, 0, 0])
+    text = report.table(json.loads(two.path.read_text()))
+    assert "AdamW at a: the best of 4 changes, beta2 0.99, gains +0.0000" in text
 
 
 # --------------------------------------------------------------------------- replicate
@@ -525,6 +529,15 @@ def test_runs_of_another_commit_are_not_mixed_in_silence(two, monkeypatch, capsy
         call(monkeypatch, two.path)
     assert call(monkeypatch, two.path, "--another-commit") == 0  # nothing was missing
     assert call(monkeypatch, two.path, "--summary") == 0
+    assert "(commits differ)" not in capsys.readouterr().out
+    for run in two.runs:
+        if run["settings"]["form"] == "soft":
+            run["commit"] = "def"
+    two.save()
+    assert call(monkeypatch, two.path, "--summary") == 0
+    assert capsys.readouterr().out.count("(commits differ)") == 1
+    two.runs = [{**run, "commit": "abc"} for run in two.runs]
+    two.save()
     monkeypatch.setattr(study, "environment", lambda device: {"commit": "abc"})
     assert call(monkeypatch, two.path) == 0
 
