@@ -161,31 +161,38 @@ def the_rates(report):
         if at["seed"] == 0 and run["val_loss"] and "length" not in at:
             curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
             curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))
-    panels = [place for place in report["places"] if place in curves]
+    for place in curves:
+        curves[place] = {form: curve for form, curve in curves[place].items() if len(curve) > 2}
+    panels = [place for place in report["places"] if curves.get(place)]
     if not panels:
         return None
+    forms = [form for form in report["forms"] if any(form in curves[place] for place in panels)]
+    colors = {form: f"C{i % 10}" for i, form in enumerate(forms)}
     rows = -(-len(panels) // 3)
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10.5, 2.9 * rows), layout="constrained")
-        axes = figure.subplots(rows, 3, squeeze=False).flat
-        for place, panel in zip(panels, axes, strict=False):
+        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 2.7 * rows + 0.6), squeeze=False)
+        figure.set_layout_engine("constrained")
+        for place, panel in zip(panels, axes.flat, strict=False):
             judged = {row["form"]: row for row in report["gains"] if row["place"] == place}
             for form, curve in curves[place].items():
-                if len(curve) > 2:
-                    draw_curve(panel, form, curve, judged.get(form))
+                draw_curve(panel, curve, judged.get(form), colors[form])
             panel.set(xscale="log", xlabel="learning rate", ylabel="loss", title=place)
-            panel.legend(fontsize=6)
-        for panel in list(figure.axes)[len(panels) :]:
+            rates = sorted({lr for curve in curves[place].values() for lr in curve})[::2]
+            panel.set_xticks(rates, [f"{lr:.1g}" for lr in rates])
+            panel.set_xticks([], minor=True)
+        for panel in axes.flat[len(panels) :]:
             panel.remove()
+        lines = [plt.Line2D([], [], color=colors[form], label=form) for form in forms]
+        figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
-def draw_curve(panel, form, curve, row):
+def draw_curve(panel, curve, row, color):
     rates = sorted(curve)
-    line = panel.plot(rates, [curve[lr] for lr in rates], marker=".", lw=1, label=form)[0]
+    panel.plot(rates, [curve[lr] for lr in rates], marker=".", lw=1, color=color)
     if row:
         rates = [row["lr"]] * len(row["losses"])
-        panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=line.get_color())
+        panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=color)
 
 
 def the_map(report):
