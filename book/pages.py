@@ -34,6 +34,9 @@ def rst(docstring):
 def prose(line, before):
     """A line outside of examples. A term stands after a blank line, a sentence or another term."""
     line = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line)
+    value = re.match(r'    ("[a-z]+"): (.*)', line)
+    if value:  # of the argument above
+        return ["", f"    ``{value[1]}``", f"        {value[2]}"]
     term = re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line)
     if term and (before[:1] in ("", " ") or before.endswith(".")):
         names = term[1].replace(", ", "``, ``")

@@ -6,6 +6,7 @@ import contextlib
 import html
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -411,41 +412,65 @@ def test_the_valley_computes_what_the_toy_computes(tmp_path):
 PLAY = """<title></title><iframe id=f width=390 height=800 src="book/intro.html"></iframe><script>
     f.onload = () => setTimeout(() => {
         const d = f.contentDocument, W = f.contentWindow, log = [];
-        const map = d.querySelector(".ire-valley canvas.map");
-        const note = () => log.push(d.querySelector(".ire-limits").textContent);
-        const pointer = (type, x, y) => {
+        const find = s => d.querySelector(".ire-valley " + s);
+        const map = find("canvas.map");
+        const text = s => find(s).textContent.replace(/\\s+/g, " ");
+        const red = s => find(s + " + .ire-scale").style.getPropertyValue("--limit");
+        const note = () => log.push([
+            text("label") + text("label + label"), text(".ire-note"), text(".ire-legend"),
+            (find("[aria-pressed=true]") || {}).textContent, parseFloat(red(".eta")),
+            parseFloat(red(".kappa"))]);
+        const pointer = (type, x, y, buttons) => {
             const r = map.getBoundingClientRect();
             map.dispatchEvent(new W.PointerEvent(type, {bubbles: true, pointerType: "touch",
-                clientX: r.left + x * r.width, clientY: r.top + y * r.height}));
+                clientX: r.left + 50 + x * (r.width - 60), buttons,
+                clientY: r.top + 24 + y * (r.height - 62)}));
         };
-        note();
-        pointer("pointerdown", 0.9, 0.4); pointer("pointermove", 0.75, 0.25);
-        pointer("pointerup", 0.75, 0.25); note();
-        pointer("pointermove", 0.2, 0.2); note();  // no longer held
-        map.dispatchEvent(new W.KeyboardEvent("keydown", {key: "ArrowLeft"})); note();
         const set = (name, value) => {
-            const slider = d.querySelector(".ire-valley input." + name);
+            const slider = find("input." + name);
             slider.value = value;
             slider.dispatchEvent(new W.Event("input"));
             note();
         };
+        note();
+        for (const button of d.querySelectorAll(".ire-valley button")) {
+            button.click();
+            note();
+        }
+        d.querySelector(".ire-valley button").click();
+        set("eta", 1.5);
         set("eta", 2.5);
-        d.querySelector(".ire-valley button").click(); note();
+        find("button").click();
         set("kappa", 4.5);
-        const figure = d.querySelector(".ire-valley figure");
-        log.push(W.getComputedStyle(figure).display);
+        find("button").click();
+        pointer("pointerdown", 0.9, 0.4, 1); pointer("pointermove", 0.75, 0.25, 1); note();
+        pointer("pointermove", 0.2, 0.2, 0); note();  // no longer held
+        map.dispatchEvent(new W.KeyboardEvent("keydown", {key: "ArrowLeft"})); note();
+        log.push(W.getComputedStyle(find("figure")).display);
         document.title = JSON.stringify(log);
     }, 3000)</script>"""
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-def test_the_valley_is_dragged_by_pointer_keys_and_sliders(book, tmp_path):
+def test_the_valley_tells_its_story_and_follows_pointer_keys_and_sliders(book, tmp_path):
     (book / "play.html").write_text(PLAY)
-    first, dragged, held, key, eta, reset, kappa, figure = browse(book, "play.html", tmp_path)
-    assert "(1.00, 0.0100)" in first and "κ_max = 19999" in first and "diverges" not in first
-    assert "(0.600, 0.0160)" in dragged and held == dragged
-    assert "(0.552, 0.0160)" in key
-    assert "η is over its limit 2 / λ = 1.53" in eta and "Gradient descent diverges" in eta
-    assert reset == first
-    assert "κ over its own, κ_max = 19999" in kappa and "IRE diverges" in kappa
+    first, *scenes, eta, more, kappa, dragged, held, key, figure = browse(
+        book, "play.html", tmp_path
+    )
+    stalls, moves, far, quadratic, curved = scenes
     assert figure == "none"  # the figure that stands there without JavaScript
+    assert first == moves and moves[3] == "IRE moves on"
+    assert re.findall(r"u ends at ([\d.]+)", moves[2]) == ["0.993", "0.928", "0.743", "0.010"]
+    assert "1, at its limit 1 " in stalls[0] and moves[4] == 100 * 1 / 2.5  # red from there on
+    assert "9000, under its limit 19999 " in moves[0]
+    assert "20000, over its limit 19999 " in far[0] and "diverges in 10 steps" in far[2]
+    assert far[5] == pytest.approx(100 * math.log10(20000) / 4.5)
+    assert re.findall(r"after (\d+) steps", quadratic[2]) == ["126", "18"]
+    assert re.findall(r"after (\d+) steps", curved[2]) == ["4", "93"] and "IRE loses" in curved[1]
+    assert "1.5, over its limit 1 " in eta[0] and "thrown to a flatter place" in eta[1]
+    assert eta[3] is None  # no button is pressed any more
+    assert more[2].startswith("● gradient descent: diverges") and "thrown" not in more[1]
+    assert "IRE, κ = 31622: diverges" in kappa[2]
+    assert dragged[4] == pytest.approx(100 * 2 / (1 + 0.8**2) / 2.5)  # the start is (0.8, 0.016)
+    assert "its limit 7812 " in dragged[0] and held == dragged
+    assert key[4] == pytest.approx(100 * 2 / (1 + 0.768**2) / 2.5) and key[5] == dragged[5]
