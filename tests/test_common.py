@@ -1,0 +1,348 @@
+"""common.py by a script of a few lines, small_script.py: each rule of the scripts once."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_script
+import torch
+
+import common
+
+SCRIPT = Path(small_script.__file__)
+RUN = Path("runs/small")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def small(flags=""):
+    """Runs the command line here: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = small_script.main(shlex.split(flags))
+        except SystemExit as e:
+            code = e.code
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+def done(flags=""):
+    """The same for a run that must end well: stdout."""
+    code, out, err = small(flags)
+    assert (code, err) == (0, "")
+    return out
+
+
+def start(flags="", command=(SCRIPT,)):
+    """The same in a process of its own."""
+    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
+    return subprocess.Popen(
+        [sys.executable, *command, *shlex.split(flags)],
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(ready, process):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def files(root="."):
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
+
+
+def refused(flags, *says):
+    """Exit code 2, one line that says all of this, and no file was touched."""
+    before = files()
+    code, _, err = small(flags)
+    assert code == 2 and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
+    for part in says:
+        assert re.search(part, err), (part, err)
+    assert files() == before
+
+
+def walked(folder=RUN):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["x"]
+
+
+def log(folder=RUN):
+    return [(line["step"], line["loss"]) for line in common.read_log(folder)]
+
+
+# -------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--steps 0", ("--steps", "got 0", "1 or more")),
+        ("--steps 1.5", ("--steps", "got '1.5'", "1 or more")),
+        ("--lr nan", ("--lr", "got nan", "above 0")),
+        ("--optimizer adamm", ("--optimizer", "got 'adamm'", "sgd, adam")),
+        ("--preset middle", ("--preset", "got 'middle'", "short, long")),
+        ("--momentumm 0", ("no flag --momentumm", "did you mean --momentum?")),
+        ("--lr=1 --opt=sgd", ("no flag --opt=sgd", "--help")),
+        ("--steps", ("--steps", "expected one argument")),
+        ("--out ''", ("--out", "got ''", "not empty")),
+        ("--device cuda", ("--device", "got 'cuda'", "this machine has: .*cpu")),
+        ("--dtype float16 --device cpu", ("--dtype", "got 'float16'", "bfloat16")),
+        ("--resume --out a", ("a is not the folder of a run",)),
+        ("--config none.json", ("--config", "none.json", "JSON")),
+    ),
+)
+def test_wrong_flags_and_values(flags, says):
+    refused(flags, *says)
+
+
+def test_help_shows_every_flag_with_its_default():
+    code, out, _ = small("--help")
+    assert code == 0 and all(common.flag(f.name) in out for f in common.fields(small_script.Config))
+    assert "100% for the test; sgd, adam (default sgd)" in out
+
+
+def test_preset_then_config_then_typed():
+    Path("c.json").write_text(json.dumps({"steps": 7, "lr": 0.5, "momentum": 0.1}))
+    done("--preset long --config c.json --lr 0.25")
+    config = common.read_json(RUN / "config.json")
+    values = {name: config[name] for name in ("optimizer", "steps", "momentum", "lr")}
+    assert values == {"optimizer": "adam", "steps": 7, "momentum": 0.1, "lr": 0.25}
+
+
+def test_a_runs_config_gives_what_its_user_gave():
+    done("--steps 4 --lr 0.5")  # the short preset followed from the defaults
+    done("--config runs/small/config.json --preset long --out b")
+    config = common.read_json("b/config.json")
+    assert (config["steps"], config["lr"], config["optimizer"]) == (4, 0.5, "adam")
+
+
+@pytest.mark.parametrize("content, says", (("[", "JSON"), ('{"stepz": 3}', "did you mean steps")))
+def test_a_config_with_faults(content, says):
+    Path("c.json").write_text(content)
+    refused("--config c.json", says)
+
+
+def test_a_typed_flag_that_nothing_reads():
+    refused("--optimizer adam --momentum 0.5", "--momentum: got 0.5", "--optimizer adam")
+    Path("c.json").write_text(json.dumps({"momentum": 0.5, "optimizer": "adam"}))
+    done("--config c.json")
+
+
+def test_a_flag_may_stand_alone():
+    parsed = common.parse(small_script.Config, "", ["--compare"])
+    assert parsed == {"compare": "sgd,adam"}
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, compiles",
+    (((9, 0), "bfloat16", True), ((7, 5), "float16", True), ((6, 0), "float16", False)),
+)
+def test_dtype_and_compile_follow_the_gpu(monkeypatch, capability, dtype, compiles):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(common, "compiler_error", lambda device: "")
+    c = small_script.Config()
+    common.choose_device(c)
+    assert (c.device, c.dtype, c.compile) == ("cuda", dtype, compiles)
+    c = small_script.Config(dtype=None)
+    common.choose_device(c, float16=False)
+    assert c.dtype == ("bfloat16" if capability >= (8, 0) else "float32")
+
+
+def test_compile_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(common, "compiler_error", lambda device: "no C++ compiler")
+    with pytest.raises(common.BadInput, match="--compile: got True.*no C.. compiler"):
+        common.choose_device(small_script.Config(compile=True))
+
+
+# ---------------------------------------------------------------------------------- resume
+def test_a_run_that_goes_on_ends_with_the_same_bits():
+    done("--out a")
+    done("--steps 10 --out b")
+    saved = torch.load("b/checkpoint.pt", weights_only=True)
+    with open("b/log.jsonl", "a") as f:
+        f.write('{"step": 11, "lo')  # a kill in the middle of a line
+    assert saved["step"] == 10
+    done("--resume --out b")
+    assert torch.equal(walked(Path("a")), walked(Path("b"))) and log("a") == log("b")
+
+
+def test_resume_refuses_a_changed_setting_by_name():
+    done()
+    refused("--resume --out runs/small --lr 0.2", "--lr: got 0.2", "0.1, as runs/small began")
+    Path("c.json").write_text(json.dumps({"momentum": 0.5}))
+    refused("--resume --out runs/small --config c.json", "--momentum: got 0.5", "0.9, as")
+    done("--resume --out runs/small --lr 0.1 --device auto --save-interval 5")
+
+
+def test_default_folders():
+    assert all("walked" in done() for _ in range(2))
+    assert sorted(map(str, Path("runs").iterdir())) == ["runs/small", "runs/small-2"]
+    refused("--resume", "an unfinished run; here are runs/small, runs/small-2")
+    refused("--out runs/small", "--out: got 'runs/small'", "--resume", "--overwrite")
+    done("--overwrite --out runs/small --steps 3")
+    assert len(log()) == 3
+    config = common.read_json("runs/small-2/config.json")
+    common.write_json("runs/small-2/config.json", config | {"finished": False})
+    done("--resume")
+    assert common.read_json("runs/small-2/config.json")["finished"]
+
+
+def test_a_pickle_is_refused():
+    done()
+    torch.save({"config": {}, "code": os.system}, RUN / "checkpoint.pt")
+    refused("--resume --out runs/small", "can't be read", "damaged or holds code")
+
+
+# --------------------------------------------------------------- what stops a run half-way
+@pytest.mark.parametrize("number, code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_signals(number, code):
+    process = start("--steps 100000000 --save-interval 1000000")
+    wait_for(lambda: (RUN / "log.jsonl").exists() and len(log()) > 5, process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code and err.count("\n") == 1 and "--resume" in err, err
+    saved = torch.load(RUN / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == log()[-1][0]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments():
+    done("--steps 2000 --out whole")
+    flags = "--steps 2000 --save-interval 1 --out cut"
+    for i in range(10):
+        resume = " --resume" if Path("cut/checkpoint.pt").exists() else ""
+        process = start(flags + resume)
+        logged = (Path("cut") / "log.jsonl").stat().st_size if i else 0
+        path = Path("cut/log.jsonl")
+        wait_for(lambda: path.exists() and path.stat().st_size > logged + 300, process)
+        time.sleep(random.Random(i).random() * 0.1)
+        process.kill()
+        process.communicate()
+    assert not common.read_json("cut/config.json")["finished"]
+    done("--out cut --resume")
+    assert torch.equal(walked(Path("whole")), walked(Path("cut"))) and log("whole") == log("cut")
+
+
+def test_a_full_disk(small_disk):
+    small_disk(24)
+    code, _, err = small("--steps 400 --save-interval 400")
+    assert code == 1 and err.count("\n") == 1 and "No space left" in err, err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
+    done("--steps 6 --save-interval 2")
+    before = walked()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="checkpoint.pt"):
+        common.write_atomically(RUN / "checkpoint.pt", lambda f: torch.save({}, f))
+    assert torch.equal(walked(), before)
+    assert not list(RUN.glob("*.part"))
+
+
+def test_a_second_process_is_refused():
+    process = start("--steps 100000000")
+    wait_for(lambda: (RUN / "checkpoint.pt").exists(), process)
+    code, _, err = small("--resume --out runs/small")
+    process.kill()
+    process.communicate()
+    assert code == 2 and f"process {process.pid} trains there" in err, err
+
+
+def test_a_loss_that_is_not_finite():
+    code, _, err = small("--lr 1e9")
+    assert code == 1 and err.count("\n") == 1 and "step 1: the loss is" in err
+
+
+@pytest.mark.parametrize("error", (MemoryError(), RuntimeError("can't allocate memory: 9 bytes")))
+def test_out_of_memory(monkeypatch, error):
+    monkeypatch.setattr(common, "choose_device", lambda c: (_ for _ in ()).throw(error))
+    code, _, err = small()
+    assert code == 1 and err.endswith("out of memory: take fewer numbers\n")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(common, "choose_device", lambda c: [][1])
+    with pytest.raises(IndexError):
+        small()
+
+
+def test_a_missing_package():
+    with pytest.raises(ModuleNotFoundError) as caught:
+        common.require("torch", "no_such_package")
+    assert caught.value.name == "no_such_package"
+
+
+def test_a_download_that_fails_says_first_what_to_do(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"text")
+    common.download(source.as_uri(), "data/copy", None, "")
+    assert Path("data/copy").read_bytes() == b"text"
+    with pytest.raises(common.BadInput, match=r"^put it at .*; file:.*can't be fetched"):
+        common.download(source.as_uri(), "data/other", "0123456789", "put it at data/other")
+    assert [p.name for p in Path("data").iterdir()] == ["copy"]
+
+
+# ----------------------------------------------------------------------------------- output
+def test_lines_of_the_log():
+    out = done()
+    last = common.read_log(RUN)[-1]
+    assert last.keys() == {"step", "loss", "numbers_per_second", "seconds"}  # JSON has no inf
+    lines = out.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert re.match(r"step     2/10  loss \S+  100 numbers/s  \S+ s left$", lines[1]), lines[1]
+
+
+def test_a_figure():
+    curve = [(i, 5.0 / (i + 1)) for i in range(20)]
+    common.draw("a.png", {"loss": {"training": curve}, "lr": {"lr": curve}}, {"IRE": 3})
+    assert Path("a.png").read_bytes()[1:4] == b"PNG"
+
+
+# ------------------------------------------------------------------------------------ ranks
+def torchrun(flags):
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = start(flags, [*options, SCRIPT])
+    out, err = process.communicate()
+    return (
+        process.returncode,
+        out,
+        [line for line in err.splitlines() if "small_script.py:" in line],
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks():
+    code, out, _ = torchrun("--steps 4")
+    assert code == 0 and out.count("walked") == 1 and out.count("step ") == 4
+    done("--out one --steps 4")
+    assert torch.equal(walked(), walked(Path("one")))
+    code, _, said = torchrun("--steps 0")
+    assert code != 0 and len(said) == 1, said
+
+
+@pytest.mark.slow
+def test_one_rank_alone_fails():
+    code, _, said = torchrun("--label fails")
+    assert code != 0 and len(said) == 1 and "rank 1: " in said[0], said
