@@ -410,7 +410,7 @@ def download(url, path, sha256, otherwise):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with instead(f"{otherwise}; {url} can't be fetched"):
-        torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
 
 
 def read_checkpoint(folder, mmap=False):
@@ -617,9 +617,9 @@ class Run:
         self.signal = int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
         return self.signal > 0
 
-    def stopped(self):
-        """What a script raises after a signal, when the checkpoint is written."""
-        halt = Halt("stopped; the checkpoint is written, go on with --resume")
+    def stopped(self, saved="the checkpoint is written"):
+        """What a script raises after a signal."""
+        halt = Halt(f"stopped; {saved}, go on with --resume")
         halt.code = 128 + self.signal
         return halt
 
