@@ -247,6 +247,7 @@ def parse(config_class, description, arguments=None):
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

@@ -68,24 +68,24 @@ class IRE(_Wrapper):
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. So embedding rows that no batch used come first, as their curvature is 0. So do
+        flat. Embedding rows that no batch has used come first, as their curvature is 0. So do
         branches that begin at zero; a warmup of one interval avoids this.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
-    curvature: the loss is flat where the curvature is small.
+    curvature: what tells where the loss is flat.
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
-            keeps one for all parameters (`exp_avg_sq`, Adam). Otherwise IRE keeps one, in 4 bytes
-            per parameter. That one remembers a gradient spike even if the base skips the step, so
-            clip the gradients first.
+            keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
+            4 bytes per parameter. A gradient spike counts there even if the base skips the step,
+            so clip the gradients first.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
-    beta: decay per step of the mean that IRE keeps, in [0, 1).
+    beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
     `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
     group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
     are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
-    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute for the
-    base must be set on `opt.base`. A base with its own copy of the weights undoes the longer steps.
-    Raises ValueError: an argument out of range. RuntimeError: a step inside a probe.
+    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute that is
+    meant for the base is set on `opt.base`. A base that keeps its own copy of the weights undoes
+    the longer steps. Raises ValueError if an argument is out of range.
     """
 
     _mask = ("flat", torch.bool)  # name in a saved state, dtype
@@ -117,16 +117,16 @@ class IRE(_Wrapper):
 
     @torch.compiler.disable
     def step(self, closure=None):
-        """theta_new = theta_base + kappa * mask * (theta_base - theta), where the base's step leads
-        from theta to theta_base. Returns what the base returns. Before `warmup`, without a mask,
-        and where kappa is 0, this is the base's step exactly."""
+        """Algorithm 1: theta_new = theta_base + kappa * mask * (theta_base - theta), where the base
+        leads from theta to theta_base. Returns what the base returns. Before `warmup`, without a
+        mask, and where kappa is 0, this is the base's step exactly."""
         _check_settings(self)
         t = self.param_groups[0]["ire_step"]
         counts = not _is_rehearsal(self)
         params = self._lengthened()
-        old = {p: _values(p).clone() for p in params if t >= self.warmup}
+        old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
 
-        loss = self.base.step() if closure is None else self.base.step(closure)
+        loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
         squares = self._squares(params, counts) if self.curvature == "squares" else {}
         self._begin_masks(p for p in params if p in squares or p.grad is not None)

@@ -318,7 +318,7 @@ def train(c, make_optimizer=make_optimizer):
             restore(job, run.load())
         banner(run, job)
         if job.step == 0:
-            validate(run, job)
+            run.log(0, val_loss=validation_loss(forward, data))
         if c.compile:  # before the clock starts
             forward(*data.batch(job.step)[0]).backward()
             optimizer.zero_grad()
@@ -342,6 +342,12 @@ class Job:
     step: int = 0
     val_loss: float = math.inf
     best: float = math.inf
+
+    def done(self):
+        return self.step == self.c.steps or self.val_loss <= (self.c.stop_at or -math.inf)
+
+    def due(self, *intervals):
+        return self.done() or any(self.step % n == 0 for n in intervals)
 
 
 def make_model(c, data):
@@ -369,7 +375,7 @@ def loop(run, job):
     data, forward, optimizer, scaler = job.data, job.forward, job.optimizer, job.scaler
     pending = []  # loss and norm of the gradient of each step since the last line of the log
     run.start_clock()
-    while job.step < c.steps and job.val_loss > (c.stop_at or -math.inf):
+    while not job.done():
         lr = learning_rate(c, job.step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -397,21 +403,17 @@ def loop(run, job):
 
         pending.append(torch.stack((total, norm.full_tensor() if c.fsdp else norm)))
         stopping = run.asked_to_stop()
-        if not (stopping or due(job, c.log_interval, c.eval_interval, c.checkpoint_interval)):
+        if not (stopping or job.due(c.log_interval, c.eval_interval, c.checkpoint_interval)):
             continue
         log(run, job, pending, lr)
-        if due(job, c.eval_interval):
+        if job.due(c.eval_interval):
             validate(run, job)
-        if stopping or due(job, c.checkpoint_interval):
+        if stopping or job.due(c.checkpoint_interval):
             save(run, job)
-        if stopping and job.step < c.steps:
+        if stopping and not job.done():
             raise run.stopped()
         pending = []
         run.start_clock()
-
-
-def due(job, *intervals):
-    return job.step == job.c.steps or any(job.step % n == 0 for n in intervals)
 
 
 def gradients_shared(forward, now):

@@ -16,11 +16,9 @@ pictures are made, or --pictures has CIFAR-10. The exit code is 0 when all is do
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pickle
 import platform
@@ -35,39 +33,46 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from study import mean
+
+import common
+import text
+import train_gpt
 
 # -------------------------------------------------------------------------------- what is run
 TINY = "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 8"
+BRIEF = f"--rounds 2 --interval 2 {TINY}"
 # What stands in braces in a command: on a GPU, and with --toy.
 SIZES = {
-    "step": ("--sizes 1 60 229 --count --repetitions 30", "--sizes 1 --count --repetitions 2"),
-    "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m --rounds 2 --interval 2 {TINY}"),
-    "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m --rounds 2 --interval 2 {TINY}"),
+    "step": ("--sizes 1 60 229 --rounds 30", "--sizes 1 --rounds 2"),
+    "speed_60m": ("--preset 60m --rounds 12", f"--preset 60m {BRIEF}"),
+    "speed_119m": ("--preset 119m --rounds 4", f"--preset 119m {BRIEF}"),
     "speed_229m": (  # half of the row's batch: two minutes fewer
         "--preset 229m --rounds 3 --batch-size 240 --micro-batch 20",
-        f"--preset 229m --rounds 2 --interval 2 {TINY}",
+        f"--preset 229m {BRIEF}",
     ),
     "row": ("--preset 60m --eval-sequences 480", f"--preset 60m --eval-sequences 16 {TINY}"),
     "compare": (
-        "--steps 1500 --warmup 150 --eval-interval 250 --checkpoint-interval 1500",
-        "--steps 6 --warmup 2 --eval-interval 3 --log-interval 3",
+        "--steps 1500 --warmup 150 --ire-warmup 150 --eval-interval 250",
+        "--steps 6 --warmup 2 --ire-warmup 2 --eval-interval 3 --log-interval 3",
     ),
     "seed_run": (
         "--steps 1000 --warmup 100 --eval-interval 100 --checkpoint-interval 500",
         "--steps 6 --warmup 2 --eval-interval 3 --log-interval 3",
     ),
+    "late": ("--ire-warmup 100", "--ire-warmup 2"),
     "float16": ("--dtype float16", "--dtype bfloat16"),  # a CPU has no float16 passes
-    "wrn": ("--model wrn28_10 --epochs 2 --ire-epoch 1", "--model resnet8 --ire-epoch 1"),
-    "resnet": ("--epochs 8 --ire-epoch 4", "--model resnet20 --ire-epoch 1"),
-    "quick": ("--preset quick", "--preset quick --warmup 0 --ire-epoch 1"),
+    "wrn": ("--model wrn28_10 --epochs 2", "--model resnet8"),
+    "resnet": ("--epochs 8", "--model resnet20"),
+    "quick": ("--preset quick", "--preset quick --warmup 0"),
     "few": (
         "--eval-interval 2 --log-interval 25",
         "--limit-train 16 --limit-test 16 --batch-size 8 --epochs 2 --log-interval 1",
@@ -75,28 +80,45 @@ SIZES = {
 }
 GPT = "train_gpt.py --device {device} --data {tokens} {row}"
 NEW = "--overwrite --out {run}"
-SHORT = f"--steps 20 --warmup 10 --ire-warmup 0 --eval-interval 20 --log-interval 5 {NEW}"
+SHORT = f"{GPT} --steps 20 --warmup 10 --ire-warmup 0 --eval-interval 20 --log-interval 5 {NEW}"
 RANKS = "-m torch.distributed.run --standalone --nproc_per_node {ranks}"
 # The constant schedule lets a run of 12 steps go on to 24.
-EXACT = "--deterministic --schedule constant --warmup 10 --ire-warmup 0 --eval-interval 12"
-SPEED = "benchmarks/train.py --device {device} --data {tokens} --file {file}"
+EXACT = f"{GPT} --deterministic --schedule constant --warmup 10 --ire-warmup 0 --eval-interval 12"
+RESUME = (
+    f"{EXACT} --steps 24 --overwrite --out {{run}}/whole",
+    f"{EXACT} --steps 12 --overwrite --out {{run}}/cut",
+    f"{EXACT} --steps 24 --resume --out {{run}}/cut",
+)
+SPEED = "benchmarks/speed.py train --device {device} --data {tokens} --file {file}"
 CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
-OPTIMIZERS = ("adamw", "admire", "adamw-soft", "muon", "muon-ire", "muon-soft")
+IMAGES = [(net, name) for net in ("wrn", "resnet", "quick") for name in ("sgd", "sgd-ire")]
+IMAGES += [("resnet", "sam-ire")]
+# Stage 6. "rates": embedding and head have learning rates of their own, which were not tuned here.
+RATES = "--embedding-lr 4 --head-lr 4"
+FORMS = {
+    "adamw": "--optimizer adamw",
+    "adamw-rates": f"--optimizer adamw {RATES}",
+    "admire": "--optimizer admire {late}",
+    "admire-rates": f"--optimizer admire {{late}} {RATES}",
+    "adamw-soft": "--optimizer adamw-soft --curvature squares --ire-warmup 0",
+    "muon": "--optimizer muon",
+    "muon-ire": "--optimizer muon-ire {late}",
+    "muon-soft": "--optimizer muon-soft --curvature squares --ire-warmup 0",
+}
 
 # Dense TFLOP/s in the dtype that train_gpt.py chooses (NVIDIA's data sheets); the first that fits.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "T4": 65}
 # What is asked on an H100: AdamW's share of the peak, AdmIRE's tokens a second of AdamW's.
 MFU = {"train-60m": 0.30, "train-119m": 0.45, "train-229m": 0.45}
-OF_ADAMW = {("train-229m", "probe on"): 0.97, ("train-229m", "second_moment"): 0.99}
+OF_ADAMW = {("train-229m", "probe on"): 0.97, ("train-229m", "squares"): 0.99}
 NEEDS = {"1": ["pytest"], "2": ["transformers"], "3": ["transformers"]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One line of a stage."""
 
     name: str
-    commands: tuple[str, ...]  # what python gets, one after the other
+    commands: tuple  # what python gets, one after the other
     seconds: int  # the most for all of them
     read: Callable  # read(file, run): the result, from what they wrote there
     resumes: bool = False  # a run that the time ended goes on in the next call
@@ -104,65 +126,43 @@ class Step:
 
 def stages(seeds):
     """{stage: its steps}"""
-    seed_runs = [
-        Step(
-            f"{optimizer}-{seed}",
-            (f"{GPT} {{seed_run}} --optimizer {optimizer} --seed {seed} {NEW}",),
-            600,
-            read_run,
-            resumes=True,
-        )
-        for seed in range(seeds)
-        for optimizer in OPTIMIZERS
-    ]
     tests = "-m pytest -q tests/test_cuda.py --junitxml {file}"
-    micro_steps = "benchmarks/step.py --device {device} {step} --out {file}"
-    resume = (
-        f"{GPT} {EXACT} --steps 24 --overwrite --out {{run}}/whole",
-        f"{GPT} {EXACT} --steps 12 --overwrite --out {{run}}/cut",
-        f"{GPT} {EXACT} --steps 24 --resume --out {{run}}/cut",
-    )
+    step = "benchmarks/speed.py step --device {device} {step} --file {file}"
+    compare = f"{GPT} {{compare}} --compare {NEW}"
     return {
-        "1": [
-            Step("tests", (tests,), 420, read_tests),
-            Step("step", (micro_steps,), 180, read_report),
-        ],
+        "1": [Step("tests", (tests,), 420, read_tests), Step("step", (step,), 180, read_report)],
         "2": [
-            Step(f"train-{row}", (f"{SPEED} {{speed_{row}}}",), 300, read_report)
-            for row in ("60m", "119m")
+            Step("train-60m", (f"{SPEED} {{speed_60m}}",), 300, read_report),
+            Step("train-119m", (f"{SPEED} {{speed_119m}}",), 300, read_report),
         ],
-        "3": [
-            Step("train-229m", (f"{SPEED} {{speed_229m}}",), 540, read_report),
-        ],
+        "3": [Step("train-229m", (f"{SPEED} {{speed_229m}}",), 540, read_report)],
         "4": [
-            Step("compare", (GPT + " {compare} --compare " + NEW,), 360, read_two),
-            Step("ddp", (f"{RANKS} {GPT} {SHORT} --no-fsdp",), 120, read_run),
-            Step("fsdp", (f"{RANKS} {GPT} {SHORT} --fsdp",), 120, read_run),
-            Step("float16", (f"{GPT} {SHORT} {{float16}}",), 120, read_run),
-            Step("resume", resume, 240, read_resumed),
+            Step("compare", (compare,), 360, read_two),
+            Step("ddp", (f"{RANKS} {SHORT} --no-fsdp",), 120, read_run),
+            Step("fsdp", (f"{RANKS} {SHORT} --fsdp",), 120, read_run),
+            Step("float16", (f"{SHORT} {{float16}}",), 120, read_run),
+            Step("resume", RESUME, 240, read_resumed),
         ],
         "5": [
-            Step(
-                f"{net}-{optimizer}",
-                (f"{CIFAR} {{{net}}} {{few}} --optimizer {optimizer}",),
-                180,
-                read_run,
-            )
-            for net, optimizers in {
-                "wrn": ("sgd", "sgd-ire"),
-                "resnet": ("sgd", "sgd-ire", "sam-ire"),
-                "quick": ("sgd", "sgd-ire"),
-            }.items()
-            for optimizer in optimizers
+            Step(f"{net}-{name}", (f"{CIFAR} {{{net}}} {{few}} --optimizer {name}",), 180, read_run)
+            for net, name in IMAGES
         ],
-        "6": seed_runs,
+        "6": [
+            Step(f"{name}-{seed}", (seed_run(flags, seed),), 600, read_run, resumes=True)
+            for seed in range(seeds)
+            for name, flags in FORMS.items()
+        ],
     }
+
+
+def seed_run(flags, seed):
+    return f"{GPT} {{seed_run}} {flags} --seed {seed} {NEW}"
 
 
 # ------------------------------------------------------------------------------ what they wrote
 def read_report(file, run):
     """A benchmark's JSON, as it is."""
-    return json.loads(file.read_text())
+    return common.read_json(file)
 
 
 def read_tests(file, run):
@@ -180,8 +180,8 @@ def read_tests(file, run):
 def read_run(file, run):
     """The end and the curve of a training run. Of its speeds the later half counts: the first
     window may hold compilation, and IRE may switch on later."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    config = json.loads((run / "config.json").read_text())
+    log = common.read_log(run)
+    config = common.read_json(run / "config.json")
     result = {name: config[name] for name in ("optimizer", "dtype", "compile", "seed")}
     for name in ("tokens_per_second", "images_per_second"):
         speeds = [line[name] for line in log if name in line]
@@ -195,18 +195,16 @@ def read_run(file, run):
 
 
 def read_two(file, run):
-    """Both runs of --compare, and the step at which AdmIRE was at AdamW's final loss."""
-    reached = json.loads((run / "compare.json").read_text())["reached_at_step"]
-    return {name: read_run(file, run / name) for name in ("adamw", "admire")} | {"reached": reached}
+    return {name: read_run(file, run / name) for name in ("adamw", "admire")}
 
 
 def read_resumed(file, run):
     """Whether the weights of the whole run and of the one that was cut have the same bits."""
-    digests = [
+    digests = {
         hashlib.sha256((run / name / "hf/model.safetensors").read_bytes()).hexdigest()
         for name in ("whole", "cut")
-    ]
-    return {"same_bits": digests[0] == digests[1]}
+    }
+    return {"same_bits": len(digests) == 1}
 
 
 # ---------------------------------------------------------------------------------- what holds
@@ -218,105 +216,90 @@ def row(claim, measured, goal=None, holds=None):
 
 
 def judge_correctness(results, device):
-    rows = []
     for name, test in results.get("tests", {}).items():
-        text = name.removeprefix("test_").replace("_", " ")
-        rows.append(row(text, test["words"], holds=test["holds"]))
-        rows += [row(f"  {what.replace('_', ' ')}", x) for what, x in test["measured"].items()]
+        yield row(name.removeprefix("test_").replace("_", " "), test["words"], holds=test["holds"])
+        for what, x in test["measured"].items():
+            yield row(f"  {what.replace('_', ' ')}", x)
     for size, found in results.get("step", {"sizes": {}})["sizes"].items():
         for name, times in found["rows"].items():
-            rows.append(row(f"{size}, {name}: of AdamW's fused step", times["over_fused_adamw"]))
-    return rows
+            yield row(f"{size}, {name}: of AdamW's fused step", times["over_fused_adamw"])
 
 
 def judge_speed(results, device):
     peak = next((x for name, x in PEAKS.items() if name in device), None)
     goals = "H100" in device
-    rows = []
     for step, report in results.items():
         for name, found in report["rows"].items():
-            rows.append(row(f"{step}, {name}: tokens a second", found["tokens_per_second"]))
-            rows.append(row("  TFLOP/s", found["tflops"]))
+            yield row(f"{step}, {name}: tokens a second", found["tokens_per_second"])
+            yield row("  TFLOP/s", found["tflops"])
             if peak:
                 goal = MFU[step] if goals and name == "AdamW" else None
-                rows.append(row("  of the peak (MFU)", found["tflops"] / peak, goal))
+                yield row("  of the peak (MFU)", found["tflops"] / peak, goal)
             asked = [x for (at, part), x in OF_ADAMW.items() if at == step and part in name]
             goal = asked[0] if goals and asked else None
-            rows.append(row("  of AdamW's tokens a second", found["of_adamw"], goal))
-    return rows
+            yield row("  of AdamW's tokens a second", found["of_adamw"], goal)
 
 
 def judge_training(results, device):
-    rows = []
     if "compare" in results:
-        two = results["compare"]
-        adamw, admire = two["adamw"], two["admire"]
-        steps = max(map(int, adamw["val_loss_by_step"]))
-        rows.append(row("60m shortened: AdamW's final loss", adamw["val_loss"]))
-        rows.append(row("  AdmIRE's minus that", admire["val_loss"] - adamw["val_loss"]))
-        at = two["reached"] / steps if two["reached"] else "never"
-        rows.append(row("  share of the steps at which AdmIRE was at AdamW's loss", at))
-        share = admire["tokens_per_second"] / adamw["tokens_per_second"]
-        rows.append(row("  AdmIRE's tokens a second of AdamW's", share))
+        adamw, admire = (results["compare"][name] for name in ("adamw", "admire"))
+        yield row("60m shortened: AdamW's final loss", adamw["val_loss"])
+        yield from against("  AdmIRE", [(admire, adamw)])
     for name in [n for n in ("ddp", "fsdp", "float16") if n in results]:
         curve = list(results[name]["val_loss_by_step"].values())
         learns = curve[-1] < curve[0]  # what is not finite ends the run
-        rows.append(
-            row(f"{name}: trains, validation loss", results[name]["val_loss"], holds=learns)
-        )
+        yield row(f"{name}: trains, validation loss", curve[-1], holds=learns)
     if "resume" in results:
         same = results["resume"]["same_bits"]
-        rows.append(
-            row("a resumed run ends with the same bits", "yes" if same else "no", holds=same)
-        )
-    return rows
+        yield row("a resumed run ends with the same bits", "yes" if same else "no", holds=same)
 
 
 def judge_images(results, device):
-    rows = []
     for name, run in results.items():
-        rows.append(row(f"{name}: images a second", run["images_per_second"]))
-        rows.append(row("  test accuracy, percent", run["test_acc"]))
-    return rows
+        yield row(f"{name}: images a second", run["images_per_second"])
+        yield row("  test accuracy, percent", run["test_acc"])
 
 
 def judge_seeds(results, device):
-    """Each optimizer over the seeds that it and AdamW have."""
+    """Each form over the seeds that both it and the base have: AdamW, and of those with rates,
+    AdamW with rates."""
     runs = collections.defaultdict(dict)
-    for result in results.values():
-        runs[result["optimizer"]][result["seed"]] = result
-    rows = []
-    for optimizer, of_seed in runs.items():
+    for name, result in results.items():
+        form, _, seed = name.rpartition("-")
+        runs[form][seed] = result
+    for form, of_seed in runs.items():
         losses = [run["val_loss"] for run in of_seed.values()]
-        rows.append(row(f"{optimizer}: final loss, {len(losses)} seeds", mean_and_error(losses)))
-        pairs = [
-            (run, runs["adamw"][seed]) for seed, run in of_seed.items() if seed in runs["adamw"]
-        ]
-        if optimizer == "adamw" or not pairs:
-            continue
-        differences = [run["val_loss"] - adamw["val_loss"] for run, adamw in pairs]
-        rows.append(row("  minus AdamW's", mean_and_error(differences)))
-        shares = [share_of_steps(run, adamw) for run, adamw in pairs]
-        missed = f"never for {shares.count(None)} of {len(shares)}"
-        shares = missed if None in shares else mean_and_error(shares)
-        rows.append(row("  steps to AdamW's final loss, of all", shares))
-        speeds = [run["tokens_per_second"] / adamw["tokens_per_second"] for run, adamw in pairs]
-        rows.append(row("  tokens a second of AdamW's", mean_and_error(speeds)))
-    return rows
+        yield row(f"{form}: final loss, {len(losses)} seeds", mean_and_error(losses))
+        bases = {"adamw-rates"} if form.endswith("-rates") else set()
+        for base in sorted({"adamw", *bases} - {form}):
+            shared = [seed for seed in of_seed if seed in runs[base]]
+            if shared:
+                yield from against("", [(of_seed[seed], runs[base][seed]) for seed in shared], base)
 
 
-def share_of_steps(run, adamw):
-    """The first validation at AdamW's final loss or below, over all steps; None: there is none."""
+def against(words, pairs, base="adamw"):
+    """Lines about [(run, run of the base)]."""
+    values = [other["val_loss"] - run["val_loss"] for run, other in pairs]
+    yield row(f"{words}  gain on top of {base}, positive is better", mean_and_error(values))
+    shares = [share_of_steps(run, other) for run, other in pairs]
+    missed = f"never for {shares.count(None)} of {len(shares)}"
+    reached = missed if None in shares else mean_and_error(shares)
+    yield row(f"{words}  steps to its final loss, of all", reached)
+    speeds = [run["tokens_per_second"] / other["tokens_per_second"] for run, other in pairs]
+    yield row(f"{words}  tokens a second of its", mean_and_error(speeds))
+
+
+def share_of_steps(run, base):
+    """The first validation at the base's final loss or below, over all steps; None: there is
+    none."""
     curve = {int(step): loss for step, loss in run["val_loss_by_step"].items()}
-    reached = [step for step, loss in curve.items() if loss <= adamw["val_loss"]]
+    reached = [step for step, loss in curve.items() if loss <= base["val_loss"]]
     return min(reached) / max(curve) if reached else None
 
 
 def mean_and_error(values):
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.4f}"
-    return f"{mean:.4f} +- {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+    value, error = mean(values)
+    return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
 
 
 JUDGES = {
@@ -352,12 +335,13 @@ def make_tokens(work, toy):
     folder = work / "text"
     if not folder.exists():
         copy_source(work, folder, megabytes=1 if toy else 44)
-    given = train_gpt.Config(data=str(folder), tokenizer=kind, data_dir=str(work), device="cpu")
-    folder = train_gpt.prepare(train_gpt.complete(given))
-    meta = json.loads((folder / "meta.json").read_text())
+    about = {"data": str(folder), "data_dir": str(work), "out": str(work / "none")}
+    given = train_gpt.Config(**about, tokenizer=kind)
+    folder = text.prepare(given)
+    meta = common.read_json(folder / "meta.json")
     words = f"{meta['train_tokens']:,} {kind} tokens of Python source"
     if kind == "bytes" and not toy:  # so that the head has the paper's size
-        train_gpt.write_json(folder / "meta.json", meta | {"vocab_size": 50257})
+        common.write_json(folder / "meta.json", meta | {"vocab_size": 50257})
         words += ", in a vocabulary of GPT-2's size: losses are not comparable"
     return folder, words
 
@@ -388,10 +372,10 @@ def copy_source(work, folder, megabytes):
     part.mkdir(parents=True)
     size = 0
     for i, path in enumerate(files):
-        text = path.read_bytes()
-        if 500 < len(text) < 400_000 and size < megabytes * 1e6:
-            (part / f"{i:06}.py").write_bytes(text)
-            size += len(text)
+        content = path.read_bytes()
+        if 500 < len(content) < 400_000 and size < megabytes * 1e6:
+            (part / f"{i:06}.py").write_bytes(content)
+            size += len(content)
     part.rename(folder)
 
 
@@ -429,12 +413,12 @@ class Stage:
         self.environment = environment(args.device)
         self.report = {"stage": args.stage, "toy": args.toy, "data": "none", "steps": {}}
         for file in self.out.glob("stage-*.json"):
-            found = json.loads(file.read_text())
+            found = common.read_json(file)
             theirs = f"{found['environment']['device']}, toy: {found['toy']}"
             same = theirs == f"{self.environment['device']}, toy: {args.toy}"
             refuse(same, "out", args.out, f"a folder without results of {theirs}")
         if self.file.exists():
-            self.report = json.loads(self.file.read_text())
+            self.report = common.read_json(self.file)
         self.report["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
         self.report["environment"] = self.environment
 
@@ -518,9 +502,9 @@ class Stage:
         if self.args.stage == "6":  # half a run is no result
             results = {name: x for name, x in results.items() if steps[name]["done"]}
         device = "a toy" if self.args.toy else self.environment["device"]
-        self.report["claims"] = JUDGES[self.args.stage](results, device)
+        self.report["claims"] = list(JUDGES[self.args.stage](results, device))
         self.report["left"] = [n for n in names if not steps.get(n, {}).get("done")]
-        train_gpt.write_json(self.file, self.report)
+        common.write_json(self.file, self.report)
 
 
 def shown(path):
@@ -530,7 +514,7 @@ def shown(path):
 
 def environment(device):
     """The device, what computes on it, and which code: the commit, or a hash where git is not."""
-    about = train_gpt.environment() | {"device": "CPU", "python": platform.python_version()}
+    about = common.environment() | {"device": "CPU", "python": platform.python_version()}
     code = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
     about["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
     if device == "cuda":
@@ -588,7 +572,7 @@ def last_line(log):
 
 def refuse(good, name, value, allowed):
     if not good:
-        raise train_gpt.BadInput(f"--{name}: got {value}, allowed is {allowed}")
+        raise common.BadInput(f"--{name}: got {value}, allowed is {allowed}")
 
 
 def parse(arguments):
@@ -618,7 +602,7 @@ def main(arguments=None):
         refuse(args.seeds is None or args.seeds > 0, "seeds", args.seeds, "1 or more")
         stage = Stage(args)
         stage.go_on()
-    except train_gpt.Halt as e:
+    except common.Halt as e:
         print(f"gpu.py: {e}", file=sys.stderr)
         return e.code
     report = stage.report

@@ -1,68 +1,117 @@
-"""What the studies (speedup.py, map.py) share: runs kept in a file, the search, statistics.
+"""A study is a JSON file that holds its plan and its runs. This script goes on with a study.
 
-A study's plan asks for runs. Those that the file holds are looked up, the others are trained and
-saved at once, so that a study goes on where it stopped.
+    python benchmarks/study.py results/map.json                       # makes the missing runs
+    python benchmarks/study.py results/map.json --summary             # table and figures, no runs
+    python benchmarks/study.py results/map.json --time 500x16         # seconds of each form's step
+    python benchmarks/study.py results/map.json --replicate 250x16    # eight fresh seeds: minutes
+
+What the file holds
+- places: a model, a text, a number of steps and a batch in sequences, each under a short name.
+- forms: the optimizers that are compared. A form is a base ("adamw" or "muon"), or a rule of
+  optimizers.py on top of a base. It says what was expected of it before the runs.
+- fixed: settings that all runs share. grid, start: the values that searches try, and the first.
+- plan: which forms are run at which place, in this order, and on which seeds they are judged.
+- predictions: written before the runs. recommended: the form that --replicate runs.
+- gains, times: what this script computes and measures. runs: each with its settings and its commit.
+
+How a form is judged. At a place, the forms that are compared get the same number of trials in the
+same search, on seed 0. The search begins at the settings of the form `starts_at` at that place;
+where there is none, at those of the same form, or of its base, at the place `near`. A form that
+`borrows` takes the settings of another form and is not searched. Then other seeds are run. The
+gain is the validation loss of the form `against` minus the form's, seed by seed: positive is
+better.
+
+A run is saved as soon as it is made; a signal ends the script without loss.
 """
 
+import argparse
 import contextlib
 import copy
-import fcntl
+import hashlib
+import io
 import itertools
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import optimizers
+from report import draw, number, table
+from speed import Training, environment, interleaved, of_base
+
+import common
+import text
 import train_gpt
+
+BASES = {"adamw": "AdamW", "muon": "Muon"}
+MODELS = {
+    "nano": {"layers": 2, "width": 64, "heads": 2, "ffn": 168, "context": 128},
+    "tiny": {"layers": 4, "width": 128, "heads": 4, "ffn": 336, "context": 128},
+}
+TEXTS = {
+    "stdlib-bytes": {"data": "stdlib", "tokenizer": "bytes"},
+    "stdlib-gpt2": {"data": "stdlib", "tokenizer": "gpt2"},
+    "bpe-4096": {"data": str(ROOT / "data" / "bpe-4096")},
+}
+# Settings of any form that are train_gpt.py's.
+TRAINING = ("lr", "seed", "embedding_lr", "head_lr", "beta2", "eps", "weight_decay", "clip")
+FRESH_SEEDS = tuple(range(101, 109))  # neither a search nor a judgement used them
 
 
 class NotHeld(Exception):
-    """The run is not in the results, and nothing is to be run."""
+    """The file does not hold the run, and no run is to be made."""
 
 
-class Runs:
-    """Runs in one JSON file, each a dict with `val_loss`, which is None where it diverged.
+# --------------------------------------------------------------------------- the file
+class Study:
+    """The plan and the runs of one file. plan: all of the file but its runs.
 
-    settings_of: run -> the settings, a dict, by which it is found again.
-    train: settings -> run, for those that are not held; None: only look up.
-    head: () -> what stands before the runs in the file.
-    held: the file as it was read.
+    train: (study, settings) -> a run. None: runs are only looked up.
     """
 
-    def __init__(self, path, settings_of, train=None, head=dict):
-        self.path = path
-        self.settings_of = settings_of
+    def __init__(self, path, plan, runs=(), train=None):
+        self.path = Path(path)
+        self.plan = plan
+        self.runs = list(runs)
         self.train = train
-        self.head = head
-        self.held = json.loads(path.read_text()) if path.exists() else {}
-        self.runs = self.held.get("runs", [])
-        self.index = {self.key(settings_of(run)): run for run in self.runs}
+        self.index = {key(run["settings"]): run for run in self.runs}
 
-    @staticmethod
-    def key(settings):
-        return json.dumps(settings, sort_keys=True)
+    @classmethod
+    def read(cls, path, train=None):
+        held = json.loads(Path(path).read_text())
+        runs = held.pop("runs")
+        return cls(path, held, runs, train)
 
     def only_held(self):
-        """The same runs, without training more."""
+        """The same runs, without making more."""
         other = copy.copy(self)
         other.train = None
         return other
 
     def loss(self, settings):
         """Validation loss at the end of the run; infinite where it diverged. Raises NotHeld."""
-        key = self.key(settings)
-        if key not in self.index:
+        name = key(settings)
+        if name not in self.index:
             if self.train is None:
-                raise NotHeld(key)
-            self.index[key] = self.train(settings)
-            self.runs.append(self.index[key])
+                raise NotHeld(name)
+            run = {"settings": settings, **self.train(self, settings)}
+            self.index[name] = run
+            self.runs.append(run)
             self.save()
-        loss = self.index[key]["val_loss"]
+        loss = self.index[name]["val_loss"]
         return math.inf if loss is None else loss
 
     def over(self, settings, seeds):
-        """{seed: loss}; where nothing is trained, of those seeds that are held."""
+        """{seed: loss}; where no run is made, of those seeds that are held."""
         losses = {}
         for seed in seeds:
             with contextlib.suppress(NotHeld):
@@ -70,22 +119,117 @@ class Runs:
         return losses
 
     def save(self):
-        head = json.dumps({**self.head(), "runs": []}, indent=1)
-        runs = ",\n".join("  " + json.dumps(run) for run in self.runs)  # a run a line
-        text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]')
-        train_gpt.write_atomically(self.path, lambda f: f.write(text.encode()))
+        """Writes the file whole or not at all, each run on a line of its own."""
+        command = f"python benchmarks/study.py results/{self.path.name}"
+        computed = {"command": command, "gains": gains(self), "changes": gains_of_changes(self)}
+        head = json.dumps({**self.plan, **computed, "runs": []}, indent=1)
+        runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
+        content = head.replace('"runs": []', f'"runs": [\n{runs}\n ]').encode()
+        common.write_atomically(self.path, lambda f: f.write(content))
+
+    def commits(self, settings, seeds):
+        """Those of the runs with these seeds."""
+        return {self.index[key({**settings, "seed": seed})].get("commit") for seed in seeds}
+
+    def place(self, name):
+        return self.plan["places"][name]
+
+    def form(self, name):
+        """What is not said of a form has a default."""
+        form = self.plan["forms"][name]
+        own = {"starts_at": None, "against": BASES[form["base"]]}
+        return {**own, **form, "grid": form["grid"] or self.plan["grid"]}
+
+    def lines(self):
+        """The plan's lines: place, forms, seeds."""
+        for place, names, *seeds in self.plan["plan"]:
+            yield place, names, *(seeds or [self.plan["fixed"]["judged_on_seeds"]])
 
 
-@contextlib.contextmanager
-def locked(lock, path):
-    """Ends the script where another process holds the file `lock`, and so works on `path`."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit(f"{Path(sys.argv[0]).name}: another process works on {path}")
-        yield
+def key(settings):
+    return json.dumps(settings, sort_keys=True)
+
+
+# --------------------------------------------------------------------------- one run
+def config(study, settings, out):
+    """train_gpt.py's settings of a run. Steps, batch, model and text are the place's."""
+    place = study.place(settings["place"])
+    form = study.form(settings["form"])
+    steps = round(place["steps"] * settings.get("length", 1))
+    fields = {field.name for field in common.fields(train_gpt.Config)}
+    shared = {name: value for name, value in study.plan["fixed"].items() if name in fields}
+    own = {name: settings[name] for name in TRAINING if name in settings}
+    warmup = round(settings["warmup_fraction"] * steps)
+    optimizer = {"optimizer": form["base"]}
+    if form["rule"] == "paper":
+        optimizer = {"optimizer": "admire", "curvature": "fisher", "ire_warmup": warmup}
+        optimizer |= form["settings"]
+    return train_gpt.Config(
+        **MODELS[place["model"]],
+        **TEXTS.get(place["data"], {"data": place["data"]}),
+        **{**shared, **own},
+        **optimizer,
+        steps=steps,
+        batch_size=place["batch"],
+        warmup=warmup,
+        device="cpu",
+        out=str(out),
+        overwrite=True,
+        log_interval=50,
+        eval_interval=steps,
+        checkpoint_interval=steps,
+    )
+
+
+def builder(study, settings):
+    """make_optimizer(model, c) of a run."""
+    form = study.form(settings["form"])
+    rule = form["rule"]
+    own = {name: settings.get(name, value) for name, value in form["settings"].items()}
+    if "multiples" in own:
+        rule, own = "constants", own["multiples"]
+    ratio = settings.get("ratio", study.plan["fixed"].get("muon_ratio"))
+
+    def make_optimizer(model, c):
+        base = train_gpt.make_optimizer(model, c)
+        if form["base"] == "muon":
+            for group in base.param_groups:
+                group["lr_scale"] = ratio if group["muon"] else group["lr_scale"]
+        if rule in (None, "paper"):
+            return base
+        if rule == "rows":
+            data = text.Data(c)
+            counts = np.bincount(data.train, minlength=data.vocab)
+            own["counts"] = torch.from_numpy(counts).double()
+        return optimizers.stretched(base, model, rule, own, beta=c.beta2, steps=c.steps)
+
+    return make_optimizer
+
+
+def train(study, settings):
+    """Trains one run; returns what the file holds of it. Seconds are of the processor."""
+    out = ROOT / "runs" / "study" / str(os.getpid())
+    started = time.process_time()
+    c = config(study, settings, out)
+    loss = None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            loss = train_gpt.train(c, builder(study, settings))["val_loss"]
+    except common.Diverged:
+        pass
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    here = environment("cpu")
+    seconds = round(time.process_time() - started, 1)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{now} {settings} {loss} {seconds} s", flush=True)
+    return {
+        "val_loss": loss,
+        "cpu_seconds": seconds,
+        "data": hashlib.sha256(text.Data(c).train).hexdigest()[:12],
+        "finished": now,
+        **{name: here[name] for name in ("commit", "torch", "device", "threads")},
+    }
 
 
 # --------------------------------------------------------------------------- search
@@ -111,12 +255,12 @@ def search(start, grid, loss, trials):
     tried = {}
 
     def value(point):
-        key = tuple(sorted(point.items()))
-        if key not in tried:
+        name = tuple(sorted(point.items()))
+        if name not in tried:
             if len(tried) == trials:
                 raise Spent
-            tried[key] = loss(point)
-        return tried[key]
+            tried[name] = loss(point)
+        return tried[name]
 
     def descend(here, moves):
         """As far as it gets better in one direction."""
@@ -142,12 +286,197 @@ def search(start, grid, loss, trials):
     return dict(best), tried[best], len(tried)
 
 
-# --------------------------------------------------------------------------- statistics
+def tuned(study, place, name):
+    """The settings of a form at a place after its search, without a seed, and the trials made."""
+    form = study.form(name)
+    own = {"place": place, "form": name}
+    if form["borrows"]:
+        best, _ = tuned(study, place, form["borrows"])
+        return {**best, **own}, 0
+    grid = form["grid"]
+    taken = tuned(study, place, form["starts_at"])[0] if form["starts_at"] else {}
+    start = {**study.plan["start"], **from_near(study, place, name), **taken, **form["settings"]}
+    fixed = {setting: value for setting, value in taken.items() if setting not in grid} | own
+    trials = form.get("trials") or study.place(place)["trials"]
+    best, _, made = search(
+        {setting: start[setting] for setting in grid},
+        grid,
+        lambda point: study.loss({**fixed, **point, "seed": 0}),
+        trials,
+    )
+    return {**fixed, **best}, made
+
+
+def from_near(study, place, name):
+    """The settings of the form, or else of its base, at the place near by, as far as held."""
+    near = study.place(place)["near"]
+    for other in (name, BASES[study.form(name)["base"]]) if near else ():
+        with contextlib.suppress(NotHeld):
+            return tuned(study.only_held(), near, other)[0]
+    return {}
+
+
+def run_all(study):
+    for place, names, seeds in study.lines():
+        for name in names:
+            tuned(study, place, name)
+        for name in names:
+            study.over(tuned(study, place, name)[0], seeds)
+    for place, name, changed, seeds in changes(study):
+        study.over({**tuned(study, place, name)[0], **changed}, seeds)
+
+
+def changes(study):
+    """(place, form, {setting: value}, seeds) of the runs that change one setting of a tuned form by
+    a factor; beta2 in its distance from 1. `length` is in steps of the place."""
+    for place, names, settings, factors, seeds in study.plan.get("changed", ()):
+        for name in names:
+            best = {"length": 1.0, **study.plan["fixed"]}
+            with contextlib.suppress(NotHeld):
+                best |= tuned(study, place, name)[0]
+            for setting, factor in itertools.product(settings, factors):
+                if setting in best:
+                    value = best[setting] * factor
+                    if setting == "beta2":
+                        value = 1 - (1 - best[setting]) * factor
+                    if setting != "warmup_fraction" or value <= 1:
+                        yield place, name, {setting: float(f"{value:.6g}")}, seeds
+
+
+# --------------------------------------------------------------------------- what came out
 def mean(values):
     """Mean and its standard error (None for a single value)."""
     values = list(values)
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.mean(values), error
+
+
+def judged(study, place, name, seeds, **changes):
+    """{seed: loss} of the tuned form, with changes of its settings."""
+    settings, _ = tuned(study, place, name)
+    return study.over({**settings, **changes}, seeds)
+
+
+def gains(study):
+    """A row for each form at each place that was judged on at least one seed, in the plan's order.
+
+    gain: loss of the form `base`, which the form is compared with, minus the form's, seed by seed.
+    pooled_stderr: its standard error from the spread of the form's gains at all places.
+    better_gain: the same on top of `better`, the best of all bases of its kind at that place.
+    steps_saved: the share of the base's steps that the form does without, from the base's losses at
+    the lengths that were run at this batch; None while there is one length only.
+    at_edge: the settings whose best value is the last of the grid, so that a better may lie beyond.
+    commits: how many made the runs that are compared.
+    """
+    study = study.only_held()
+    rows = {}
+    for place, names, seeds in study.lines():
+        for name in names:
+            with contextlib.suppress(NotHeld):
+                rows[place, name] = gain(study, place, name, seeds) or rows.get((place, name))
+    rows = [row for row in rows.values() if row]
+    for row in rows:
+        alike = [r for r in rows if r["form"] == row["form"] and len(r["seeds"]) > 1]
+        row["pooled_stderr"] = pooled(alike, len(row["seeds"])) if alike else None
+    return rows
+
+
+def gains_of_changes(study):
+    """The gain of each changed setting on top of the tuned form itself, seed by seed."""
+    study = study.only_held()
+    rows = []
+    for place, name, changed, seeds in changes(study):
+        with contextlib.suppress(NotHeld):
+            losses = judged(study, place, name, seeds, **changed)
+            reference = judged(study, place, name, losses)
+            if losses and len(losses) == len(reference):
+                row = {"place": place, "form": name, "changed": changed, "seeds": list(losses)}
+                row["gain"], row["gain_stderr"] = mean(
+                    reference[seed] - loss for seed, loss in losses.items()
+                )
+                rows.append(row)
+    return rows
+
+
+def pooled(rows, seeds):
+    """The standard error of a mean over so many seeds, from the variances of the rows' gains."""
+    squares = sum(r["gain_stderr"] ** 2 * len(r["seeds"]) * (len(r["seeds"]) - 1) for r in rows)
+    return (squares / sum(len(r["seeds"]) - 1 for r in rows) / seeds) ** 0.5
+
+
+def gain(study, place, name, seeds):
+    """A row of `gains`; None where no seed is judged."""
+    form = study.form(name)
+    settings, trials = tuned(study, place, name)
+    base, _ = tuned(study, place, form["against"])
+    losses, reference = study.over(settings, seeds), study.over(base, seeds)
+    seeds = [seed for seed in losses if seed in reference]
+    if not seeds:
+        return None
+    row = {"place": place, "form": name, "base": form["against"], "trials": trials, "seeds": seeds}
+    row["commits"] = len(study.commits(settings, seeds) | study.commits(base, seeds))
+    row |= {setting: x for setting, x in settings.items() if setting not in ("place", "form")}
+    row["at_edge"] = at_edge(study, name, settings)
+    losses = {seed: losses[seed] for seed in seeds}
+    row["losses"] = list(losses.values())
+    row["loss"], row["loss_stderr"] = mean(losses.values())
+    row["gain"], row["gain_stderr"] = mean(reference[seed] - losses[seed] for seed in seeds)
+    row |= on_top_of_better(study, place, form["base"], losses)
+    return row | steps_saved(study, place, form["against"], losses)
+
+
+def at_edge(study, name, settings):
+    """Of the form's own settings and of those that it took from another form."""
+    form = study.form(name)
+    source = form["borrows"] or form["starts_at"]
+    names = at_edge(study, source, settings) if source else []
+    grid = {} if form["borrows"] else form["grid"]
+    names = [other for other in names if other not in grid]
+    return names + [x for x, values in grid.items() if settings[x] in (values[0], values[-1])]
+
+
+def on_top_of_better(study, place, kind, losses):
+    """The gain on top of the best form without a rule, among those of the base `kind`."""
+    best = {}
+    names = [n for at, forms, _ in study.lines() if at == place for n in forms]
+    for name in dict.fromkeys(names):
+        form = study.form(name)
+        if form["base"] == kind and form["rule"] is None:
+            with contextlib.suppress(NotHeld):
+                found = judged(study, place, name, losses)
+                if len(found) == len(losses):
+                    best[name] = found
+    if not best:
+        return {"better": None, "better_gain": None, "better_gain_stderr": None}
+    better = min(best, key=lambda name: sum(best[name].values()))
+    value, error = mean(best[better][seed] - loss for seed, loss in losses.items())
+    return {"better": better, "better_gain": value, "better_gain_stderr": error}
+
+
+def steps_saved(study, place, base, losses):
+    """1 - steps of the form / steps that the base needs for its loss, seed by seed."""
+    here = study.place(place)
+    curves = {}  # {steps: {seed: loss}}
+    for other, there in study.plan["places"].items():
+        if all(there[name] == here[name] for name in ("batch", "model", "data")):
+            with contextlib.suppress(NotHeld):
+                curves[there["steps"]] = judged(study, other, base, losses)
+    for at, names, settings, factors, _ in study.plan.get("changed", ()):
+        if at == place and base in names and "length" in settings:
+            for length in factors:
+                curves[length * here["steps"]] = judged(study, place, base, losses, length=length)
+    saved, beyond = [], []
+    for seed, loss in losses.items():
+        curve = {steps: found[seed] for steps, found in curves.items() if seed in found}
+        if len(curve) > 1:
+            needed, outside = crossing(curve, loss)
+            saved.append(1 - here["steps"] / needed)
+            if outside:
+                beyond.append(seed)
+    if not saved:
+        return {"steps_saved": None, "steps_saved_stderr": None, "extrapolated_on": []}
+    share, error = mean(saved)
+    return {"steps_saved": share, "steps_saved_stderr": error, "extrapolated_on": beyond}
 
 
 def crossing(curve, target):
@@ -163,7 +492,137 @@ def crossing(curve, target):
     return math.exp(math.log(a) + share * math.log(b / a)), not 0 <= share <= 1
 
 
-def number(value, error, sign=""):
-    """1.2345 ± 0.0012; without the error where there is none."""
-    text = f"{value:{sign}.4f}"
-    return text if error is None else f"{text} ± {error:.4f}"
+# --------------------------------------------------------------------------- replicate
+# The 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+
+
+def half_interval(*errors):
+    """Half of the 95% interval of a sum of independent means, each (standard error, values):
+    Student's t with the degrees of freedom of Welch and Satterthwaite, rounded down."""
+    variance = sum(error**2 for error, _ in errors)
+    freedom = variance**2 / sum(error**4 / (n - 1) for error, n in errors)
+    return T[min(int(freedom), len(T)) - 1] * variance**0.5
+
+
+def replicate(study, place, seeds=FRESH_SEEDS):
+    """The recommended form and its base, as tuned in the file, on fresh seeds: prints the gain
+    beside the file's and says whether they agree. The runs are kept in runs/, so that a second call
+    goes on. Returns whether they agree."""
+    name = study.plan["recommended"]
+    base = study.form(name)["against"]
+    kept = ROOT / "runs" / "replicate" / f"{study.path.stem}-{environment('cpu')['commit']}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    if kept.exists():
+        fresh = Study.read(kept, study.train)
+    else:
+        fresh = Study(kept, study.plan, (), study.train)
+    losses = {}
+    for form in (base, name):
+        settings, _ = tuned(study.only_held(), place, form)
+        losses[form] = fresh.over(settings, seeds)
+    row = next(r for r in gains(study) if (r["place"], r["form"]) == (place, name))
+    value, error = mean(losses[base][seed] - losses[name][seed] for seed in seeds)
+    new, old = (error, len(seeds)), (row["gain_stderr"], len(row["seeds"]))
+    apart = abs(value - row["gain"])
+    allowed = half_interval(new, old)
+    agrees = apart <= allowed
+    texts = {run.get("data") for run in study.runs if run["settings"]["place"] == place}
+    if not {run.get("data") for run in fresh.runs if run["settings"]["place"] == place} <= texts:
+        print("The text is another one than the file's: losses differ, gains may be compared.")
+    for form, found in losses.items():
+        print(f"{form}: loss {number(*mean(found.values()))} on seeds {seeds[0]} to {seeds[-1]}")
+    print(f"{name} on top of {base} at {place}: gain, positive is better, and its 95% interval")
+    print(f"  now          {value:+.4f} ± {half_interval(new):.4f}, {len(seeds)} pairs")
+    print(
+        f"  in the file  {row['gain']:+.4f} ± {half_interval(old):.4f}, {len(row['seeds'])} pairs"
+    )
+    word = "agree" if agrees else "do NOT agree"
+    print(f"The two {word}: they differ by {apart:.4f}, and chance allows {allowed:.4f} (Welch).")
+    return agrees
+
+
+# --------------------------------------------------------------------------- time
+def timed(study, place, name):
+    """A run of a form, to be timed a few steps at a time."""
+    form = study.form(name)
+    settings = {**study.plan["start"], **form["settings"]}
+    settings |= {"place": place, "form": name, "seed": 0}
+    c = config(study, settings, ROOT / "runs" / "study" / "timed")
+    return Training(c, builder(study, settings))
+
+
+def time_forms(study, place, rounds):
+    """Time of ten steps of every form over its base's, with quartiles; all take turns."""
+    times = interleaved({name: timed(study, place, name) for name in study.plan["forms"]}, rounds)
+    rows = {}
+    for name in times:
+        base = BASES[study.form(name)["base"]]
+        ratio, quartiles = of_base(times[name], times[base])
+        ms = 100 * statistics.median(times[name])
+        rows[name] = {"of_base": ratio, "quartiles": quartiles, "ms_a_step": ms}
+        print(f"{name:45}{ms:8.1f} ms{ratio:7.3f} ({quartiles[0]:.3f}-{quartiles[1]:.3f})")
+    return {"rounds": rounds, "environment": environment("cpu"), "forms": rows}
+
+
+# --------------------------------------------------------------------------- command line
+def check_commit(study):
+    """All runs that are compared are of one commit."""
+    here = environment("cpu")["commit"]
+    others = ", ".join(sorted({run["commit"] for run in study.runs} - {here}))
+    if others:
+        sys.exit(
+            f"study.py: {study.path} holds runs of commit {others}, and this is {here}; go on in a "
+            "work tree of that commit (git worktree add), or add --another-commit"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="the study, such as results/map.json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--summary", action="store_true", help="table and figures; run nothing")
+    what.add_argument("--time", metavar="PLACE", help="time every form there")
+    what.add_argument("--replicate", metavar="PLACE", help="fresh seeds of the recommended form")
+    parser.add_argument("--rounds", type=int, default=20, help="of --time (default 20)")
+    parser.add_argument(
+        "--another-commit",
+        action="store_true",
+        help="add runs of this commit beside those of others; each run names its own",
+    )
+    args = parser.parse_args()
+    study = Study.read(args.file, train)
+    places = study.plan["places"]
+    for flag, place in {"--time": args.time, "--replicate": args.replicate}.items():
+        if place and place not in places:
+            allowed = f"a place of {args.file}: {', '.join(places)}"
+            parser.error(f"{flag}: got {place}, allowed is {allowed}")
+    with common.locked(ROOT / "runs" / "study" / args.file.stem):
+        return go_on(study, args)
+
+
+def go_on(study, args):
+    """Does what the command line asks for; returns the exit code."""
+    if args.replicate:
+        return 0 if replicate(study, args.replicate) else 1
+    if args.time:
+        study.plan.setdefault("times", {})[args.time] = time_forms(study, args.time, args.rounds)
+    elif not args.summary:
+        if not args.another_commit:
+            check_commit(study)
+        run_all(study)
+    study.save()
+    report = json.loads(args.file.read_text())
+    print(table(report))
+    draw(report, args.file.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (common.Halt, OSError) as e:
+        print(f"study.py: {e}", file=sys.stderr)
+        sys.exit(getattr(e, "code", 1))

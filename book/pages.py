@@ -166,7 +166,7 @@ def figure(name, folder, what):
 
 def speedup(folder, row="tiny"):
     report = load(f"speedup-{row}", folder)
-    from speedup import table as summary
+    from report import speedup_table
 
     names = (
         "optimizer",
@@ -191,7 +191,8 @@ def speedup(folder, row="tiny"):
         figure(
             f"speedup-{row}", folder, "Loss against the length of the schedule, and the ablations"
         )
-        + f"{summary(report)}\n\n{source(report)}\n{folded(f'All {len(runs)} runs', table(runs))}"
+        + f"{speedup_table(report)}\n\n{source(report)}\n"
+        + folded(f"All {len(runs)} runs", table(runs))
     )
 
 
@@ -200,10 +201,10 @@ def speedup_nano(folder):
 
 
 def flatness(folder):
-    """The map of benchmarks/map.py."""
+    """The study results/map.json."""
     report = load("map", folder)
-    from map_report import source as ran
-    from map_report import table as summary
+    from report import source as ran
+    from report import table as summary
 
     what = "The gain of each form over the length of the run and the size of the batch"
     forms = "The other forms"

@@ -1,84 +1,30 @@
 """common.py by a script of a few lines, small_script.py: each rule of the scripts once."""
 
-import contextlib
 import errno
-import io
 import json
 import os
 import random
 import re
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import small_script
 import torch
+from scripts import Script, torchrun, wait_for
 
 import common
 
-SCRIPT = Path(small_script.__file__)
 RUN = Path("runs/small")
+SMALL = Script(small_script)
+small, done, refused, start = SMALL.run, SMALL.done, SMALL.refused, SMALL.start
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def small(flags=""):
-    """Runs the command line here: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = small_script.main(shlex.split(flags))
-        except SystemExit as e:
-            code = e.code
-    return code or 0, out.getvalue(), err.getvalue()
-
-
-def done(flags=""):
-    """The same for a run that must end well: stdout."""
-    code, out, err = small(flags)
-    assert (code, err) == (0, "")
-    return out
-
-
-def start(flags="", command=(SCRIPT,)):
-    """The same in a process of its own."""
-    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
-    return subprocess.Popen(
-        [sys.executable, *command, *shlex.split(flags)],
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for(ready, process):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-
-
-def files(root="."):
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
-
-
-def refused(flags, *says):
-    """Exit code 2, one line that says all of this, and no file was touched."""
-    before = files()
-    code, _, err = small(flags)
-    assert code == 2 and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
-    for part in says:
-        assert re.search(part, err), (part, err)
-    assert files() == before
 
 
 def walked(folder=RUN):
@@ -321,9 +267,9 @@ def test_a_figure():
 
 
 # ------------------------------------------------------------------------------------ ranks
-def torchrun(flags):
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start(flags, [*options, SCRIPT])
+def two_ranks(flags):
+    """Exit code, stdout and what the script itself says on stderr."""
+    process = start(flags, torchrun(2))
     out, err = process.communicate()
     return (
         process.returncode,
@@ -334,15 +280,15 @@ def torchrun(flags):
 
 @pytest.mark.slow
 def test_two_ranks():
-    code, out, _ = torchrun("--steps 4")
+    code, out, _ = two_ranks("--steps 4")
     assert code == 0 and out.count("walked") == 1 and out.count("step ") == 4
     done("--out one --steps 4")
     assert torch.equal(walked(), walked(Path("one")))
-    code, _, said = torchrun("--steps 0")
+    code, _, said = two_ranks("--steps 0")
     assert code != 0 and len(said) == 1, said
 
 
 @pytest.mark.slow
 def test_one_rank_alone_fails():
-    code, _, said = torchrun("--label fails")
+    code, _, said = two_ranks("--label fails")
     assert code != 0 and len(said) == 1 and "rank 1: " in said[0], said

@@ -12,7 +12,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import speed  # noqa: E402
 
+import common  # noqa: E402
+import text  # noqa: E402
 import train_cifar  # noqa: E402
 import train_gpt  # noqa: E402
 
@@ -24,8 +27,8 @@ def h100(monkeypatch):
     """A machine that seems to have one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(train_gpt, "compiler_error", lambda device: "")
-    monkeypatch.setattr(train_gpt, "LAUNCHED", True)
+    monkeypatch.setattr(common, "compiler_error", lambda device: "")
+    monkeypatch.setattr(common, "LAUNCHED", True)
 
 
 def words():
@@ -36,16 +39,21 @@ def words():
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_the_commands_for_a_gpu_are_understood(h100, step):
     for command in step.commands:
-        arguments = shlex.split(command.format(**words()))
+        arguments = shlex.split(command.format(**words()).format(**words()))
         names = [word for word in arguments if word.endswith(".py")]
         script, rest = names[0], arguments[arguments.index(names[0]) + 1 :]
         assert (ROOT / script).exists()
         if script == "train_gpt.py":
-            typed = train_gpt.parse([word for word in rest if word != "--resume"])
-            c = train_gpt.complete(train_gpt.Config(**typed))
+            given = common.parse(train_gpt.Config, "", [w for w in rest if w != "--resume"])
+            names = given.get("compare", "").split(",") if "compare" in given else ()
+            c = train_gpt.complete(train_gpt.configure(given, names))
             assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
         if script == "train_cifar.py":
-            assert train_cifar.complete(train_cifar.parse(rest)).device == "cuda"
+            assert (
+                train_cifar.configure(common.parse(train_cifar.Config, "", rest)).device == "cuda"
+            )
+        if script == "benchmarks/speed.py":
+            assert rest[0] in speed.WHAT
 
 
 @pytest.mark.parametrize(
@@ -59,44 +67,48 @@ def test_the_commands_for_a_gpu_are_understood(h100, step):
 )
 def test_what_each_gpu_gets(h100, monkeypatch, capability, dtype, compiles):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    for preset in ("tiny", "60m"):
-        c = train_gpt.complete(train_gpt.Config(preset=preset, device="cuda"))
-        assert (c.dtype, c.compile) == (dtype, compiles)
+    c = train_gpt.complete(train_gpt.Config(device="cuda"))
+    assert (c.dtype, c.compile) == (dtype, compiles)
 
 
-def run_of(optimizer, seed, losses, speed=100.0):
+def run_of(losses, speed=100.0):
     curve = dict(zip((0, 50, 100), losses))
-    result = dict(optimizer=optimizer, seed=seed, val_loss=losses[-1], val_loss_by_step=curve)
-    return result | dict(tokens_per_second=speed)
+    return dict(val_loss=losses[-1], val_loss_by_step=curve, tokens_per_second=speed)
 
 
 def test_the_table_over_seeds():
-    runs = [
-        run_of("adamw", 0, [9, 5, 4.0]),
-        run_of("adamw", 1, [9, 5, 4.2]),
-        run_of("muon", 0, [9, 4.0, 3.0], 90.0),
-        run_of("muon", 1, [9, 4.1, 3.4], 80.0),
-        run_of("admire", 1, [9, 5, 4.5]),
-    ]
-    rows = gpu.judge_seeds({str(i): run for i, run in enumerate(runs)}, "GPU")
-    assert [(row["claim"], row["measured"]) for row in rows] == [
+    results = {
+        "adamw-0": run_of([9, 5, 4.0]),
+        "adamw-1": run_of([9, 5, 4.2]),
+        "muon-0": run_of([9, 4.0, 3.0], 90.0),
+        "muon-1": run_of([9, 4.1, 3.4], 80.0),
+        "adamw-rates-1": run_of([9, 5, 4.5]),
+        "admire-rates-1": run_of([9, 4.5, 4.3]),
+    }
+    rows = [(row["claim"].strip(), row["measured"]) for row in gpu.judge_seeds(results, "GPU")]
+    gain = "gain on top of adamw, positive is better"
+    reached, speed = "steps to its final loss, of all", "tokens a second of its"
+    assert rows[:10] == [
         ("adamw: final loss, 2 seeds", "4.1000 +- 0.1000"),
         ("muon: final loss, 2 seeds", "3.2000 +- 0.2000"),
-        ("  minus AdamW's", "-0.9000 +- 0.1000"),
-        ("  steps to AdamW's final loss, of all", "0.5000 +- 0.0000"),
-        ("  tokens a second of AdamW's", "0.8500 +- 0.0500"),
-        ("admire: final loss, 1 seeds", "4.5000"),
-        ("  minus AdamW's", "0.3000"),
-        ("  steps to AdamW's final loss, of all", "never for 1 of 1"),
-        ("  tokens a second of AdamW's", "1.0000"),
+        (gain, "0.9000 +- 0.1000"),
+        (reached, "0.5000 +- 0.0000"),
+        (speed, "0.8500 +- 0.0500"),
+        ("adamw-rates: final loss, 1 seeds", "4.5000"),
+        (gain, "-0.3000"),
+        (reached, "never for 1 of 1"),
+        (speed, "1.0000"),
+        ("admire-rates: final loss, 1 seeds", "4.3000"),
     ]
+    on_rates = "gain on top of adamw-rates, positive is better"
+    assert (on_rates, "0.2000") in rows and (gain, "-0.1000") in rows
 
 
 def test_the_goals_are_of_an_h100():
-    names = ("AdamW", "AdmIRE, second_moment", "AdmIRE, 4 micro-batches, probe on one")
+    names = ("AdamW", "AdmIRE, squares", "AdmIRE, 4 micro-batches, probe on one")
     found = {"tokens_per_second": 1.0, "tflops": 500.0, "of_adamw": 0.98}
     results = {"train-229m": {"rows": dict.fromkeys(names, found)}}
-    rows = gpu.judge_speed(results, "NVIDIA H100 80GB HBM3")
+    rows = list(gpu.judge_speed(results, "NVIDIA H100 80GB HBM3"))
     judged = [(row["goal"], row["holds"]) for row in rows if row["goal"]]
     assert judged == [(0.45, True), (0.99, False), (0.97, True)]
     assert rows[2]["measured"] == 500 / 989
@@ -157,7 +169,8 @@ def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
         return outcomes.pop(0)
 
     monkeypatch.setattr(gpu, "execute", execute)
-    monkeypatch.setattr(gpu, "OPTIMIZERS", ("adamw", "muon"))
+    forms = {name: f"--optimizer {name}" for name in ("adamw", "muon")}
+    monkeypatch.setattr(gpu, "FORMS", forms)
     assert stage_in(tmp_path, "6") == 1
     report = json.loads((tmp_path / "stage-6.json").read_text())
     assert report["left"] == ["muon-0"] and report["steps"]["muon-0"]["why"].startswith("stopped")
@@ -170,7 +183,7 @@ def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
 
 def test_no_step_begins_without_time(tmp_path, capsys):
     assert stage_in(tmp_path, "6", "--minutes", "0.1") == 1
-    assert capsys.readouterr().out.count("no time left") == len(gpu.OPTIMIZERS)
+    assert capsys.readouterr().out.count("no time left") == len(gpu.FORMS)
     assert json.loads((tmp_path / "stage-6.json").read_text())["steps"] == {}
 
 
@@ -179,8 +192,8 @@ def test_bytes_keep_the_size_of_the_head(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "tokenizer", lambda work: "bytes")
     folder, words = gpu.make_tokens(tmp_path, toy=False)
     assert "bytes tokens" in words and "not comparable" in words
-    c = train_gpt.Config(data=str(folder), tokenizer="bytes", device="cpu", context=8)
-    assert train_gpt.Data(train_gpt.complete(c)).vocab == 50304
+    c = train_gpt.Config(data=str(folder), device="cpu", context=8)
+    assert text.Data(train_gpt.complete(c)).vocab == 50304
 
 
 def source(folder):
@@ -219,9 +232,7 @@ def test_a_stage_runs_at_a_toy_size(tmp_path, number, capsys):
     ],
 )
 def test_the_quarter_probe_gets_a_quarter(typed, names):
-    import train
-
-    rows = train.quarter_rows({"device": "cpu", **typed})
+    rows = speed.quarter_rows({"device": "cpu", **typed})
     assert all(row.startswith(name) for row, name in zip(rows, names, strict=True))
     adamw, admire = rows.values()
     assert adamw.micro_batch == admire.micro_batch

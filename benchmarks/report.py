@@ -1,11 +1,14 @@
-"""What benchmarks/map.py computes from its runs is shown here: a table and the map itself."""
+"""Tables and figures of the studies, from their JSON files alone.
+
+A row of `gains` is one form at one place, as benchmarks/study.py computes it. A gain is the loss of
+the tuned base minus the form's, so that positive is better.
+"""
 
 from functools import partial
 
 import numpy as np
-from study import number
 
-import train_gpt
+import common
 
 MISSING = "not measured yet"
 PANELS = (
@@ -17,10 +20,20 @@ PANELS = (
     "random mask over Muon",
 )
 SOURCES = ("device", "threads", "torch", "commit")  # of a run
+LEFT_OUT = (
+    "\nErrors are standard errors over the seeds; pooled: from the spread of that form's gains at "
+    "all places. Neither holds the luck of tuning on one seed."
+)
 COLOURS = 0.1  # the gain at which colours end
 
 
 # --------------------------------------------------------------------------- table
+def number(value, error, sign=""):
+    """1.2345 ± 0.0012; without the error where there is none."""
+    text = f"{value:{sign}.4f}"
+    return text if error is None else f"{text} ± {error:.4f}"
+
+
 def saved(row):
     """Share of the base's steps, in per cent."""
     if row["steps_saved"] is None:
@@ -32,38 +45,80 @@ def saved(row):
     return f"{text}, extrapolated" if row["extrapolated_on"] else text
 
 
-def setting(row, name):
-    edge = " (edge)" if name in row["at_edge"] else ""
-    return f"{row[name]:g}{edge}"
+def settings(row, names):
+    """The settings that were searched; (edge): a better value may lie beyond the grid."""
+    parts = []
+    for name in names:
+        if name in row:
+            edge = " (edge)" if name in row["at_edge"] else ""
+            label = name.removesuffix("_fraction").replace("_", " ")
+            parts.append(f"{label} {row[name]:g}{edge}")
+    return ", ".join(parts)
+
+
+def on_better(row):
+    """The gain on top of the best base at that place, where this is another than the form's own."""
+    if row["better"] in (None, row["base"], row["form"]):
+        return ""
+    return f"{number(row['better_gain'], row['better_gain_stderr'], '+')} on {row['better']}"
+
+
+def cells(row, names):
+    """{column: text} of the table."""
+    found = {
+        "place": row["place"],
+        "form": row["form"],
+        "trials": str(row["trials"] or "borrowed"),
+        "settings": settings(row, names),
+        "seeds": str(len(row["seeds"])),
+        "loss": number(row["loss"], row["loss_stderr"]),
+        "on top of": "",
+        "gain": "",
+        "pooled": "",
+        "gain on the better base": on_better(row),
+        "steps saved": "",
+    }
+    if row["form"] != row["base"]:
+        found["on top of"] = row["base"]
+        found["gain"] = number(row["gain"], row["gain_stderr"], "+")
+        found["gain"] += " (commits differ)" if row["commits"] > 1 else ""
+        found["steps saved"] = saved(row)
+        if row["pooled_stderr"] is not None:
+            found["pooled"] = f"± {row['pooled_stderr']:.4f}"
+    return found
 
 
 def table(report):
-    """Markdown: every form at every place that was judged, then what is missing."""
-    heads = ("place", "form", "trials", "lr", "warm-up", "seeds", "loss", "gain", "steps saved")
+    """Markdown: every form at every place that was judged, then what is missing. A column that is
+    empty is left out."""
+    grids = [form["grid"] for form in report["forms"].values()] + [report.get("grid")]
+    names = list(dict.fromkeys(name for grid in grids for name in grid or ()))
+    rows = [cells(row, names) for row in report["gains"]]
+    heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in report["gains"]:
-        base = row["form"] == row["base"]
-        cells = (
-            row["place"],
-            row["form"],
-            row["trials"] or "borrowed",
-            setting(row, "lr"),
-            setting(row, "warmup_fraction"),
-            len(row["seeds"]),
-            number(row["loss"], row["loss_stderr"]),
-            "" if base else number(row["gain"], row["gain_stderr"], "+"),
-            "" if base else saved(row),
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines + list(missing(report)))
+    lines += [f"| {' | '.join(row[head] for head in heads)} |" for row in rows]
+    return "\n".join([*lines, LEFT_OUT, *changes(report), *missing(report)])
+
+
+def changes(report):
+    """Is a form tuned as far as it goes? The best of the changes of one setting, a line each."""
+    found = {}
+    for row in report.get("changes", ()):
+        if "length" not in row["changed"]:
+            found.setdefault((row["form"], row["place"]), []).append(row)
+    for (form, place), rows in found.items():
+        best = max(rows, key=lambda row: row["gain"])
+        words = ", ".join(f"{name} {value:g}" for name, value in best["changed"].items())
+        gain = number(best["gain"], best["gain_stderr"], "+")
+        yield f"\n{form} at {place}: the best of {len(rows)} changes, {words}, gains {gain}"
 
 
 def missing(report):
     """What the plan asks for and has not got, a line for each place."""
-    judged = {(row["place"], row["form"]) for row in report["gains"]}
+    done = {(row["place"], row["form"]) for row in report["gains"]}
     left = {}
-    for place, names in report["plan"]:
-        left.setdefault(place, []).extend(name for name in names if (place, name) not in judged)
+    for place, names, *_ in report["plan"]:
+        left.setdefault(place, {}).update(dict.fromkeys(n for n in names if (place, n) not in done))
     for place, names in left.items():
         if names:
             yield f"\n{MISSING} at {place}: {'; '.join(names)}"
@@ -78,7 +133,7 @@ def source(report):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`, the other forms beside it, where any was judged."""
+    """The map at `path`, the other forms beside it, where the study has them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,16 +142,19 @@ def draw(report, path):
     figures = {path: the_map(report), path.with_stem(f"{path.stem}-forms"): the_forms(report)}
     for name, figure in figures.items():
         if figure:
-            train_gpt.write_atomically(name, partial(figure.savefig, format="png"))
+            common.write_atomically(name, partial(figure.savefig, format="png"))
             plt.close(figure)
 
 
 def the_map(report):
-    """A panel for each form: the gain as colour and number over the batch and the length."""
+    """A panel for each form: the gain as colour and number over the batch and the length; None for
+    a study without these forms."""
     import matplotlib.pyplot as plt
 
     from toy.common import STYLE
 
+    if not report["forms"].keys() >= set(PANELS):
+        return None
     alike = {"model": "nano", "data": "stdlib"}
     places = {n: p for n, p in report["places"].items() if p.items() >= alike.items()}
     batches = sorted({p["batch"] for p in places.values()})
@@ -152,7 +210,7 @@ def the_forms(report):
 
     panels = {}
     for place in report["places"]:
-        for base in ("AdamW", "Muon"):
+        for base in dict.fromkeys(row["base"] for row in report["gains"]):
             rows = [r for r in report["gains"] if (r["place"], r["base"]) == (place, base)]
             rows = [row for row in rows if row["form"] != base]
             if {row["form"] for row in rows} - set(PANELS):
@@ -164,7 +222,7 @@ def the_forms(report):
         figure = plt.figure(figsize=(7, sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
         for ((place, base), rows), panel in zip(panels.items(), axes.flat, strict=True):
-            draw_forms_at(panel, f"{place} over {base}", rows)
+            draw_forms_at(panel, f"{place}, on top of {base}", rows)
     return figure
 
 
@@ -187,3 +245,35 @@ def draw_forms_at(panel, title, rows):
 def own_name(row):
     """Of a form, without its base's."""
     return row["form"].replace(f" over {row['base']}", "")
+
+
+# --------------------------------------------------------------------------- the speed-up study
+# results/speedup-tiny.json and speedup-nano.json are frozen. benchmarks/speedup.py made them; git
+# has it at b366efc. Their differences are losses minus the base's, so that negative is better.
+def speedup_table(report):
+    """Markdown."""
+    heads = "steps", "seeds", "validation loss", "minus AdamW's, seed by seed", "minus AdmIRE's"
+    lines = [f"| | {' | '.join(heads)} |", "|" + "---|" * 6]
+    for label, row in report["compared"].items():
+        gaps = []
+        for name in ("minus_adamw", "minus_admire"):
+            gaps.append(number(row[name], row[f"{name}_stderr"], "+") if row[name] else "")
+        loss = number(row["loss"], row["loss_stderr"])
+        cells = (label, row["steps"], len(row["seeds"]), loss, *gaps)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for name, found in report["best"].items():
+        words = ", ".join(f"{setting} {value}" for setting, value in found.items())
+        lines.append(f"\n{name}, {report['trials'][name]} trials: {words}")
+    for steps, found in report["horizons"].items():
+        lines.append(speedup_line(f"at {steps} steps", found))
+    return "\n".join([*lines, speedup_line("from step 0", report["from_step_0"])])
+
+
+def speedup_line(what, found):
+    text = f"\nspeed-up {what}: "
+    if found["steps"]:
+        text += f"{found['steps']:.3f} ± {found['steps_stderr']:.3f} in steps"
+        if found["wall"]:
+            text += f", {found['wall']:.3f} ± {found['wall_stderr']:.3f} in time"
+        text += "; "
+    return text + found["note"]

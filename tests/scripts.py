@@ -1,0 +1,91 @@
+"""How the tests of the training scripts run them: as a user does, mostly in this process."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+class Script:
+    """A script, with flags that every run has."""
+
+    def __init__(self, module, always=""):
+        self.module = module
+        self.path = Path(module.__file__).resolve()
+        self.always = always
+
+    def run(self, flags=""):
+        """Exit code, stdout, stderr."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = self.module.main(shlex.split(f"{self.always} {flags}"))
+            except SystemExit as e:
+                code = e.code
+        return code or 0, out.getvalue(), err.getvalue()
+
+    def done(self, flags=""):
+        """The same for a run that must end well: stdout."""
+        code, out, err = self.run(flags)
+        assert (code, err) == (0, ""), err
+        return out
+
+    def refused(self, flags, *says):
+        """Exit code 2, one line that says all of this, and no file was touched."""
+        before = files()
+        code, _, err = self.run(flags)
+        assert code == 2 and err.count("\n") == 1 and err.endswith("\n"), err
+        for part in says:
+            assert re.search(part, err), (part, err)
+        assert files() == before
+
+    def start(self, flags="", options=()):
+        """The same in a process of its own; options of Python stand before the script."""
+        paths = os.pathsep.join([str(self.path.parent), str(Path(__file__).parents[1])])
+        return subprocess.Popen(
+            [sys.executable, *options, self.path, *shlex.split(f"{self.always} {flags}")],
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+
+def torchrun(ranks):
+    """Options that start a script in so many processes."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+
+
+def wait_for(ready, process):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def files(root="."):
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
+
+
+def same(a, b):
+    """Equal bit for bit, tensors with their dtypes."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+def checkpoint(folder):
+    """What must not depend on where a run was stopped."""
+    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    return {k: x for k, x in saved.items() if k not in ("config", "seconds", "log_bytes")}

@@ -1,0 +1,645 @@
+"""benchmarks/study.py: optimizers against naive ones, search, plan, judging, replicate, figures."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import optimizers  # noqa: E402
+import report  # noqa: E402
+import study  # noqa: E402
+
+import common  # noqa: E402
+import llama  # noqa: E402
+import train_gpt  # noqa: E402
+from ire import IRE, SoftIRE, hidden_matrices  # noqa: E402
+
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+MAP = ROOT / "results" / "map.json"
+SMALL = {"layers": 1, "width": 8, "heads": 2, "ffn": 12, "context": 8, "dtype": "float32"}
+Q, K, V, OUT = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo")
+UP = "model.layers.0.mlp.up_proj.weight"
+HEAD, NORM = "lm_head.weight", "model.norm.weight"
+
+
+# --------------------------------------------------------------------------- rules
+def small_run(build, steps=7):
+    """A small model after some steps of build(model, c), and its optimizer."""
+    c = train_gpt.Config(**SMALL, lr=0.01, optimizer="adamw", beta2=0.98)
+    torch.manual_seed(0)
+    model = llama.Llama(c, 16)
+    opt = build(model, c)
+    for i in range(steps):
+        for group in opt.param_groups:
+            group["lr"] = 0.01 / (i + 1) * group["lr_scale"]
+        tokens = torch.randint(12, (2, 8), generator=torch.Generator().manual_seed(i))
+        model(tokens, tokens.roll(-1, 1)).backward()
+        opt.step()
+        opt.zero_grad()
+    return model, opt
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+adamw = train_gpt.make_optimizer
+
+
+def muon_base(model, c):
+    base = train_gpt.make_optimizer(model, dataclasses.replace(c, optimizer="muon"))
+    for group in base.param_groups:
+        group["lr_scale"] = 2.0 if group["muon"] else 1.0
+    return base
+
+
+def on_top(base, rule, settings, steps=7):
+    """build: a rule on top of "adamw" or "muon"."""
+
+    def build(model, c):
+        inner = (muon_base if base == "muon" else adamw)(model, c)
+        return optimizers.stretched(inner, model, rule, settings, beta=0.98, steps=steps)
+
+    return build
+
+
+@pytest.fixture
+def curvature():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {Q: (3, 4), K: (3, 4), V: (3, 4), OUT: (4, 3), UP: (5, 4), HEAD: (6, 4), NORM: (4,)}
+    v = {name: torch.rand(shape, generator=generator) ** 4 for name, shape in shapes.items()}
+    v[HEAD][:2] = 0  # tokens that did not occur
+    return v
+
+
+def check_same(ours, theirs, plain):
+    """The first two runs end alike, and the third elsewhere."""
+    ours, theirs, plain = (weights(small_run(*run)[0]) for run in (ours, theirs, plain))
+    for name, p in ours.items():
+        torch.testing.assert_close(p, theirs[name], atol=1e-6, rtol=1e-5)
+    assert any((plain[name] - p).abs().max() > 1e-3 for name, p in ours.items())
+
+
+def test_the_hard_rule_is_ire():
+    """On top of AdamW, whose second moment is the running mean that the rule keeps."""
+
+    def ire(model, c):
+        return IRE(adamw(model, c), kappa=2.0, gamma=0.7)
+
+    mask = {"kappa": 2.0, "gamma": 0.7}
+    ours, plain = (on_top("adamw", "hard", own, 25) for own in (mask, {**mask, "kappa": 0.0}))
+    check_same((ours, 25), (ire, 25), (plain, 25))
+
+
+@muon
+def test_the_soft_rule_is_soft_ire():
+    def soft_ire(model, c):
+        return SoftIRE(muon_base(model, c), params=hidden_matrices(model), beta=c.beta2)
+
+    ours, plain = (on_top("muon", "soft", {"alpha": alpha}, 15) for alpha in (0.3, 0.0))
+    check_same((ours, 15), (soft_ire, 15), (plain, 15))  # later a rounding meets Muon's bfloat16
+
+
+def naive_flat(values, gamma, live):
+    ranked = sorted(x for x in values if x > 0 or not live)
+    count = math.floor(round(gamma * len(ranked), 9))
+    return [x <= ranked[count - 1] and (x > 0 or not live) for x in values]
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("ranked", ["together", "embeddings apart", "by tensor"])
+def test_hard_against_sorting(curvature, ranked, live):
+    found = optimizers.hard(curvature, None, kappa=2.0, gamma=0.6, ranked=ranked, live=live)
+    groups = {
+        "together": [list(curvature)],
+        "embeddings apart": [[n for n in curvature if n != HEAD], [HEAD]],
+        "by tensor": [[name] for name in curvature],
+    }
+    for names in groups[ranked]:
+        values = [x for name in names for x in curvature[name].flatten().tolist()]
+        factors = [x for name in names for x in found[name].flatten().tolist()]
+        assert factors == [3.0 if flat else 1.0 for flat in naive_flat(values, 0.6, live)]
+    assert live == bool((found[HEAD][:2] == 1).all())
+
+
+def test_random_masks_have_the_size_and_come_from_the_generator(curvature):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        factors = optimizers.hard(curvature, generator, kappa=1.0, gamma=0.6, random=True)
+        return optimizers.flatten(factors.values())
+
+    flat = optimizers.flatten(optimizers.hard(curvature, None, kappa=1.0, gamma=0.6).values())
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert draw(0).sum() == flat.sum() and not torch.equal(draw(0), flat)
+
+
+def naive_soft(values, alpha, limit):
+    reference = sorted(values)[(len(values) - 1) // 2]
+    raw = [min(max((x / reference) ** -alpha, 1 / limit), limit) for x in values]
+    return [x * len(raw) / sum(raw) for x in raw]
+
+
+@pytest.mark.parametrize("alpha", [0.3, -0.3, 2.0])
+def test_soft_against_a_loop(curvature, alpha):
+    hidden = [Q, K, V, OUT, UP]
+    factors = optimizers.soft(curvature, None, alpha=alpha)
+    assert list(factors) == hidden
+    values = [x for name in hidden for x in curvature[name].flatten().tolist()]
+    expected = torch.tensor(naive_soft(values, alpha, 4.0))
+    torch.testing.assert_close(optimizers.flatten(factors.values()), expected)
+    inner = optimizers.soft(curvature, None, alpha=alpha, varies="within tensors")
+    for name in hidden:
+        expected = torch.tensor(naive_soft(curvature[name].flatten().tolist(), alpha, 4.0))
+        torch.testing.assert_close(inner[name].flatten(), expected)
+
+
+def test_soft_between_tensors_is_one_number_a_tensor(curvature):
+    factors = optimizers.soft(curvature, None, alpha=0.3, varies="between tensors")
+    means = {name: float(curvature[name].mean()) for name in factors}
+    order = sorted(factors, key=means.get)
+    numbers = [factors[name].unique() for name in order]
+    assert all(len(x) == 1 for x in numbers) and numbers == sorted(numbers, reverse=True)
+    ratio = float(factors[Q][0, 0] / factors[UP][0, 0])
+    assert ratio == pytest.approx((means[Q] / means[UP]) ** -0.3)
+    assert float(optimizers.flatten(factors.values()).mean()) == pytest.approx(1)
+
+
+def test_soft_shuffled_has_the_same_factors_elsewhere(curvature):
+    generator = torch.Generator().manual_seed(0)
+    there, here = (
+        optimizers.flatten(optimizers.soft(curvature, generator, alpha=0.3, shuffle=x).values())
+        for x in (True, False)
+    )
+    assert torch.equal(there.sort().values, here.sort().values) and not torch.equal(there, here)
+
+
+def test_multipliers_by_hand(curvature):
+    factors = optimizers.by_hand(curvature, None, qk=3.0, vo=0.5, ffn=1.0)
+    assert factors.keys() == {Q, K, V, OUT, UP}
+    ratios = {name: float(x[0, 0] / factors[UP][0, 0]) for name, x in factors.items()}
+    assert ratios == {Q: 3, K: 3, V: 0.5, OUT: 0.5, UP: 1}
+    assert float(optimizers.flatten(factors.values()).mean()) == pytest.approx(1)
+
+
+# --------------------------------------------------------------------------- optimizers
+def test_a_step_is_the_bases_times_the_factor():
+    def build(model, c):
+        def rule(curvature, generator):
+            return {UP: torch.full_like(curvature[UP], 2.5)}
+
+        return optimizers.Stretched(adamw(model, c), model, rule, {}, beta=0.98)
+
+    before = weights(small_run(build, 0)[0])
+    after = weights(small_run(build, 1)[0])
+    base = weights(small_run(adamw, 1)[0])
+    for name in before:
+        if name == UP:
+            expected = before[name] + 2.5 * (base[name] - before[name])
+            torch.testing.assert_close(after[name], expected)
+        else:
+            assert torch.equal(after[name], base[name]), name
+
+
+@muon
+@pytest.mark.parametrize("when", ["first fifth", "after first fifth"])
+def test_a_fifth_of_the_run(when):
+    """Of 10 steps. Outside its part of the run the form is its base, bit for bit."""
+    form = on_top("muon", "soft", {"alpha": 0.3, "when": when}, 10)
+    always = on_top("muon", "soft", {"alpha": 0.3}, 10)
+    starts_as = {"first fifth": always, "after first fifth": muon_base}[when]
+    for steps in (2, 3):
+        a, b = (weights(small_run(build, steps)[0]) for build in (form, starts_as))
+        same = all(torch.equal(a[name], b[name]) for name in a)
+        assert same == (steps <= 2)
+
+
+@muon
+def test_lite_against_a_decomposition():
+    """One step: along the momentum's top tenth of right singular directions, one of 8, it is the
+    base's, elsewhere twice that; on the rest 4 times where a tensor's curvature is among its 90%
+    smallest."""
+    before = weights(small_run(on_top("muon", "lite", {"chi": 2.0}), 0)[0])
+    model, opt = small_run(on_top("muon", "lite", {"chi": 2.0}), 1)
+    base = weights(small_run(muon_base, 1)[0])
+    after = weights(model)
+    for name, p in model.named_parameters():
+        base_step, step = base[name] - before[name], after[name] - before[name]
+        if optimizers.is_hidden(name):
+            momentum = opt.state[p]["momentum_buffer"]
+            _, vectors = torch.linalg.eigh(momentum.T @ momentum)  # ascending
+            scale = torch.full((p.shape[1],), 2.0)
+            scale[-1] = 1.0
+            expected = base_step @ vectors @ scale.diag() @ vectors.T
+        else:
+            v = opt.curvature[name].flatten().tolist()
+            flat = torch.tensor(naive_flat(v, 0.9, False)).view_as(p)
+            expected = base_step * (1 + 3 * flat)
+        torch.testing.assert_close(step, expected, atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("by", ["random", "rarest"])
+def test_rows_have_the_size_of_the_mask(curvature, by):
+    """The head's mask has 15 or 16 of 24 coordinates: four rows of four."""
+    counts = torch.tensor([0, 0, 5, 1, 9, 2.0])
+    generator = torch.Generator().manual_seed(1)
+    settings = {"kappa": 2.0, "gamma": 0.6}
+    factors = optimizers.rows(curvature, generator, by=by, counts=counts, **settings)
+    mask = optimizers.hard(curvature, None, **settings)[HEAD] > 1
+    assert factors.keys() == {HEAD} and (factors[HEAD] > 1).all(1).sum() == round(
+        float(mask.sum()) / 4
+    )
+    assert ((factors[HEAD] == 3).all(1) | (factors[HEAD] == 1).all(1)).all()
+    if by == "rarest":
+        order = [0, 1, 3, 5, 2, 4]
+        longer = (factors[HEAD] > 1).all(1)[order].tolist()
+        assert longer == sorted(longer, reverse=True)
+
+
+@pytest.mark.parametrize("only", ["embedding and head", "hidden"])
+def test_a_mask_in_one_part_of_the_model(curvature, only):
+    whole = optimizers.hard(curvature, None, kappa=1.0, gamma=0.6)
+    part = optimizers.hard(curvature, None, kappa=1.0, gamma=0.6, only=only)
+    assert part.keys() == ({HEAD} if only == "embedding and head" else whole.keys() - {HEAD})
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+def test_constants_are_learning_rates():
+    """On the first step AdamW moves each coordinate by its lr, and by its decay."""
+    longer = on_top("adamw", "constants", {"head": 4.0, "vo": 2.0})
+    runs = ((adamw, 0), (adamw, 1), (longer, 1))
+    before, plain, after = (weights(small_run(*run)[0]) for run in runs)
+    for name, start in before.items():
+        factor = {HEAD: 4, V: 2, OUT: 2}.get(name, 1)
+        torch.testing.assert_close(after[name] - start, factor * (plain[name] - start))
+
+
+# --------------------------------------------------------------------------- search
+def test_search_finds_the_best_and_uses_every_trial():
+    grid = {"x": tuple(range(-9, 10)), "y": tuple(range(-9, 10))}
+
+    def bowl(p):
+        x, y = p["x"] - 4, p["y"] + 3
+        return x**2 + y**2 + x * y
+
+    best, value, trials = study.search({"x": 0, "y": 0}, grid, bowl, 40)
+    assert (best, value) == ({"x": 4, "y": -3}, 0) and trials <= 40
+    assert study.search({"x": 0, "y": 0}, grid, bowl, 7)[2] == 7
+
+
+def test_search_leaves_a_point_that_is_best_along_each_axis():
+    grid = {"x": (0, 1, 2), "y": (0, 1, 2)}
+    losses = {(1, 1): 1, (2, 2): 0}
+    best, *_ = study.search({"x": 1, "y": 1}, grid, lambda p: losses.get((p["x"], p["y"]), 2), 9)
+    assert best == {"x": 2, "y": 2}
+
+
+@pytest.mark.parametrize("middle, trials", [(1.0, 2), (math.inf, 2)])
+def test_search_stays_on_a_plateau_and_survives_divergence(middle, trials):
+    losses = [1.0, middle, 0.0]
+    found = study.search({"x": 0}, {"x": (0, 1, 2)}, lambda p: losses[p["x"]], 9)
+    assert found == ({"x": 0}, 1.0, trials)
+
+
+def test_crossing_is_exact_on_a_line_over_log_length():
+    curve = {length: 3 - 0.5 * math.log(length) for length in (0.8, 1.0, 1.2, 1.4, 2.0)}
+    for length in (0.81, 1.0, 1.13, 1.99):
+        assert study.crossing(curve, 3 - 0.5 * math.log(length)) == (pytest.approx(length), False)
+    for length in (0.7, 2.3):
+        assert study.crossing(curve, 3 - 0.5 * math.log(length)) == (pytest.approx(length), True)
+
+
+# --------------------------------------------------------------------------- the plan of the map
+PLAN = {k: v for k, v in json.loads(MAP.read_text()).items() if k not in ("runs", "times")}
+GAINS = {"hard mask over AdamW": 0.01, "soft factor over Muon": 0.03}
+
+
+def synthetic(held, settings):
+    """A valley in lr, falling with the logarithm of the steps; some forms gain."""
+    place = held.place(settings["place"])
+    loss = 2 - 0.2 * math.log(place["steps"] / 500) + 0.01 * settings["seed"]
+    loss += 0.01 * math.log(settings["lr"] / 4e-3) ** 2
+    loss -= GAINS.get(settings["form"], 0)
+    return {"val_loss": loss, "commit": "abc", "device": "", "threads": 1, "torch": ""}
+
+
+def test_the_plan_can_be_followed():
+    """A form comes first at the place near by: else its search would start elsewhere when it is
+    looked up than when it was made."""
+    lines = [(place, name) for place, names in PLAN["plan"] for name in names]
+    held = study.Study(MAP, PLAN)
+    for i, (place, name) in enumerate(lines):
+        near = held.place(place)["near"]
+        assert near is None or near in [at for at, _ in lines[:i]]
+        assert (near, name) not in lines[i:]
+        form = held.form(name)
+        assert form["differs"] and (form["expected"] or name in study.BASES.values())
+        assert not (form["borrows"] and held.form(form["borrows"])["borrows"])
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The whole plan on synthetic losses, without a file until it is done."""
+    results = study.Study(tmp_path / "map.json", dict(PLAN), (), synthetic)
+    results.save = dict
+    study.run_all(results)
+    del results.save
+    results.save()
+    return results
+
+
+def test_equal_trials_fresh_seeds_and_known_gains(results):
+    rows = {(row["place"], row["form"]): row for row in study.gains(results)}
+    assert rows.keys() == {(place, name) for place, names in PLAN["plan"] for name in names}
+    for (place, name), row in rows.items():
+        assert row["seeds"] == [1, 2, 3]
+        assert row["trials"] <= PLAN["places"][place]["trials"]
+        for key in ("gain", "better_gain"):
+            assert row[key] == pytest.approx(GAINS.get(name, 0), abs=1e-9)
+        assert row["gain_stderr"] == pytest.approx(0, abs=1e-9)
+        if row["steps_saved"] is not None:  # exact on a line over the logarithm of the length
+            expected = 1 - math.exp(-GAINS.get(name, 0) / 0.2)
+            assert row["steps_saved"] == pytest.approx(expected)
+    assert rows["250x16", "AdamW"]["trials"] == rows["250x16", "NorMuon"]["trials"]
+    assert rows["tiny 500x16", "AdamW"]["steps_saved"] is None
+    assert rows["500x64", "AdamW"]["steps_saved"] == pytest.approx(0)
+
+
+def test_a_search_starts_at_the_neighbouring_place(results):
+    first = {}
+    for run in results.runs:
+        first.setdefault((run["settings"]["place"], run["settings"]["form"]), run["settings"])
+    best, _ = study.tuned(results, "250x4", "Muon")
+    assert first["250x16", "Muon"]["lr"] == best["lr"] == 4e-3
+    assert first["250x4", "Muon"]["lr"] == PLAN["start"]["lr"]
+
+
+def test_a_run_is_never_repeated(results):
+    made = []
+
+    def counted(held, settings):
+        made.append(settings)
+        return synthetic(held, settings)
+
+    again = study.Study(results.path, results.plan, results.runs[:-5], counted)
+    again.save = dict
+    study.run_all(again)
+    assert made == [run["settings"] for run in results.runs[-5:]]
+    study.run_all(again)
+    assert len(made) == 5
+
+
+SOURCE = {"commit": "abc", "device": "", "threads": 1, "torch": ""}
+BASE = {"base": "adamw", "rule": None, "settings": {}, "borrows": None, "grid": None}
+SOFT = {**BASE, "rule": "soft", "settings": {"alpha": 0.3}}
+TWO = {  # a base with one learning rate, one with a rate for the head, a form on top of either
+    "fixed": {"judged_on_seeds": [1, 2], "decay": 0.1, "beta2": 0.98},
+    "start": {"lr": 1.0, "head_lr": 1.0},
+    "grid": {"lr": [1.0, 2.0, 4.0, 8.0]},
+    "places": {"a": {"steps": 100, "batch": 1, "near": None, "model": "", "data": "", "trials": 9}},
+    "forms": {
+        "AdamW": BASE,
+        "rates": {**BASE, "starts_at": "AdamW", "grid": {"head_lr": [1.0, 4.0, 16.0]}},
+        "soft": {**SOFT, "borrows": "AdamW"},
+        "soft on rates": {**SOFT, "borrows": "rates", "against": "rates"},
+    },
+    "plan": [["a", ["AdamW", "rates", "soft", "soft on rates"]]],
+    "changed": [
+        ["a", ["rates"], ["length"], [1.5], [1, 2]],
+        ["a", ["AdamW"], ["lr", "beta2", "head_lr"], [0.5, 2.0], [1]],
+    ],
+}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Its runs: `rates` is 0.3 better than AdamW, soft is 0.1 and 0.02 better than either, and 1.5
+    times the steps are 0.2 better."""
+
+    def losses(held, settings):
+        loss = 3.0 + 0.01 * settings["seed"] + 0.1 * abs(settings["lr"] - 2)
+        loss -= 0.15 * math.log(settings.get("head_lr", 1.0), 4)
+        loss -= {"soft": 0.1, "soft on rates": 0.02}.get(settings["form"], 0)
+        return {**SOURCE, "val_loss": loss - 0.2 * (settings.get("length") == 1.5)}
+
+    results = study.Study(tmp_path / "two.json", dict(TWO), (), losses)
+    study.run_all(results)
+    return results
+
+
+def test_gains_on_top_of_the_better_base_and_other_lengths(two):
+    rows = {row["form"]: row for row in study.gains(two)}
+    expected = {"AdamW": (0, -0.3), "rates": (0.3, 0), "soft": (0.1, -0.2)}
+    for name, values in {**expected, "soft on rates": (0.02, 0.02)}.items():
+        row = rows[name]
+        assert (row["gain"], row["better_gain"]) == pytest.approx(values, abs=1e-9)
+        assert row["better"] == "rates" and row["lr"] == 2.0
+    assert rows["soft"]["at_edge"] == [] and rows["soft on rates"]["at_edge"] == ["head_lr"]
+    assert rows["soft"]["steps_saved"] is None
+    assert rows["soft on rates"]["steps_saved"] == pytest.approx(1 - 1.5**-0.1)
+    text = report.table(json.loads(two.path.read_text()))
+    assert "| soft | borrowed | lr 2 | 2 | 2.9150 ± 0.0050 | AdamW | +0.1000 ± 0.0000 |" in text
+    assert "| -0.2000 ± 0.0000 on rates |" in text and "head lr 16 (edge)" in text
+
+
+def test_one_setting_of_a_tuned_form_is_changed(two):
+    changed = [run["settings"] for run in two.runs if run["settings"]["form"] == "AdamW"][-4:]
+    values = [(run["lr"], run.get("beta2"), run["seed"]) for run in changed]
+    assert values == [(1.0, None, 1), (4.0, None, 1), (2.0, 0.99, 1), (2.0, 0.96, 1)]
+    rows = [row for row in study.gains_of_changes(two) if row["form"] == "AdamW"]
+    assert [row["gain"] for row in rows] == pytest.approx([-0.1, -0.2, 0, 0])
+    text = report.table(json.loads(two.path.read_text()))
+    assert "AdamW at a: the best of 4 changes, beta2 0.99, gains +0.0000" in text
+
+
+# --------------------------------------------------------------------------- replicate
+def test_the_interval_is_students_and_welchs():
+    """scipy.stats: t.ppf(0.975, 7) * 0.01; degrees of freedom of 0.01 with 8 and 0.02 with 3."""
+    assert study.half_interval((0.01, 8)) == pytest.approx(0.02365, abs=1e-5)
+    freedom = (0.01**2 + 0.02**2) ** 2 / (0.01**4 / 7 + 0.02**4 / 2)
+    assert int(freedom) == 3
+    expected = 3.182 * math.hypot(0.01, 0.02)
+    assert study.half_interval((0.01, 8), (0.02, 3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("now, word", [(0.1, "agree"), (0.5, "do NOT agree")])
+def test_replicate_runs_fresh_seeds_and_judges(two, tmp_path, monkeypatch, capsys, now, word):
+    """The gain was 0.1 on two seeds, and is `now`, give or take 0.01."""
+    made = []
+
+    def fresh(held, settings):
+        made.append((settings["form"], settings["lr"], settings["seed"]))
+        noise = 0.01 * (settings["seed"] % 2)
+        return {**SOURCE, "val_loss": 3.0 - (settings["form"] == "soft") * (now + noise)}
+
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    two.plan["recommended"] = "soft"
+    two.train = fresh
+    for run in two.runs:  # some spread, without which no difference is due to chance
+        if run["settings"]["form"] == "soft":
+            run["val_loss"] += 0.01 * run["settings"]["seed"]
+    before = len(two.runs)
+    assert study.replicate(two, "a") == (word == "agree")
+    assert f"The two {word}" in capsys.readouterr().out
+    assert made == [(name, 2.0, seed) for name in ("AdamW", "soft") for seed in study.FRESH_SEEDS]
+    assert len(two.runs) == before and study.replicate(two, "a") == (word == "agree")
+    assert len(made) == 16  # the second call has all runs
+
+
+# --------------------------------------------------------------------------- the file
+def test_what_was_made_is_kept_when_a_signal_comes(tmp_path):
+    def stop_at_third(held, settings):
+        if len(held.runs) == 2:
+            raise KeyboardInterrupt
+        return synthetic(held, settings)
+
+    results = study.Study(tmp_path / "map.json", dict(PLAN), (), stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_all(results)
+    assert len(json.loads(results.path.read_text())["runs"]) == 2
+
+
+def test_an_interrupted_write_leaves_the_old_file(two, monkeypatch):
+    old = two.path.read_bytes()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        two.loss({**two.runs[0]["settings"], "seed": 99})
+    assert two.path.read_bytes() == old
+
+
+def call(monkeypatch, path, *more):
+    monkeypatch.setattr(sys, "argv", ["study.py", str(path), *more])
+    monkeypatch.setattr(study, "ROOT", path.parent)
+    return study.main()
+
+
+def test_runs_of_another_commit_are_not_mixed_in_silence(two, monkeypatch, capsys):
+    monkeypatch.setattr(study, "environment", lambda device: {"commit": "def"})
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    with pytest.raises(SystemExit, match="holds runs of commit abc, and this is def"):
+        call(monkeypatch, two.path)
+    assert call(monkeypatch, two.path, "--another-commit") == 0  # nothing was missing
+    assert call(monkeypatch, two.path, "--summary") == 0
+    assert "(commits differ)" not in capsys.readouterr().out
+    for run in two.runs:
+        if run["settings"]["form"] == "soft":
+            run["commit"] = "def"
+    two.save()
+    assert call(monkeypatch, two.path, "--summary") == 0
+    assert capsys.readouterr().out.count("(commits differ)") == 1
+    two.runs = [{**run, "commit": "abc"} for run in two.runs]
+    two.save()
+    monkeypatch.setattr(study, "environment", lambda device: {"commit": "abc"})
+    assert call(monkeypatch, two.path) == 0
+
+
+def test_two_processes_do_not_write_one_file(two, monkeypatch):
+    with common.locked(two.path.parent / "runs" / "study" / "two"):
+        with pytest.raises(common.BadInput, match="no other process uses"):
+            call(monkeypatch, two.path, "--summary")
+
+
+def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, two.path, "--replicate", "b")
+    assert "--replicate: got b, allowed is a place of" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_kept_as_such(tmp_path):
+    results = study.Study(tmp_path / "a.json", dict(TWO), (), lambda *_: {"val_loss": None})
+    results.plan["plan"] = []
+    assert results.loss({"place": "a", "form": "AdamW", "lr": 1.0, "seed": 0}) == math.inf
+    assert json.loads(results.path.read_text())["runs"][0]["val_loss"] is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("map*.json")), ids=str)
+def test_committed_results_are_what_the_summary_computes(path):
+    held = study.Study.read(path)
+    assert json.loads(json.dumps(study.gains(held))) == held.plan["gains"]
+
+
+# --------------------------------------------------------------------------- what is shown
+def test_table_and_figure_of_a_part(results):
+    """The first two places; the others are said to be missing."""
+    few = [run for run in results.runs if run["settings"]["place"] in ("250x4", "500x4")]
+    study.Study(results.path, results.plan, few).save()
+    found = json.loads(results.path.read_text())
+    text = report.table(found)
+    assert "| 500x4 | soft factor over Muon | " in text
+    assert "| Muon | +0.0300 ± 0.0000 | ± 0.0000 | 14% ± 0% |" in text
+    assert "not measured yet at 2000x64: AdamW; hard mask over AdamW" in text
+    assert "not measured yet at 500x4" not in text and "better base" not in text
+    report.draw(found, results.path.with_suffix(".png"))
+    for path in (results.path.with_suffix(".png"), results.path.with_name("map-forms.png")):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_error(results):
+    few = [run for run in results.runs if run["settings"]["place"] == "250x4"]
+    few = [run for run in few if run["settings"]["seed"] < 2]
+    row = study.gains(study.Study(results.path, results.plan, few))[1]
+    assert row["gain_stderr"] is None and "one seed" in report.gain_in_words(row)
+
+
+def test_nothing_is_held(tmp_path):
+    study.Study(tmp_path / "map.json", dict(PLAN)).save()
+    found = json.loads((tmp_path / "map.json").read_text())
+    assert found["gains"] == [] and "not measured yet at 250x4: AdamW" in report.table(found)
+    report.draw(found, tmp_path / "map.png")
+    assert (tmp_path / "map.png").exists() and not (tmp_path / "map-forms.png").exists()
+
+
+# --------------------------------------------------------------------------- runs
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The map, whose place 250x4 has five steps and four sequences of a small model."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 2000)
+    monkeypatch.setitem(study.MODELS, "nano", SMALL)
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    plan = json.loads(json.dumps(PLAN))
+    plan["places"]["250x4"] |= {"steps": 5, "data": str(text)}
+    plan["fixed"] |= {"data_dir": str(tmp_path), "eval_sequences": 8}
+    return study.Study(tmp_path / "map.json", plan)
+
+
+@muon
+def test_times_take_turns(small):
+    found = study.time_forms(small, "250x4", rounds=2)["forms"]
+    assert found.keys() == PLAN["forms"].keys()
+    assert found["AdamW"]["of_base"] == found["Muon"]["of_base"] == 1
+    assert all(row["ms_a_step"] > 0 for row in found.values())
+
+
+OWN = {  # of a form that results/map.json does not have
+    "rates": {"settings": {"multiples": {"vo": 2.0}}, "grid": {"head_lr": [4.0]}},
+    "hidden": {"rule": "hard", "settings": {"kappa": 2.0, "gamma": 0.7, "only": "hidden"}},
+    "frozen": {"rule": "hard", "settings": {"kappa": 2.0, "gamma": 0.7, "frozen": True}},
+    "rare": {"rule": "rows", "settings": {"kappa": 2.0, "gamma": 0.7, "by": "rarest"}},
+    "paper": {"rule": "paper", "settings": {"kappa": 2.0, "gamma": 0.7}},
+}
+
+
+@muon
+@pytest.mark.parametrize("name", ["AdamW", "hard mask over Muon", "multipliers by hand", *OWN])
+def test_trains_a_run_and_records_how(small, tmp_path, name):
+    for own, form in OWN.items():
+        small.plan["forms"][own] = {**BASE, **form}
+    settings = {"place": "250x4", "form": name, "lr": 1e-3, "warmup_fraction": 0.25, "seed": 1}
+    settings |= {"qk": 2.0, "vo": 0.5, "ffn": 1.0} if "hand" in name else {}
+    settings |= {"head_lr": 4.0} if name == "rates" else {}
+    run = study.train(small, settings)
+    assert math.isfinite(run["val_loss"])
+    assert {"cpu_seconds", "commit", "torch", "device", "threads", "data"} <= run.keys()
+    c = study.config(small, settings, tmp_path)
+    assert (c.steps, c.batch_size, c.warmup, c.lr, c.seed) == (5, 4, 1, 1e-3, 1)
+    assert study.config(small, {**settings, "length": 2}, tmp_path).steps == 10
