@@ -51,6 +51,7 @@ BASES = {"sgd": None, "sgd-ire": "sgd", "sam": None, "sam-ire": "sam"}
 SEEDS = (0, 1, 2)
 QUANTITIES = ("test_acc", "train_loss", "trace", "seconds")
 PICTURES = 128
+HELD_OUT = 5000
 KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
 GAMMAS = (0.5, 0.7, 0.8, 0.9)
 SCHEDULES = ("cosine", "constant")
@@ -67,7 +68,7 @@ def config(args, shared, optimizer, own, seed):
         optimizer=optimizer,
         seed=seed,
         device="cpu",
-        holdout=5000,
+        holdout=HELD_OUT,
         sharpness=True,
         sharpness_images=PICTURES,
         sharpness_probes=6,

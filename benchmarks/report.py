@@ -133,17 +133,66 @@ def source(report):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`, the other forms beside it, where the study has them."""
+    """The map at `path`; beside it the other forms, and the losses over the learning rate. A study
+    that has nothing for a figure has no such file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figures = {path: the_map(report), path.with_stem(f"{path.stem}-forms"): the_forms(report)}
-    for name, figure in figures.items():
-        if figure:
-            common.write_atomically(name, partial(figure.savefig, format="png"))
-            plt.close(figure)
+    for name, figure in (("", the_map), ("-forms", the_forms), ("-rates", the_rates)):
+        drawn = figure(report)
+        if drawn:
+            out = path.with_stem(f"{path.stem}{name}")
+            common.write_atomically(out, partial(drawn.savefig, format="png"))
+            plt.close(drawn)
+
+
+def the_rates(report):
+    """Loss over the learning rate at every place: a curve through the trials of each form with the
+    best warm-up at each rate, on seed 0, and a dot for each seed on which it was judged."""
+    import matplotlib.pyplot as plt
+
+    from toy.common import STYLE
+
+    curves = {}  # {place: {form: {lr: loss}}}
+    for run in report["runs"]:
+        at = run["settings"]
+        if at["seed"] == 0 and run["val_loss"] and "length" not in at:
+            curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
+            curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))
+    for place in curves:
+        curves[place] = {form: curve for form, curve in curves[place].items() if len(curve) > 2}
+    panels = [place for place in report["places"] if curves.get(place)]
+    if not panels:
+        return None
+    forms = [form for form in report["forms"] if any(form in curves[place] for place in panels)]
+    colors = {form: f"C{i % 10}" for i, form in enumerate(forms)}
+    rows = -(-len(panels) // 3)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 2.7 * rows + 0.6), squeeze=False)
+        figure.set_layout_engine("constrained")
+        for place, panel in zip(panels, axes.flat, strict=False):
+            judged = {row["form"]: row for row in report["gains"] if row["place"] == place}
+            for form, curve in curves[place].items():
+                draw_curve(panel, curve, judged.get(form), colors[form])
+            panel.set(xscale="log", xlabel="learning rate", ylabel="loss", title=place)
+            rates = sorted({lr for curve in curves[place].values() for lr in curve})[::2]
+            panel.set_xticks(rates, [f"{lr:.1g}" for lr in rates])
+            panel.set_xticks([], minor=True)
+        for panel in axes.flat[len(panels) :]:
+            panel.remove()
+        lines = [plt.Line2D([], [], color=colors[form], label=form) for form in forms]
+        figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
+def draw_curve(panel, curve, row, color):
+    rates = sorted(curve)
+    panel.plot(rates, [curve[lr] for lr in rates], marker=".", lw=1, color=color)
+    if row:
+        rates = [row["lr"]] * len(row["losses"])
+        panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=color)
 
 
 def the_map(report):

@@ -549,6 +549,7 @@ def timed(study, place, name):
     settings = {**study.plan["start"], **form["settings"]}
     settings |= {"place": place, "form": name, "seed": 0}
     c = config(study, settings, ROOT / "runs" / "study" / "timed")
+    c.steps = 10**6  # it never ends
     return Training(c, builder(study, settings))
 
 
