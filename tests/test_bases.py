@@ -1,4 +1,5 @@
-"""IRE over every optimizer that torch has, and in mixed precision and compiled steps."""
+"""IRE on top of every optimizer that torch has, in mixed precision, in compiled steps and in the
+trainers of other libraries."""
 
 import copy
 import warnings
@@ -7,10 +8,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.testing._internal.common_optimizers import optim_db
+from training import (
+    CURVATURES,
+    batch,
+    equal,
+    flat_counts,
+    make_model,
+    train,
+    values,
+)
 
-from ire import IRE, SAM, AdmIRE, sampled_cross_entropy
+from ire import IRE, AdmIRE
 
 # That import forbids all after it to set the backends' flags, also the scripts in their tests.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
@@ -31,62 +42,53 @@ def weights(cls):
     return [nn.Parameter(torch.randn(s, dtype=torch.float32)) for s in shapes]
 
 
-def backward(params, step):
+def gradients(params, step):
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
     for p in params:
         p.grad = None
-    out = x @ params[0] + (params[1] if params[1].dim() == 1 else 0)
-    out = (
-        torch.tanh(out)
-        @ (params[1] if len(params) == 2 else params[2])
-        * (params[3] if len(params) == 4 else 1)
-    )
-    (out - 1).square().mean().backward()
+    matrices = [p for p in params if p.dim() == 2]
+    rest = [p for p in params if p.dim() < 2] or [0, 1]
+    ((torch.tanh(x @ matrices[0] + rest[0]) @ matrices[1] * rest[1]) - 1).square().mean().backward()
 
 
-def run(params, opt, steps, start=0):
-    for step in range(start, start + steps):
-        if getattr(opt, "probe_due", False):
-            with opt.probe():
-                backward(params, 100 + step)
-        backward(params, step)
+def run(params, opt, steps):
+    for step in steps:
+        gradients(params, step)
         opt.step()
     return [p.detach().clone() for p in params]
 
 
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("cls, kwargs", CASES)
 def test_torchs_own_optimizers(cls, kwargs):
-    """kappa 0 follows to the bit through scheduling, editing, saving; kappa 1 doubles the step of
-    the flat coordinates."""
+    """kappa 0 follows bit for bit through scheduling, editing, saving, a group added later; kappa
+    1 doubles the step of the flat coordinates."""
+
+    def start(kappa):
+        params = weights(cls)
+        base = cls(params, **copy.deepcopy(kwargs))
+        return params, base if kappa is None else IRE(base, kappa=kappa, gamma=0.5, interval=2)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of capturable on a CPU and the like: the base's own
-        one, two = weights(cls), weights(cls)
-        base = cls(one, **copy.deepcopy(kwargs))
-        opt = IRE(cls(two, **copy.deepcopy(kwargs)), kappa=0, gamma=0.5, interval=2, warmup=1)
+        one, base = start(None)
+        two, opt = start(0)
         schedules = [StepLR(o, 2, 0.5) for o in (base, opt)]
         for step in range(6):
-            assert equal(run(one, base, 1, step), run(two, opt, 1, step))
+            assert equal(run(one, base, [step]), run(two, opt, [step]))
             for s in schedules:
                 s.step()
             if step == 3:
                 for o in (base, opt):
                     o.param_groups[0]["weight_decay"] = 0.25
                 state = opt.state_dict()
-                opt = IRE(
-                    cls(two, **copy.deepcopy(kwargs)), kappa=0, gamma=0.5, interval=2, warmup=1
-                )
+                opt = IRE(cls(two, **copy.deepcopy(kwargs)), kappa=0, gamma=0.5, interval=2)
                 opt.load_state_dict(state)
                 schedules[1].optimizer = opt
-        assert all(
-            torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state[q][k]))
-            for p, q in zip(one, two)
-            for k, v in base.state[p].items()
-            if v is not None
-        )
+        for p, q in zip(one, two):
+            for k, v in base.state[p].items():
+                assert v is None or torch.equal(
+                    torch.as_tensor(v), torch.as_tensor(opt.state[q][k])
+                )
         late = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
         for o, p in zip((base, opt), late):
             o.add_param_group({"params": [p], "lr": 0.1})
@@ -96,127 +98,103 @@ def test_torchs_own_optimizers(cls, kwargs):
             o.step()
         assert equal(late[:1], late[1:])
 
-        start, flat = [p.detach().clone() for p in two], [opt.masks[p] for p in two]
-        assert sum(f.sum() for f in flat) >= sum(p.numel() for p in two) // 2
         opt.param_groups[0]["kappa"] = 1
-        opt.__class__ = type("Probed", (IRE,), {"probe_due": property(lambda self: False)})
-        there, plain = run(two, opt, 1, 6), run(one, base, 1, 6)
-        for s, t, b, f in zip(start, there, plain, flat):
-            assert torch.equal(t[~f], b[~f])
-            torch.testing.assert_close(t[f] - s[f], 2 * (b[f] - s[f]), rtol=1e-3, atol=1e-5)
-
-
-def test_what_is_refused_says_so():
-    with pytest.raises(ValueError, match="LBFGS .a line search"):
-        IRE(torch.optim.LBFGS(weights(torch.optim.LBFGS)), kappa=1, gamma=0.5)
-    embed = nn.Embedding(5, 3, sparse=True)
-    opt = IRE(torch.optim.SparseAdam(embed.parameters()), kappa=1, gamma=0.5)
-    with pytest.raises(ValueError, match="gradient: got .*sparse.*, allowed is dense"), opt.probe():
-        embed(torch.tensor([1])).sum().backward()
+        opt.interval = 1
+        before = [p.detach().clone() for p in two]
+        for s, t, b, p in zip(before, run(two, opt, [6]), run(one, base, [6]), two):
+            flat = opt.masks[p]
+            assert torch.equal(t[~flat], b[~flat])
+            torch.testing.assert_close(
+                t[flat] - s[flat], 2 * (b[flat] - s[flat]), rtol=1e-3, atol=1e-5
+            )
+        assert opt.flat_share()["flat"] >= 0.48
 
 
 def test_names_in_torchs_list():
     """The list above would shrink silently if torch renamed it."""
     names = {case.id.split("-")[0] for case in CASES}
-    assert names >= {
-        "SGD",
-        "AdamW",
-        "Adam",
-        "RMSprop",
-        "Adagrad",
-        "NAdam",
-        "RAdam",
-        "Adamax",
-        "Adadelta",
-        "ASGD",
-        "Rprop",
-    }
+    adams = {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "Adafactor"}
+    assert names >= {"SGD", "ASGD", "RMSprop", "Rprop", *adams}
     assert ("Muon" in names) == hasattr(torch.optim, "Muon")
 
 
-@pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax"])
-def test_sam_over_others(name):
-    cls = getattr(torch.optim, name)
-    one, two = weights(cls), weights(cls)
-    base, opt = SAM(cls(one)), IRE(SAM(cls(two)), kappa=0, gamma=0.5, interval=2)
-    for step in range(5):
-        for params, o in ((one, base), (two, opt)):
-            if getattr(o, "probe_due", False):
-                with o.probe():
-                    backward(params, 100 + step)
-            o.step(lambda: backward(params, step))
-    assert equal(one, two)
-
-
-# ------------------------------------------------------------ mixed precision
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
+# ---------------------------------------------------------------- mixed precision
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_skips_as_for_the_base_and_keeps_the_probe_due(fused):
-    net = model()
-    opt = AdmIRE(net.parameters(), 0.01, kappa=2, gamma=0.5, interval=2, fused=fused)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_grad_scaler_skips_as_for_the_base_and_keeps_the_probe_due(fused, curvature):
+    model = make_model()
+    settings = dict(kappa=2, gamma=0.5, interval=2, curvature=curvature)
+    opt = AdmIRE(model.parameters(), 0.01, fused=fused, **settings)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     assert not hasattr(opt, "_step_supports_amp_scaling")
     for step in range(6):
-        x, y = torch.randn(8, 4), torch.randint(3, (8,))
         if opt.probe_due:
-            with opt.probe():
-                scaler.scale(sampled_cross_entropy(net(x))).backward()
-        before = copy.deepcopy((net.state_dict(), opt.state_dict()))
+            with opt.probe(model):
+                scaler.scale(F.cross_entropy(model(batch(step)[0]), batch(step)[1])).backward()
+        due = opt.probe_due
+        before = copy.deepcopy((model.state_dict(), opt.state_dict()))
         opt.zero_grad()
-        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        scaler.scale(F.cross_entropy(model(batch(step)[0]), batch(step)[1])).backward()
         if step == 2:
-            net[0].weight.grad[0, 0] = torch.inf
+            model[0].weight.grad[0, 0] = torch.inf
         scaler.step(opt)
         scaler.update()
-        if step == 2:
-            assert equal(before[0].values(), net.state_dict().values())
-            assert str(before[1]) == str(opt.state_dict()) and opt.param_groups[0]["ire_step"] == 2
-    assert opt.param_groups[0]["ire_step"] == 5 and all(
-        p.isfinite().all() for p in net.parameters()
-    )
+        same = equal(before[0].values(), model.state_dict().values())
+        assert same == (step == 2) == (str(before[1]) == str(opt.state_dict()))
+        assert step != 2 or opt.probe_due == due
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_grad_scaler_does_not_change_the_mask():
+    """Squares are of the gradients without the scale, also where the base unscales them itself."""
+    found = []
+    for fused in (None, False, True):
+        model = make_model()
+        opt = IRE(
+            torch.optim.SGD(model.parameters(), 0.1, fused=fused), kappa=1, gamma=0.5, interval=2
+        )
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**10, growth_interval=1, enabled=fused is not None
+        )
+        for step in range(5):
+            opt.zero_grad()
+            scaler.scale(F.cross_entropy(model(batch(step)[0]), batch(step)[1])).backward()
+            scaler.step(opt)
+            scaler.update()
+        found.append([*opt.masks.values()])
+    assert equal(found[0], found[1]) and equal(found[0], found[2])
 
 
 def test_an_overflowing_probe_marks_sharp():
-    net = model().half()
-    opt = AdmIRE(net.parameters(), 0.01, eps=1e-4, kappa=2, gamma=0.9)
+    model = make_model(dtype=torch.float16)
+    opt = AdmIRE(model.parameters(), 0.01, eps=1e-4, kappa=2, gamma=0.9, curvature="fisher")
     with opt.probe():
-        (net(torch.randn(8, 4).half()).float().square().sum() * 1e6).backward()
-        bad = [~p.grad.isfinite() for p in net.parameters()]
-    assert any(b.any() for b in bad) and not any(
-        (b & opt.masks[p]).any() for b, p in zip(bad, net.parameters())
-    )
+        (model(batch(0)[0].half()).float().square().sum() * 1e6).backward()
+        bad = [~p.grad.isfinite() for p in model.parameters()]
+    assert any(b.any() for b in bad)
+    assert not any((b & opt.masks[p]).any() for b, p in zip(bad, model.parameters()))
 
 
 def test_autocast_bfloat16():
-    net = model()
-    opt = AdmIRE(net.parameters(), 0.01, kappa=2, gamma=0.5, interval=2)
-    for _ in range(5):
-        x, y = torch.randn(8, 4), torch.randint(3, (8,))
-        with torch.autocast("cpu", torch.bfloat16):
-            if opt.probe_due:
-                with opt.probe():
-                    sampled_cross_entropy(net(x)).backward()
-            loss = F.cross_entropy(net(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    assert sum(opt.masks[p].sum() for p in net.parameters()) >= 67 // 2
+    model = make_model()
+    opt = AdmIRE(model.parameters(), 0.01, kappa=2, gamma=0.5, interval=2, curvature="fisher")
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, opt, range(5))
+    assert sum(flat_counts(opt)) >= 67 // 2
 
 
-# ------------------------------------------------------------ compiled
-def test_compiled_model_and_compiled_step():
+# ---------------------------------------------------------------- compiled
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_compiled_model_and_compiled_step(curvature):
     """The model's graph serves training and probe; a step inside the compiled function breaks the
     graph, no more."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        net = model()
-        opt = AdmIRE(net.parameters(), 0.01, kappa=2, gamma=0.5, interval=2, warmup=1)
-        forward = torch.compile(net, backend="aot_eager") if compiled else net
+        model = make_model()
+        settings = dict(kappa=2, gamma=0.5, interval=2, warmup=1, curvature=curvature)
+        opt = AdmIRE(model.parameters(), 0.01, **settings)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
 
         def step(x, y):
             opt.zero_grad()
@@ -225,12 +203,104 @@ def test_compiled_model_and_compiled_step():
 
         run_step = torch.compile(step, backend="aot_eager") if compiled else step
         for t in range(5):
-            g = torch.Generator().manual_seed(t)
-            x, y = torch.randn(8, 4, generator=g), torch.randint(3, (8,), generator=g)
+            x, y = batch(t)
             if opt.probe_due:
                 with opt.probe():
                     F.cross_entropy(forward(x), y.flip(0)).backward()
             run_step(x, y)
-        results.append([p.detach().clone() for p in net.parameters()])
+        results.append(values(model))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- trainers of other libraries
+STEPS = 6
+
+
+def by_hand():
+    model = make_model()
+    opt = IRE(AdamW(model.parameters(), 0.01), kappa=1, gamma=0.6, interval=2)
+    return train(model, opt, range(STEPS))
+
+
+def data():
+    x, y = zip(*map(batch, range(STEPS)))
+    return torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.cat(x), torch.cat(y)), batch_size=16
+    )
+
+
+@pytest.mark.slow
+def test_lightning():
+    lightning = pytest.importorskip("lightning")
+    model = make_model()
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, xy):
+            return F.cross_entropy(self.model(xy[0]), xy[1])
+
+        def configure_optimizers(self):
+            return IRE(AdamW(self.parameters(), 0.01), kappa=1, gamma=0.6, interval=2)
+
+    quiet = dict(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(Module(), data())
+    assert equal(by_hand(), values(model))
+
+
+@pytest.mark.slow
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    opt = IRE(AdamW(model.parameters(), 0.01), kappa=1, gamma=0.6, interval=2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    net, wrapped, batches = accelerator.prepare(model, opt, data())
+    for x, y in batches:
+        wrapped.zero_grad()
+        accelerator.backward(F.cross_entropy(net(x), y))
+        wrapped.step()
+    assert equal(by_hand(), values(model))
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer_with_peft_resumes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make_model()
+
+        def forward(self, x, labels):
+            return {"loss": F.cross_entropy(self.body(x), labels)}
+
+    examples = [
+        {"x": x, "labels": y} for step in range(STEPS) for x, y in zip(*batch(step), strict=True)
+    ]
+
+    def run(cls, **resume):
+        lora = peft.LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False)
+        model = peft.inject_adapter_in_model(lora, Net())
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        base = AdamW(adapters, 0.01)
+        opt = base if cls is None else cls(base, kappa=1, gamma=0.6, interval=2)
+        settings = dict(max_steps=STEPS, save_steps=3, per_device_train_batch_size=16)
+        settings |= dict(lr_scheduler_type="constant", report_to=[], use_cpu=True)
+        args = transformers.TrainingArguments(tmp_path, disable_tqdm=True, **settings)
+        trainer = transformers.Trainer(model, args, train_dataset=examples, optimizers=(opt, None))
+        trainer.train(**resume)
+        return [p.detach().clone() for p in adapters]
+
+    whole = run(IRE)
+    resumed = run(IRE, resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
+    assert equal(whole, resumed) and not equal(whole, run(None))

@@ -43,7 +43,7 @@ def lists_of_tensors(draw):
 def test_any_tensors(tensors, data):
     n = sum(t.numel() for t in tensors)
     if n == 0:
-        with pytest.raises(ValueError, match="k: got 1, allowed is 1 to the number of elements, 0"):
+        with pytest.raises(ValueError, match="k: got 1, allowed is 1 to"):
             kth_smallest(tensors, 1)
         return
     k = data.draw(st.integers(1, n))
@@ -53,14 +53,8 @@ def test_any_tensors(tensors, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_rank(dtype):
     """Ties, zeros, denormals, huge ranges: each k."""
-    values = torch.cat(
-        [
-            torch.zeros(5),
-            torch.rand(40) ** 20,
-            torch.ones(7),
-            torch.tensor([math.inf, math.nan, 3e38]),
-        ]
-    )
+    special = torch.tensor([math.inf, math.nan, 3e38])
+    values = torch.cat([torch.zeros(5), torch.rand(40) ** 20, torch.ones(7), special])
     values = (values.double() ** 3 if dtype == torch.float64 else values).to(dtype)
     for k in range(1, len(values) + 1):
         assert same(kth_smallest([values[:20], values[20:]], k), by_sorting([values], k))
@@ -74,20 +68,16 @@ def test_float64_is_not_rounded():
 
 def test_layouts():
     x = torch.rand(4, 6, 5, 5)
-    for y in (
-        x.to(memory_format=torch.channels_last),
-        x.permute(3, 1, 0, 2),
-        x[:, ::2],
-        x[:1].expand(4, 6, 5, 5),
-    ):
+    last = x.to(memory_format=torch.channels_last)
+    for y in (last, x.permute(3, 1, 0, 2), x[:, ::2], x[:1].expand(4, 6, 5, 5)):
         assert kth_smallest([y], 100) == by_sorting([y], 100)
 
 
 def test_more_elements_than_float32_counts():
     """2^24 + 3 in one bin, which a float32 counter (or torch.quantile) would lose."""
     ones = torch.ones(1).expand(2**24 + 3)
-    assert kth_smallest([ones, torch.zeros(2), torch.full((1,), 2.0)], 2**24 + 5) == 1
-    assert kth_smallest([ones, torch.zeros(2), torch.full((1,), 2.0)], 2**24 + 6) == 2
+    tensors = [ones, torch.zeros(2), torch.full((1,), 2.0)]
+    assert [float(kth_smallest(tensors, 2**24 + k)) for k in (5, 6)] == [1, 2]
 
 
 def test_signs_are_ignored_and_input_stays():
@@ -98,5 +88,5 @@ def test_signs_are_ignored_and_input_stays():
 
 @pytest.mark.parametrize("k", [0, 4, -1, "a"])
 def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=r"k: got .*, allowed is 1 to the number of elements, 3"):
+    with pytest.raises(ValueError, match=r"k: got .*, allowed is 1 to .*3"):
         kth_smallest([torch.ones(3)], k)

@@ -1,0 +1,483 @@
+"""The probe of curvature="fisher", what it puts back, and the losses that are made for it."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim import SGD, AdamW
+from training import (
+    BASES,
+    SETTINGS,
+    backward,
+    batch,
+    by_curvature,
+    equal,
+    flat_counts,
+    make_model,
+    masks,
+    probe,
+    reload,
+    train,
+    values,
+    wants_closure,
+)
+
+import ire
+from ire import (
+    IRE,
+    SAM,
+    SoftIRE,
+    frozen_batch_norm,
+    sampled_binary_cross_entropy,
+    sampled_cross_entropy,
+    sampled_mse,
+)
+
+
+def SGDIRE(params, **settings):
+    return ire.SGDIRE(params, 0.1, **{"kappa": 1, "gamma": 0.5, "curvature": "fisher", **settings})
+
+
+# ---------------------------------------------------------------- when it is due
+@pytest.mark.parametrize("wrap", [lambda base: IRE(base, kappa=1, gamma=0.5), SoftIRE])
+def test_a_probe_without_fisher_is_refused(wrap):
+    """A loop copied from the paper must not become something else in silence."""
+    model = make_model()
+    opt = wrap(SGD(model.parameters(), 0.1))
+    assert not opt.probe_due
+    with pytest.raises((ValueError, RuntimeError), match='curvature="fisher"') as error:
+        probe(model, opt)
+    assert "\n" not in str(error.value)
+
+
+def test_probe_due_at_warmup_and_every_interval():
+    model = make_model()
+    opt = SGDIRE(model.parameters(), **SETTINGS)
+    due = []
+    for step in range(10):
+        if opt.probe_due:
+            due.append(step)
+        train(model, opt, [step])
+    assert due == [2, 5, 8]
+
+
+def test_probe_due_is_false_once_probed_and_true_after_a_failed_probe():
+    model = make_model()
+    opt = SGDIRE(model.parameters())
+    with pytest.raises(KeyError), opt.probe():
+        raise KeyError("inside")
+    assert opt.probe_due and not opt.masks
+    probe(model, opt)
+    assert not opt.probe_due
+
+
+def test_a_missing_probe_is_said_at_the_1st_10th_and_100th_miss():
+    model, twin = make_model(), make_model()
+    opt = SGDIRE(model.parameters(), interval=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(100):
+            backward(model, step)
+            opt.step()
+    said = [str(w.message) for w in caught]
+    assert len(said) == 3
+    for text, step in zip(said, (0, 9, 99)):
+        assert f"step {step} " in text and "probe()" in text
+    plain = SGD(twin.parameters(), 0.1)
+    for step in range(100):
+        backward(twin, step)
+        plain.step()
+    assert equal(values(model), values(twin))  # nothing was lengthened
+    probe(model, opt)
+    opt.step()
+    backward(model)
+    before = [mask.clone() for mask in masks(opt)]
+    opt.step()
+    assert equal(before, masks(opt)) and any(mask.any() for mask in before)
+
+
+# ---------------------------------------------------------------- the mask
+def test_mask_is_the_floor_of_gamma_n_smallest_over_the_whole_model():
+    model = make_model()
+    opt = SGDIRE(model.parameters(), gamma=0.29)
+    with opt.probe():
+        sampled_cross_entropy(model(batch(0)[0])).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+    h = torch.cat([g.abs().flatten() for g in grads])
+    threshold = h.sort().values[math.floor(0.29 * 67) - 1]
+    assert equal(masks(opt), [g.abs() <= threshold for g in grads])
+
+
+@pytest.mark.parametrize(
+    "dtype, gradient, flat",
+    [
+        (torch.float32, [4e-25, -1e-25, 3e-25, 2e-25], [False, True, False, True]),
+        (torch.float16, [4e-4, -1e-4, 3e-4, 2e-4], [False, True, False, True]),
+        (torch.bfloat16, [4e-25, -1e-25, 3e-25, 2e-25], [False, True, False, True]),
+        (torch.float64, [1 + 1e-12, 1, 1 + 3e-12, 1 + 2e-12], [True, True, False, False]),
+        (torch.float32, [math.nan, 1, math.inf, 2], [False, True, False, True]),
+    ],
+)
+def test_squares_that_underflow_are_ranked_and_what_is_not_finite_is_sharp(dtype, gradient, flat):
+    p = nn.Parameter(torch.ones(4, dtype=dtype))
+    opt = SGDIRE([p])
+    by_curvature(opt, {p: torch.tensor(gradient, dtype=dtype)})
+    assert opt.masks[p].tolist() == flat
+
+
+@pytest.mark.parametrize("factor", [0.0, math.nan])
+def test_a_curvature_that_says_nothing_warns_and_lengthens_nothing(factor):
+    one, two = make_model(), make_model()
+    plain = train(one, SGD(one.parameters(), 0.1), range(3))
+    opt = SGDIRE(two.parameters(), kappa=5, interval=1)
+    with pytest.warns(UserWarning, match="IRE: the curvature .* last mask stays"):
+        for step in range(3):
+            with opt.probe(two):
+                (sampled_cross_entropy(two(batch(0)[0])) * factor).backward()
+            opt.zero_grad()
+            backward(two, step)
+            opt.step()
+    assert equal(plain, values(two))
+
+
+def test_backward_passes_in_a_probe_add_up_to_the_large_batch_and_its_scale_is_free():
+    x, y = batch(0)
+    found = []
+    for scale, parts in ((1, 1), (1, 4), (1024, 4)):
+        model = make_model(dtype=torch.float64)
+        opt = SGDIRE(model.parameters())
+        with opt.probe():
+            for a, b in zip(x.double().chunk(parts), y.chunk(parts)):
+                (scale * F.cross_entropy(model(a), b) / parts).backward()
+        found.append(masks(opt))
+    assert equal(found[0], found[1]) and equal(found[0], found[2])
+
+
+def test_saved_between_probe_and_step():
+    model, other = make_model(), make_model()
+    opt, again = (SGDIRE(m.parameters(), momentum=0.9) for m in (model, other))
+    probe(model, opt)
+    again.load_state_dict(reload(opt.state_dict()))
+    assert not again.probe_due and equal(masks(opt), masks(again))
+    assert equal(train(model, opt, range(4)), train(other, again, range(4)))
+
+
+def test_a_gradient_in_the_probe_before_any_in_training():
+    """A base makes its state when it finds an empty entry, and must not find ours there."""
+    for make in BASES.values():
+        model = make_model()
+        late = nn.Parameter(torch.ones(3))
+        base = make([*model.parameters(), late])
+        opt = IRE(base, kappa=1, gamma=0.5, interval=2, curvature="fisher")
+        for step in range(6):
+            x, y = batch(step)
+            if opt.probe_due:
+                with opt.probe():
+                    sampled_cross_entropy(model(x) * late).backward()
+
+            def closure():
+                opt.zero_grad()
+                loss = F.cross_entropy(model(x) * (late if step > 3 else 1), y)
+                loss.backward()
+                return loss
+
+            closure()
+            opt.step(closure) if wants_closure(opt) else opt.step()
+            opt.load_state_dict(reload(opt.state_dict()))
+            assert (late.detach() != 1).any() == (step > 3)
+
+
+# ---------------------------------------------------------------- what it puts back
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_gradients_come_back_as_they_were(fails):
+    model = make_model()
+    opt = SGDIRE(model.parameters())
+    backward(model)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    model[2].bias.grad = None
+    before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    try:
+        with opt.probe():
+            assert all(p.grad is None for p in model.parameters())
+            backward(model, 1)
+            if fails:
+                raise KeyError("second backward")
+    except KeyError:
+        assert fails
+    for p, (grad, content) in zip(model.parameters(), before):
+        assert p.grad is grad and (grad is None or torch.equal(grad, content))
+    assert (model[0].weight in opt.masks) != fails
+
+
+class Counter(nn.Module):
+    """Buffers of three habits: changed in place, through .data, and replaced."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("one", "two", "three"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def forward(self, x):
+        self.one += 1
+        self.two.data.add_(1)
+        self.three = self.three + 1
+        return x * (1 + 0.1 * self.one + 0.1 * self.two + 0.1 * self.three)
+
+
+EXTRAS = {
+    "batch norm": lambda: nn.BatchNorm1d(8),
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+    "parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "dropout": lambda: nn.Dropout(0.5),
+    "counter": Counter,
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("head_alone", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_probe_of_the_model_leaves_all_of_it_alone(extra, head_alone, fails):
+    """At kappa 0 the run is the base's bit for bit, also where zero_grad comes after the step,
+    where another optimizer has the other parameters, and where the probe's body raises."""
+
+    def run(wrap):
+        torch.manual_seed(2)
+        model = make_model(EXTRAS[extra]())
+        trained = model[-1] if head_alone else model
+        opt = wrap(AdamW(trained.parameters(), 0.01))
+        other = SGD(model[0].parameters(), 0.1) if head_alone else SGD([torch.zeros(1)], 0.1)
+        torch.manual_seed(1)
+        for step in range(8):
+            if getattr(opt, "probe_due", False):
+                try:
+                    with opt.probe(model):
+                        sampled_cross_entropy(model(batch(step)[0])).backward()
+                        if fails and step == 4:
+                            raise KeyError
+                except KeyError:
+                    pass
+            backward(model, step)
+            for o in (opt, other):
+                o.step()
+                o.zero_grad()
+        return [*model.parameters(), *model.buffers()]
+
+    settings = dict(kappa=0, gamma=0.5, interval=2, curvature="fisher")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IRE: no probe")
+        assert equal(run(lambda base: base), run(lambda base: IRE(base, **settings)))
+
+
+def test_it_leaves_the_random_stream_but_draws_anew_each_time():
+    model = make_model()
+    opt = SGDIRE(model.parameters(), interval=1)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        with opt.probe():
+            draws.append(torch.rand(3))
+            backward(model)
+        after = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(after, torch.rand(3))
+        backward(model)
+        opt.step()
+    assert not torch.equal(*draws)
+
+
+def test_it_wakes_up_no_device():
+    """torch.manual_seed would queue a seed for CUDA, which then starts from the probe's."""
+    model = make_model()
+    opt = SGDIRE(model.parameters())
+    torch.cuda.manual_seed_all(7)
+    before = torch.cuda._lazy_seed_tracker.get_calls()[1]
+    probe(model, opt)
+    assert torch.cuda._lazy_seed_tracker.get_calls()[1] is before
+
+
+def test_several_modules_and_two_optimizers_over_one_model():
+    model = make_model(nn.BatchNorm1d(8))
+    for modules in ([model], [*model]):
+        one = SGDIRE(model[0].parameters())
+        two = SGDIRE(model[3].parameters(), gamma=0.25)
+        backward(model)
+        before = [*(p.grad.clone() for p in model.parameters()), *map(torch.clone, model.buffers())]
+        with one.probe(*modules), two.probe(*modules):
+            sampled_cross_entropy(model(batch(0)[0])).backward()
+        assert equal(before, [*(p.grad for p in model.parameters()), *model.buffers()])
+        assert sum(flat_counts(one)) == 20 and sum(flat_counts(two)) == 6
+    with pytest.raises(ValueError, match="probe.*: got .*'net'.*, allowed is torch.nn.Module"):
+        with one.probe("net"):
+            pass
+    one.step()
+
+
+def test_a_graph_from_before_the_probe_still_runs():
+    """One forward pass for both losses, through buffers that the graph holds."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.full((8,), 2.0))
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = make_model(Scaled())
+    opt = SGDIRE(model.parameters())
+    x, y = batch(0)
+    logits = model(x)
+    with opt.probe(model):
+        sampled_cross_entropy(logits).backward(retain_graph=True)
+    F.cross_entropy(logits, y).backward()
+    opt.step()
+
+
+# ---------------------------------------------------------------- where it stands
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, 0.01), lambda p: SAM(SGD(p, 0.1))])
+def test_a_probe_inside_the_closure_counts(make):
+    """Lightning's training_step lives there."""
+
+    def run(inside):
+        model = make_model()
+        settings = dict(kappa=2, gamma=0.5, interval=2, curvature="fisher")
+        opt = IRE(make(model.parameters()), **settings)
+
+        def closure():
+            if inside and opt.probe_due:
+                probe(model, opt)
+            opt.zero_grad()
+            return backward(model)
+
+        for _ in range(5):
+            if not inside and opt.probe_due:
+                probe(model, opt)
+            opt.step(closure)
+        return [*model.parameters(), *opt.masks.values()]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal(run(True), run(False))
+
+
+def test_a_step_while_the_probe_is_open_is_refused():
+    model = make_model()
+    opt = SGDIRE(model.parameters())
+    for p in model.parameters():  # an optimizer in the backward pass
+        p.register_post_accumulate_grad_hook(lambda p: opt.step())
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"step\(\) inside probe\(\)"):
+        probe(model, opt)
+    assert equal(before, values(model)) and not opt.masks and opt.probe_due
+
+
+def test_a_probe_without_dense_gradients_is_an_error():
+    opt = SGDIRE(make_model().parameters())
+    with pytest.raises(ValueError, match="no backward pass inside"), opt.probe():
+        pass
+    embed = nn.Embedding(5, 3, sparse=True)
+    opt = SGDIRE(embed.parameters())
+    with pytest.raises(ValueError, match="sparse"), opt.probe():
+        embed(torch.tensor([1, 2])).sum().backward()
+
+
+# ---------------------------------------------------------------- losses
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sampled_cross_entropy_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(20000, 3).clone().requires_grad_()
+    loss = sampled_cross_entropy(logits, generator=seeded())
+    p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    assert loss.item() == pytest.approx(-(p * p.log()).sum().item(), abs=0.02)  # the entropy
+    loss.backward()
+    labels = (logits.grad < 0).float().mean(0)  # the gradient is negative at the label alone
+    torch.testing.assert_close(labels, p, atol=0.02, rtol=0)
+
+
+def test_sampled_binary_cross_entropy_draws_from_the_sigmoid():
+    logits = torch.tensor([-2.0, 0.0, 1.0]).expand(20000, 3).clone().requires_grad_()
+    loss = sampled_binary_cross_entropy(logits, generator=seeded())
+    loss.backward()
+    p = torch.tensor([-2.0, 0.0, 1.0]).sigmoid()
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
+    assert loss.item() == pytest.approx(float(entropy), abs=0.02)
+    torch.testing.assert_close((logits.grad < 0).float().mean(0), p, atol=0.02, rtol=0)
+
+
+def test_sampled_mse_draws_from_the_unit_normal():
+    prediction = torch.zeros(20000, requires_grad=True)
+    loss = sampled_mse(prediction, generator=seeded())
+    loss.backward()
+    assert loss.item() == pytest.approx(1, abs=0.03)
+    assert prediction.grad.std().item() * 10000 == pytest.approx(1, abs=0.03)
+
+
+def test_losses_of_odd_inputs():
+    for loss in (sampled_cross_entropy, sampled_binary_cross_entropy):
+        assert loss(torch.full((3, 4), math.nan)).isnan()
+        assert loss(torch.randn(6, 4, dtype=torch.bfloat16)).isfinite()
+    for logits in (torch.randn(5, 1), torch.randn(2, 3, 1)):
+        with pytest.raises(ValueError, match="logits: got .* two classes or more; yes/no outputs"):
+            sampled_cross_entropy(logits)
+    for logits in (torch.randn(7), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 8, 8)):
+        with pytest.raises(ValueError, match="dim: got None, allowed is the dimension of the"):
+            sampled_cross_entropy(logits)
+
+
+def test_ignored_positions_and_the_dimension_of_the_classes():
+    logits = torch.randn(2, 3, 5, 4, requires_grad=True)
+    ignore = torch.zeros(2, 5, 4, dtype=torch.bool)
+    ignore[0, :2] = True
+    loss = sampled_cross_entropy(logits, generator=seeded(1), ignore=ignore, dim=1)
+    last = logits.detach().movedim(1, -1).requires_grad_()
+    sampled_cross_entropy(last, generator=seeded(1), ignore=ignore, dim=-1).backward()
+    loss.backward()
+    for grad in (logits.grad, last.grad.movedim(-1, 1)):
+        assert (grad[0, :, :2] == 0).all()
+        assert ((grad < 0).sum(1)[~ignore] == 1).all()  # negative at the label alone
+    assert sampled_cross_entropy(last, generator=seeded(1), dim=-1) != loss
+
+
+LAYERS = {
+    "1d": (nn.BatchNorm1d(4), (8, 4)),
+    "2d": (nn.BatchNorm2d(4), (8, 4, 3, 3)),
+    "3d": (nn.BatchNorm3d(4), (8, 4, 2, 2, 2)),
+    "no momentum": (nn.BatchNorm1d(4, momentum=None), (8, 4)),
+    "no statistics": (nn.BatchNorm1d(4, track_running_stats=False), (8, 4)),
+    "not affine": (nn.BatchNorm1d(4, affine=False), (8, 4)),
+    "evaluating": (nn.BatchNorm1d(4).eval(), (8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_frozen_batch_norm(name):
+    layer, shape = LAYERS[name]
+    model = nn.Sequential(nn.Identity(), layer)
+    x = torch.randn(shape) + 3
+    if layer.training:
+        model(x)
+    before = copy.deepcopy(model.state_dict())
+    flags = (layer.training, layer.track_running_stats, layer.momentum)
+    expected = copy.deepcopy(model)(x)
+    with pytest.raises(KeyError), frozen_batch_norm(model):
+        with frozen_batch_norm(model):
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+        raise KeyError
+    assert equal(before.values(), model.state_dict().values())
+    assert flags == (layer.training, layer.track_running_stats, layer.momentum)
+
+
+def test_frozen_batch_norm_before_a_lazy_layer_knows_its_size():
+    model = nn.LazyBatchNorm1d()
+    x = torch.randn(8, 4)
+    with frozen_batch_norm(model):
+        model(x)
+    model(x)
+    assert model.running_mean.abs().sum() > 0 and model.num_batches_tracked >= 1

@@ -1,0 +1,152 @@
+"""SAM, ASAM and Average SAM as optimizers; their arithmetic is in test_oracle.py."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.optim import SGD, AdamW
+from training import backward, equal, make_model, values
+
+from ire import SAM
+
+
+def test_it_comes_back_to_the_exact_weights_also_when_the_closure_raises():
+    model = make_model()
+    opt = SAM(SGD(model.parameters(), 0.0), rho=10.0)
+    before = values(model)
+    losses = []
+
+    def closure():
+        opt.zero_grad()
+        loss = backward(model)
+        losses.append(loss.item())
+        if len(losses) == 4:
+            raise KeyError
+        return loss
+
+    assert opt.step(closure) == losses[0] and losses[1] > losses[0]
+    with pytest.raises(KeyError):
+        opt.step(closure)
+    assert equal(before, model.parameters())
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_it_climbs_by_rho(adaptive):
+    model = make_model()
+    opt = SAM(SGD(model.parameters(), 0.0), rho=0.3, adaptive=adaptive)
+    start = values(model)
+    seen = []
+
+    def closure():
+        seen.append([p.detach() - s for p, s in zip(model.parameters(), start)])
+        opt.zero_grad()
+        return backward(model)
+
+    opt.step(closure)
+    scaled = [d / s.abs().clamp_min(1e-12) if adaptive else d for d, s in zip(seen[1], start)]
+    length = math.sqrt(sum(float(d.double().square().sum()) for d in scaled))
+    assert length == pytest.approx(0.3, rel=1e-4)
+
+
+def test_rho_by_group_and_changed_later():
+    p, q = (nn.Parameter(torch.ones(1)) for _ in "pq")
+    opt = SAM(SGD([{"params": [p]}, {"params": [q], "rho": 0.0}], 0.0), rho=2**0.5)
+    seen = []
+
+    def closure():
+        seen.append((p.item(), q.item()))
+        p.grad = torch.ones(1)
+        q.grad = torch.ones(1)
+        return torch.zeros(())
+
+    opt.step(closure)
+    opt.param_groups[0]["rho"] = 2 * 2**0.5
+    opt.step(closure)
+    assert seen[1] == pytest.approx((2, 1)) and seen[3] == pytest.approx((3, 1))
+    opt.param_groups[0]["rho"] = math.nan
+    with pytest.raises(ValueError, match="rho: got nan, allowed is a finite number >= 0"):
+        opt.step(closure)
+
+
+def test_a_cell_that_is_run_again_takes_the_new_rho():
+    first = SAM(SGD(make_model().parameters(), 0.1), rho=0.1)
+    assert SAM(first.base, rho=0.3).param_groups[0]["rho"] == 0.3
+
+
+def test_average_sam_draws_xi_of_unit_mean_square_length():
+    p = nn.Parameter(torch.zeros(20000))
+    opt = SAM(SGD([p], 0.0), rho=0.5, average=True)
+    seen = []
+
+    def closure():
+        opt.zero_grad()
+        p.sum().backward()
+        seen.append(p.detach().clone())
+        return torch.tensor(7.0)
+
+    assert opt.step(closure) == 7 and opt.step(closure) == 7
+    assert len(seen) == 2 and not torch.equal(*seen) and torch.equal(p.detach(), torch.zeros(20000))
+    for x in seen:
+        assert x.norm().item() == pytest.approx(0.5, rel=0.02) and abs(x.mean().item()) < 1e-4
+
+
+@pytest.mark.parametrize("gradient", [[math.nan, 1.0, 0.0], [math.inf, 1.0, 0.0], [0.0] * 3])
+def test_bad_gradients(gradient):
+    """What is not finite skips the step with a warning; 0 has no direction and steps."""
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM(AdamW([p], 0.1))
+
+    def closure():
+        p.grad = torch.tensor(gradient)
+        return torch.tensor(1.0)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step(closure)
+    bad = not all(map(math.isfinite, gradient))
+    assert len(caught) == bad and p.isfinite().all() and bool(opt.state) != bad
+    assert not bad or "SAM: skipped" in str(caught[0].message)
+
+
+def test_gradients_in_one_pass_only():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in "pq")
+    opt = SAM(SGD([p, q], 0.1))
+    calls = []
+
+    def closure():
+        opt.zero_grad()
+        calls.append(1)
+        loss = (p if len(calls) % 2 else q).sum() + p.sum() * 0.5
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.95))
+    torch.testing.assert_close(q.detach(), torch.full((3,), 0.9))
+
+
+def test_float16_does_not_overflow():
+    p = nn.Parameter(torch.ones(1000, dtype=torch.float16))
+    opt = SAM(SGD([p], 0.0), rho=1.0)
+    seen = []
+
+    def closure():
+        seen.append(p.detach().clone())
+        p.grad = torch.full_like(p, 300.0)  # 1000 * 300^2 is beyond float16
+        return torch.zeros(())
+
+    opt.step(closure)
+    assert torch.equal(p.detach(), torch.ones_like(p))
+    assert (seen[1] - 1).norm().item() == pytest.approx(1, rel=0.02)
+
+
+def test_wrong_arguments():
+    params = list(make_model().parameters())
+    with pytest.raises(ValueError, match="rho: got -1, allowed is a finite number >= 0"):
+        SAM(SGD(params, 0.1), rho=-1)
+    with pytest.raises(ValueError, match="adaptive: got True, allowed is False where average"):
+        SAM(SGD(params, 0.1), adaptive=True, average=True)
+    with pytest.raises(ValueError, match="closure: got None, allowed is a function"):
+        SAM(SGD(params, 0.1)).step()
