@@ -126,7 +126,7 @@ class Step(NamedTuple):
 
 def stages(seeds):
     """{stage: its steps}"""
-    tests = "-m pytest -q tests/test_cuda.py --junitxml {file}"
+    tests = "-m pytest -q -o addopts= tests/test_cuda.py --junitxml {file}"
     step = "benchmarks/speed.py step --device {device} {step} --file {file}"
     compare = f"{GPT} {{compare}} --compare {NEW}"
     return {

@@ -23,7 +23,7 @@ def test_the_code_runs():
     assert opt.param_groups[0]["ire_step"] == 30
     assert all(mask.dtype == torch.bool for mask in opt.masks.values())
     assert sum(mask.sum() for mask in opt.masks.values()) >= 0.6 * size - 1
-    assert [*scope["soft"].masks] == scope["hidden"]
+    assert [*scope["soft"].masks] == [scope["model"][0].weight]
 
 
 def load(name):
@@ -82,7 +82,7 @@ parameters and less, Muon gains more.
 
 [Where it pays](tutorials/12_where_flatness_pays.ipynb): how much lower the loss is than that of the
 form's own tuned base, and the share of the base's steps that this saves (~: beyond the lengths
-that were run), on a smaller model (`python benchmarks/map.py`):
+that were run), on a smaller model (`python benchmarks/study.py results/map.json`):
 
 {where()}
 On the larger model of the first table, at 500 steps of 16 sequences: SoftIRE over AdamW
@@ -91,15 +91,15 @@ On the larger model of the first table, at 500 steps of 16 sequences: SoftIRE ov
 Tokens a second of AdamW's: {second:.2f} with the second
 moment, {probe:.2f} with the probe. Images (ResNet-56, {images["limit_train"]:,} CIFAR-10 pictures,
 {images["epochs"]} epochs): test accuracy {points} points for SGD-IRE over SGD; SAM-IRE over SAM.
-Mean ± standard error over 3 to 5 seeds, on CPUs. `python benchmarks/speedup.py` makes the tables,
-`python benchmarks/train.py` the tokens a second, `{cifar["command"]}` the images;
-all runs, controls, commands and machines are on the book's [results page](book/results.md), and
+Mean ± standard error over 3 to 5 seeds, on CPUs. The first two tables are of an older script, which
+the files name; `python benchmarks/speed.py train` measures the tokens a second,
+`{cifar["command"]}` the images. All runs, controls, commands and machines are on the book's [results page](book/results.md), and
 [chapter 10](tutorials/10_known_and_open.ipynb) says what they mean.
 """
 
 
 def where():
-    """The gains of benchmarks/map.py at the places that were judged."""
+    """The gains of the study results/map.json at the places that were judged."""
     report = load("map")
     gains = {(row["place"], row["form"]): row for row in report["gains"]}
     forms = {
@@ -142,7 +142,7 @@ def gpu():
     for label, mark, key in (
         ("tokens a second, AdamW", "AdamW", "tokens_per_second"),
         ("TFLOP/s, AdamW", "AdamW", "tflops"),
-        ("AdmIRE of AdamW, second moment", "AdmIRE, second_moment", "of_adamw"),
+        ("AdmIRE of AdamW, squares", "AdmIRE, squares", "of_adamw"),
         ("AdmIRE of AdamW, probe on a quarter", "probe on", "of_adamw"),
         ("AdmIRE of AdamW, full probe", "AdmIRE, full probe", "of_adamw"),
     ):

@@ -57,7 +57,7 @@ class Training:
         self.theta = theta.requires_grad_()  # (parameters,)
         self.column = column
         self.kappa = kappa
-        shared = {"lr": ETA[column], "kappa": kappa, "gamma": GAMMA}
+        shared = {"lr": ETA[column], "kappa": kappa, "gamma": GAMMA, "curvature": "fisher"}
         if column == 0:
             self.opt = SGDIRE([theta], **shared)
         else:
@@ -72,12 +72,15 @@ class Training:
         return torch.autograd.grad(self.loss(theta), theta)[0]
 
     def probe(self, exact):
+        group = self.opt.param_groups[0]
+        group["kappa"] = KAPPA  # a group with kappa 0 gets no mask, and the split below wants one
         with self.opt.probe():
             if exact:  # a gradient whose square is the Gauss-Newton diagonal
                 jacobian = jacrev(self.predict)(self.theta.detach(), X)  # (samples, 1, parameters)
                 (jacobian.square().sum((0, 1)).sqrt() @ self.theta).backward()
             else:
                 sampled_mse(self.predict(self.theta, X)).backward()
+        group["kappa"] = self.kappa
 
     def step(self, exact):
         """One step; the fall of the loss through the flat and through the sharp coordinates."""

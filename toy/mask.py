@@ -50,7 +50,7 @@ LAGS = (5, 10, 20, 50, 100, 200)
 def flat_set(h):
     """ire.py's mask where the curvature is h."""
     theta = torch.zeros_like(h, requires_grad=True)
-    opt = SGDIRE([theta], lr=0, kappa=0, gamma=GAMMA)
+    opt = SGDIRE([theta], lr=0, kappa=1, gamma=GAMMA, curvature="fisher")
     with opt.probe():
         (h.abs().sqrt() @ theta).backward()  # a gradient whose square is h
     return opt.masks[theta]
@@ -90,7 +90,8 @@ def train():
     x = torch.randn(SAMPLES, 8, dtype=torch.float64) * torch.logspace(0, -1, 8)
     y = (teacher(3 * weights, x) + 0.3 * torch.randn(SAMPLES, CLASSES)).argmax(-1)
     predict, theta = network(8, 12, 12, CLASSES)
-    opt = AdmIRE([theta.requires_grad_()], 3e-3, kappa=2, gamma=GAMMA, weight_decay=0)
+    settings = {"kappa": 2, "gamma": GAMMA, "curvature": "fisher", "weight_decay": 0}
+    opt = AdmIRE([theta.requires_grad_()], 3e-3, **settings)
     history = []
     for step in range(STEPS):
         batch = torch.randint(SAMPLES, (32,))
@@ -124,7 +125,7 @@ def chi2(G, m):
 def probed(predict, theta, x, seed):
     """The mask of one of ire.py's own probes."""
     torch.manual_seed(seed)
-    opt = SGDIRE([theta], lr=0, kappa=0, gamma=GAMMA)
+    opt = SGDIRE([theta], lr=0, kappa=1, gamma=GAMMA, curvature="fisher")
     with opt.probe():
         sampled_cross_entropy(predict(theta, x)).backward()
     return opt.masks[theta]

@@ -35,7 +35,8 @@ def descend(hessian, theta, eta, kappa, gamma, flat=None, steps=STEPS):
     """The path (steps + 1, N) of gradient descent with IRE, its mask from the exact diagonal of
     `hessian` (N, N) unless `flat` is given."""
     theta = theta.clone().requires_grad_()
-    opt = SGDIRE([theta], lr=eta, kappa=kappa, gamma=gamma, interval=steps)
+    settings = {"kappa": kappa, "gamma": gamma, "interval": steps, "curvature": "fisher"}
+    opt = SGDIRE([theta], lr=eta, **settings)
     with opt.probe():
         # a gradient that is the curvature: ranked without sampling noise
         (hessian.diagonal() @ theta).backward()

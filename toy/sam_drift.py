@@ -92,7 +92,8 @@ def drift(f, average, kappa, eta, rho, start=None):
         bounce = eta * trace * rho / (2 - eta * trace)
         theta += normal / trace.sqrt()[:, None] * bounce[:, None]
     settings = {"lr": eta, "rho": rho * copies**0.5, "average": average}
-    opt = SAMIRE([theta.requires_grad_()], SGD, kappa=kappa, gamma=0.5, interval=10**9, **settings)
+    settings |= {"kappa": kappa, "gamma": 0.5, "interval": 10**9, "curvature": "fisher"}
+    opt = SAMIRE([theta.requires_grad_()], SGD, **settings)
     with opt.probe():
         f(theta).sum().backward()  # without sampled noise, which a row's two coordinates share
 

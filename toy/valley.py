@@ -59,7 +59,8 @@ LOSSES = {"valley": valley, "quadratic": quadratic, "curved": curved}
 def descend(eta, kappa, start=START, residuals=valley, steps=STEPS):
     """The path (steps + 1, 2) of theta = (u, v), cut where it has diverged."""
     theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    opt = SGDIRE([theta], lr=eta, kappa=kappa, gamma=0.5)  # one of two coordinates is flat
+    # gamma: one of the two coordinates is flat
+    opt = SGDIRE([theta], lr=eta, kappa=kappa, gamma=0.5, curvature="fisher")
     path = [theta.detach().clone()]
     while len(path) <= steps and path[-1].abs().max() < 1e3:
         if opt.probe_due:
