@@ -443,16 +443,18 @@ def log(run, job, pending, lr):
     if type(job.optimizer) is IRE:
         values |= job.optimizer.flat_share()
     rate = len(table) * c.batch_size * c.context / seconds
-    if c.device == "cuda":
-        values["tflops"] = rate * llama.flops_per_token(job.model, c) / 1e12
-    run.log(job.step, **values, tokens_per_second=rate)
+    run.log(job.step, **values, tokens_per_second=round(rate))
 
 
 def validate(run, job):
     """Writes a line with the validation loss, and keeps the best checkpoint. Raises Diverged."""
     job.val_loss = validation_loss(job.forward, job.data)
     check_finite(run, job, [job.val_loss])
-    run.log(job.step, val_loss=job.val_loss, **sharp(job))
+    values = {"val_loss": job.val_loss} | sharp(job)
+    if job.c.device == "cuda":
+        rate = job.step * job.c.batch_size * job.c.context / run.seconds
+        values["tflops"] = rate * llama.flops_per_token(job.model, job.c) / 1e12
+    run.log(job.step, **values)
     if job.c.keep_best and job.val_loss < job.best:
         save(run, job, "best/checkpoint.pt")
     job.best = min(job.best, job.val_loss)
