@@ -306,15 +306,7 @@ def train(c, make_optimizer=make_optimizer):
     written."""
     c = complete(c)
     common.require("matplotlib", "safetensors", *(["wandb"] if c.wandb else []))
-    data = text.Data(c)
-    if c.resume:
-        same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
-        check(c, "data", same, f"the text that {c.out} began with; this one differs")
-    common.set_up_torch(c)
-    model, forward = make_model(c, data)
-    optimizer = make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-    job = Job(c, data, model, forward, optimizer, scaler)
+    job = set_up(c, make_optimizer)
     with common.Run(c, c.steps) as run:
         if c.overwrite and common.RANK == 0:
             for name in ("best", "hf"):
@@ -323,10 +315,10 @@ def train(c, make_optimizer=make_optimizer):
             restore(job, run.load())
         banner(run, job)
         if job.step == 0:
-            run.log(0, val_loss=validation_loss(forward, data))
+            run.log(0, val_loss=validation_loss(job.forward, job.data))
         if c.compile:  # before the clock starts
-            forward(*data.batch(job.step)[0]).backward()
-            optimizer.zero_grad()
+            job.forward(*job.data.batch(job.step)[0]).backward()
+            job.optimizer.zero_grad()
         loop(run, job)
         export(job, run.out / "hf")
     reached = {"steps": job.step, "val_loss": job.val_loss, "seconds": run.seconds}
@@ -353,6 +345,18 @@ class Job:
 
     def due(self, *intervals):
         return self.done() or any(self.step % n == 0 for n in intervals)
+
+
+def set_up(c, make_optimizer=make_optimizer):
+    """Data, model and optimizer at the start of a run."""
+    data = text.Data(c)
+    if c.resume:
+        same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
+        check(c, "data", same, f"the text that {c.out} began with; this one differs")
+    common.set_up_torch(c)
+    model, forward = make_model(c, data)
+    scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+    return Job(c, data, model, forward, make_optimizer(model, c), scaler)
 
 
 def make_model(c, data):
