@@ -193,8 +193,9 @@ def complete(c):
     if c.warmup is None:
         c.warmup = min(500, c.steps // 2)
     c.log_interval = c.log_interval or min(20, math.ceil(c.steps / 20))
-    c.eval_interval = c.eval_interval or min(1000, math.ceil(c.steps / 10))
-    c.checkpoint_interval = c.checkpoint_interval or min(1000, math.ceil(c.steps / 10))
+    tenth = min(1000, max(10, math.ceil(c.steps / 10)))
+    c.eval_interval = c.eval_interval or tenth
+    c.checkpoint_interval = c.checkpoint_interval or tenth
     near = max(1, round(c.batch_size / common.RANKS)) * common.RANKS
     share, rest = divmod(c.batch_size, common.RANKS)
     check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks, such as {near}")
