@@ -629,21 +629,27 @@ def report(run, data, parts, step, losses):
     means = common.over_ranks(torch.stack(losses).cpu() / common.RANKS)  # waits for the device
     passed = run.stop_clock()
     for i, loss in enumerate(means, step - len(means) + 1):
-        if not math.isfinite(loss):
-            text = f"step {i}: the loss is {loss}; last checkpoint: {run.kept}"
-            raise common.Diverged(f"{text}; try a lower --lr or --kappa")
+        check_finite(run, i, loss)
     flat = optimizer.flat_share() if has_ire(c) and step > c.ire_warmup else {}
     speed = round(len(means) * c.batch_size / passed, 1)
     lr = optimizer.param_groups[0]["lr"]
     run.log(step, train_loss=statistics.mean(means), lr=lr, **flat, images_per_second=speed)
     if test_due:
-        run.log(step, **evaluate(c, data, model))
+        tested = evaluate(c, data, model)
+        check_finite(run, step, tested["test_loss"])
+        run.log(step, **tested)
     if save_due:
         run.save(step, data=data.sha256, **parts)
     if stop and step < data.steps:
         raise run.stopped()
     run.start_clock()
     return []
+
+
+def check_finite(run, step, loss):
+    if not math.isfinite(loss):
+        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
+        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
 
 
 def autocast(c):
@@ -677,9 +683,10 @@ def evaluate(c, data, model):
 
 def measure(c, data, model):
     """Sharpness of the training loss, in float32, on pictures that are not augmented."""
-    images = c.sharpness_images or (128 if c.device == "cpu" else 1024)
-    size = min(c.batch_size, images, len(data.x))
-    batches = min(images, len(data.x)) // size
+    images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
+    size = min(c.batch_size, images)
+    batches = images // size
+    c.sharpness_images = batches * size  # that are used, for config.json
 
     def loss(i):
         x = data.normalized(data.x[i * size : (i + 1) * size])
@@ -697,7 +704,7 @@ def measure(c, data, model):
         found = sharpness(model, losses, *sizes, seed=c.seed, tick=bar.update)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
         common.note("lambda_max is not within 1%; --sharpness-products may allow more products")
-    return found | {"sharpness_images": batches * size}
+    return found
 
 
 def banner(c, data, model, step):
@@ -725,9 +732,9 @@ def banner(c, data, model, step):
 
 def draw(c, log):
     """OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
-    hard = f"training: labels smoothed by {c.label_smoothing:g},\npictures augmented ({c.augment})"
+    hard = f"training: labels smoothed\nby {c.label_smoothing:g}, augment {c.augment}"
     panels = {
-        "loss": {"train_loss": hard, "test_loss": "test: labels and pictures as they are"},
+        "loss": {"train_loss": hard, "test_loss": "test: neither"},
         "accuracy (%)": {"test_acc": "test", "val_acc": "held out"},
         "learning rate": {"lr": "lr"},
         "flat share of the coordinates": {"flat": "flat"},
