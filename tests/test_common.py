@@ -40,7 +40,7 @@ def log(folder=RUN):
     "flags, says",
     (
         ("--steps 0", ("--steps", "got 0", "1 or more")),
-        ("--steps 1.5", ("--steps", "got '1.5'", "1 or more")),
+        ("--steps 1.5", ("argument --steps", "invalid int value: '1.5'")),
         ("--lr nan", ("--lr", "got nan", "above 0")),
         ("--optimizer adamm", ("--optimizer", "got 'adamm'", "sgd, adam")),
         ("--preset middle", ("--preset", "got 'middle'", "short, long")),
