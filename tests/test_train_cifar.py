@@ -255,7 +255,7 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
 def test_a_small_network_for_digits_and_how_long_it_will_take():
     assert settings(data="digits").model == "resnet8"
     out = CIFAR.done(TINY)
-    assert "min left" in out.splitlines()[7]
+    assert re.search(r"[\d.]+ (s|min) left$", out.splitlines()[7])
 
 
 def test_the_rate_may_stay_constant():
