@@ -380,7 +380,7 @@ def read_pictures(path, about):
         x, y = batch[b"data"], np.array(batch[about["labels"]])
         if x.dtype != np.uint8 or x.shape != (len(y), 3072):
             raise ValueError("data must be uint8 of shape (n, 3072), with n labels")
-        if y.ndim != 1 or y.dtype.kind != "i" or not 0 <= y.min() <= y.max() < classes:
+        if y.ndim != 1 or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
             raise ValueError(f"labels must be n whole numbers, 0 to {classes - 1}")
     x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(x), y.astype(np.int64)
@@ -775,6 +775,7 @@ def train_seeds(typed):
         folder = Path(out, f"seed-{seed}")
         begun = resume and (folder / "checkpoint.pt").exists()
         c = configure(typed | {"seed": seed, "out": str(folder), "resume": begun})
+        common.choose_folder(c)  # refuses a run that is in the way
         if seed == first and common.RANK == 0:
             common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
         runs.append(train(c))
