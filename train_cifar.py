@@ -762,8 +762,9 @@ def command(typed):
 def train_seeds(typed):
     """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
     home = f"{Config.home}-seeds"
-    resume = typed.get("resume", False)
+    resume, overwrite = typed.get("resume", False), typed.get("overwrite", False)
     out = typed.get("out")
+    typed = {name: x for name, x in typed.items() if name not in ("out", "resume", "overwrite")}
     if resume:
         out = out or common.find_run(home, unfinished=True, file="config.json")
         with common.instead(f"--out: got {out}, allowed on --resume is a folder of --seeds"):
@@ -774,7 +775,8 @@ def train_seeds(typed):
     for seed in range(first, first + typed["seeds"]):
         folder = Path(out, f"seed-{seed}")
         begun = resume and (folder / "checkpoint.pt").exists()
-        c = configure(typed | {"seed": seed, "out": str(folder), "resume": begun})
+        now = {"seed": seed, "out": str(folder), "resume": begun, "overwrite": overwrite}
+        c = configure(typed | now)
         common.choose_folder(c)  # refuses a run that is in the way
         if seed == first and common.RANK == 0:
             common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
