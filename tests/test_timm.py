@@ -206,7 +206,11 @@ def loose_to_test(photos):
 
 
 def nested(photos):
-    add_images(photos / "train/red/more", 1)
+    add_images(photos / "train/red/blue", 1)
+
+
+def hidden(photos):
+    add_images(photos / "train/.checkpoints", 1)
 
 
 def empty_class(photos):
@@ -225,9 +229,10 @@ def no_images(photos):
 
 FOLDERS = {
     unknown_class: "got 'Green', allowed are in photos/val the classes of photos/train",
-    loose: "got images in no class, allowed are images in photos/train/CLASS only",
-    loose_to_test: "got images in no class, allowed are in photos/val the classes",
-    nested: "got 'more', allowed are images in photos/train/CLASS only",
+    loose: "got photos/train/0.jpg, allowed is photos/train/CLASS/IMAGE",
+    loose_to_test: "got photos/val/0.jpg, allowed is photos/val/CLASS/IMAGE",
+    nested: "got photos/train/red/blue/0.jpg, allowed is photos/train/CLASS/IMAGE",
+    hidden: "got '.checkpoints', allowed are classes in photos/train that are not hidden",
     empty_class: "got 'white', allowed are folders with images in photos/train",
     one_class: "got 'blue', allowed are two classes or more in photos/train",
     no_images: "got photos/val, allowed is a folder a class, with its images",
