@@ -445,7 +445,7 @@ def log(run, job, pending, lr):
         check_finite(run, job, norms)
     values = {"train_loss": sum(losses) / len(table), "lr": lr}
     values["grad_norm"] = sum(norms) / len(table)
-    if type(job.optimizer) is IRE:
+    if type(job.optimizer) is IRE and job.step > c.ire_warmup:
         values |= job.optimizer.flat_share()
     rate = len(table) * c.batch_size * c.context / seconds
     run.log(job.step, **values, tokens_per_second=round(rate))
@@ -480,8 +480,10 @@ def sharp(job):
     from sharpness import sharpness
 
     x, y = job.data.batch(0)[0]
+    job.model.dtype = torch.float32
     with torch.compiler.set_stance("force_eager"):  # a compiled model has no second derivative
         found = sharpness(job.model, [lambda: job.model(x, y)], probes=8, products=20)
+    job.model.dtype = getattr(torch, job.c.dtype)
     return {"trace": found["trace"], "lambda_max": found["lambda_max"]}
 
 
@@ -510,6 +512,8 @@ def banner(run, job):
         method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}"
     if rule(c) == "soft":
         method += f"; alpha {c.alpha:g}"
+    if rule(c) and c.ire_warmup:
+        method += f", on from step {c.ire_warmup}"
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
