@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import train_cifar
 import train_gpt
 from ire import AdmIRE, kth_smallest, sampled_cross_entropy
@@ -164,16 +166,23 @@ def test_a_training_step_on_pictures_never_waits(monkeypatch, optimizer, compile
     rng = np.random.default_rng(0)
     x = rng.integers(256, size=(64, 32, 32, 3), dtype=np.uint8)
     y = rng.integers(10, size=64)
-    monkeypatch.setattr(train_cifar, "load_cifar", lambda c: ((x, y), (x, y), 10))
-    settings = dict(model="resnet8", batch_size=16, device=DEVICE, ire_warmup=0)
-    given = train_cifar.Config(optimizer=optimizer, compile=compiled, **settings)
-    c = train_cifar.complete(given)
-    run = train_cifar.set_up(c, train_cifar.Data(c))
-    for mode in ("default", "error", "error"):  # the first probes and draws the epoch
-        with waits(mode):
-            last = train_cifar.train_step(run)
-            run.step += 1
-    assert last.isfinite()
+    monkeypatch.setattr(train_cifar, "load_cifar", lambda *_: ((x, y), (x, y), 10))
+    settings = dict(model="resnet8", batch_size=16, epochs=1, device=DEVICE, ire_warmup=0)
+    c = train_cifar.Config(optimizer=optimizer, compile=compiled, **settings)
+    common.choose_device(c)
+    data = train_cifar.Data(c)
+    forward, parts = train_cifar.set_up(c, data)
+    run = types.SimpleNamespace(c=c, start_clock=lambda: None)
+    with contextlib.ExitStack() as stack:
+
+        def report(run, data, parts, step, losses):
+            if step == 1:  # the first step probes and draws the epoch
+                stack.enter_context(waits("error"))
+            return losses
+
+        monkeypatch.setattr(train_cifar, "report", report)
+        train_cifar.loop(run, data, forward, parts, 0)
+    assert all(p.isfinite().all() for p in parts["model"].parameters())
 
 
 def test_a_refresh_waits_a_few_times(record_property):
