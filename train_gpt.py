@@ -522,7 +522,7 @@ def banner(run, job):
         run=f"{c.steps} steps of {c.batch_size * c.context:,} tokens, {epochs:.2f} epochs",
         folder=str(run.out),
     )
-    chance = f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}, as of guessing"
+    chance = f"a loss near {math.log(data.vocab):.2f}, by guessing among {data.vocab} tokens"
     start = f"the weights of {c.init}" if c.init else chance
     common.say(start=f"step {job.step} of {c.steps}" if job.step else start)
 
