@@ -99,7 +99,7 @@ class Range:
 COUNT = Range(1, 2**31 - 1, "1 or more, below 2^31")
 STEPS = Range(0, 2**31 - 1, "0 or more, below 2^31")
 SEED = Range(0, 2**62 - 1, "0 to 2^62 - 1")
-POSITIVE = Range(1e-30, 1e9, "a number above 0, from 1e-30 to 1e9")
+POSITIVE = Range(1e-30, 1e9, "above 0, up to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 UNIT = Range(0, 1, "0 to 1")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
@@ -254,7 +254,7 @@ def parse(config_class, description, arguments=None):
     for f in fields(config_class):
         about = f.metadata
         text = about["help"] + (f"; {words(about['allowed'])}" if about["allowed"] else "")
-        if f.default not in (None, "", False):
+        if f.default is not None and f.default is not False and f.default != "":
             text += f" (default {f.default})"
         kind = {"type": functools.partial(convert, f), "metavar": f.type.__name__.upper()}
         if f.type is bool:

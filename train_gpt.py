@@ -7,6 +7,7 @@
     python train_gpt.py --sample runs/gpt --prompt "def "
     python train_gpt.py --init runs/gpt --data my.txt    # its weights, your text
     python train_gpt.py --preset baby                # the size of nanoGPT, for one GPU
+    lm_eval --model hf --model_args pretrained=runs/gpt/hf,prefix_token_id=10 --tasks lambada_openai
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 1b --fsdp
 
 A resumed run ends with the same bits on a CPU, and on CUDA with --deterministic.
@@ -52,11 +53,11 @@ PRESETS = {
     "1b": dict(data="openwebtext", tokenizer="gpt2", steps=20_000, warmup=1000, batch_size=512)
     | dict(layers=18, width=2048, heads=16, ffn=5632, context=2048, lr=4e-4),
 }
-OPTIMIZERS = {  # and what they consist of, which decides over the settings that they read
-    "adamw": (),
-    "admire": ("ire",),
-    "adamw-soft": ("soft",),
-    "muon": ("muon",),
+OPTIMIZERS = {  # the base, and what makes steps longer on top of it
+    "adamw": ("adamw", None),
+    "admire": ("adamw", "ire"),
+    "adamw-soft": ("adamw", "soft"),
+    "muon": ("muon", None),
     "muon-ire": ("muon", "ire"),
     "muon-soft": ("muon", "soft"),
 }
@@ -169,7 +170,7 @@ def configure(typed, names=()):
                 raise common.BadInput(f"{common.flag(name)}: got {given[name]}, {has}")
     c = Config(**preset | given)
     runs = [dataclasses.replace(c, optimizer=name) for name in names or [c.optimizer]]
-    read = {part for run in runs for part in parts(run)}
+    read = [part for run in runs if rule(run) for part in (rule(run), run.curvature)]
     by = f"{' or '.join(run.optimizer for run in runs)} with --curvature {c.curvature}"
     common.refuse_unread(Config, typed, read, by)
     if c.resume:
@@ -177,15 +178,16 @@ def configure(typed, names=()):
     return c
 
 
-def parts(c):
-    """What the optimizer consists of."""
-    own = OPTIMIZERS[c.optimizer]
-    return (*own, c.curvature) if set(own) & set(ANY_IRE) else own
+def rule(c):
+    """ "ire" (a mask), "soft" (a factor for each coordinate) or None."""
+    return OPTIMIZERS[c.optimizer][1]
 
 
 def complete(c):
     """Fills in what follows from other settings, and checks what must fit together."""
     c = dataclasses.replace(c)
+    if c.resume and not common.LAUNCHED:  # one process can go on with a sharded run
+        c.fsdp = False
     common.choose_device(c, float16=not c.fsdp)
     common.choose_folder(c)
     if c.warmup is None:
@@ -218,10 +220,10 @@ def micro_batches(c, share):
 def check_settings(c):
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
-    never = set(parts(c)) & set(ANY_IRE) and c.ire_warmup >= c.steps
+    never = rule(c) and c.ire_warmup >= c.steps
     check(c, "ire_warmup", not never, f"0 to --steps - 1, {c.steps - 1}: later is the base alone")
     check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--fsdp under torchrun")
-    old = "muon" in parts(c) and not hasattr(torch.optim, "Muon")
+    old = c.optimizer.startswith("muon") and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
     check(c, "sharpness", not (c.sharpness and c.fsdp), "--no-sharpness with --fsdp")
     check(c, "data_dir", not Path(c.data_dir).is_file(), "a folder, not a file")
@@ -272,12 +274,12 @@ def make_optimizer(model, c):
         {"params": norms, "lr_scale": 1.0, "weight_decay": 0.0, "muon": False},
     ]
     adamw = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "fused": c.device != "mps"}
-    own = parts(c)
-    base = MuonAndAdamW(groups, **adamw) if "muon" in own else torch.optim.AdamW(groups, **adamw)
+    muon = OPTIMIZERS[c.optimizer][0] == "muon"
+    base = MuonAndAdamW(groups, **adamw) if muon else torch.optim.AdamW(groups, **adamw)
     about = {"interval": c.interval, "warmup": c.ire_warmup, "curvature": c.curvature}
-    if "ire" in own:
+    if rule(c) == "ire":
         return IRE(base, kappa=c.kappa, gamma=c.gamma, **about)
-    if "soft" in own:
+    if rule(c) == "soft":
         return SoftIRE(base, params=hidden, alpha=c.alpha, **about)
     return base
 
@@ -305,6 +307,9 @@ def train(c, make_optimizer=make_optimizer):
     c = complete(c)
     common.require("matplotlib", "safetensors", *(["wandb"] if c.wandb else []))
     data = text.Data(c)
+    if c.resume:
+        same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
+        check(c, "data", same, f"the text that {c.out} began with; this one differs")
     common.set_up_torch(c)
     model, forward = make_model(c, data)
     optimizer = make_optimizer(model, c)
@@ -438,16 +443,18 @@ def log(run, job, pending, lr):
     if type(job.optimizer) is IRE:
         values |= job.optimizer.flat_share()
     rate = len(table) * c.batch_size * c.context / seconds
-    if c.device == "cuda":
-        values["tflops"] = rate * llama.flops_per_token(job.model, c) / 1e12
-    run.log(job.step, **values, tokens_per_second=rate)
+    run.log(job.step, **values, tokens_per_second=round(rate))
 
 
 def validate(run, job):
     """Writes a line with the validation loss, and keeps the best checkpoint. Raises Diverged."""
     job.val_loss = validation_loss(job.forward, job.data)
     check_finite(run, job, [job.val_loss])
-    run.log(job.step, val_loss=job.val_loss, **sharp(job))
+    values = {"val_loss": job.val_loss} | sharp(job)
+    if job.c.device == "cuda":
+        rate = job.step * job.c.batch_size * job.c.context / run.seconds
+        values["tflops"] = rate * llama.flops_per_token(job.model, job.c) / 1e12
+    run.log(job.step, **values)
     if job.c.keep_best and job.val_loss < job.best:
         save(run, job, "best/checkpoint.pt")
     job.best = min(job.best, job.val_loss)
@@ -478,9 +485,9 @@ def check_finite(run, job, losses):
     for step, x in enumerate(losses, job.step - len(losses) + 1):
         if not math.isfinite(x):
             what = f"step {step}: the loss or its gradient is {x}; last checkpoint: {run.kept}"
-            strength = {"ire": "--kappa, ", "soft": "--alpha, "}
-            lower = "".join(strength.get(part, "") for part in parts(job.c))
-            raise common.Diverged(f"{what}; try a lower --lr, {lower}or a longer --warmup")
+            strength = {"ire": " a lower --kappa,", "soft": " a lower --alpha,"}
+            other = strength.get(rule(job.c), "")
+            raise common.Diverged(f"{what}; try a lower --lr,{other} or a longer --warmup")
 
 
 def banner(run, job):
@@ -492,15 +499,16 @@ def banner(run, job):
     place += ", FSDP" if c.fsdp else ""
     place += ", compiled" if c.compile else ""
     room = llama.memory(job.model, c, common.RANKS if c.fsdp else 1) / 2**30
+    place += f"; wants about {room:.0f} GB of memory" if room > 1 else ""
     method = f"{c.optimizer}, learning rate {c.lr:g} after {c.warmup} steps, {c.schedule}"
-    if "ire" in parts(c):
+    if rule(c) == "ire":
         method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}"
-    if "soft" in parts(c):
+    if rule(c) == "soft":
         method += f"; alpha {c.alpha:g}"
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
-        device=f"{place}; about {room:.1f} GB of memory, by estimate",
+        device=place,
         optimizer=method,
         run=f"{c.steps} steps of {c.batch_size * c.context:,} tokens, {epochs:.2f} epochs",
         folder=str(run.out),
@@ -530,8 +538,6 @@ def restore(job, saved):
     """Goes on from a checkpoint."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    same = saved["data"] == job.data.sha256
-    check(job.c, "data", same, f"the text that {job.c.out} began with; its sha256 differs")
     options = StateDictOptions(full_state_dict=True)
     states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
     set_state_dict(job.model, job.optimizer, options=options, **states)
@@ -580,8 +586,7 @@ def draw(path, logs, c):
         if len(logs) == 1 and training:
             curves[f"{name}, training"] = training
         curves[f"{name}, validation"] = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
-    late = set(parts(c)) & set(ANY_IRE) and c.ire_warmup > 0
-    marks = {"IRE switches on": c.ire_warmup} if late else {}
+    marks = {"IRE switches on": c.ire_warmup} if rule(c) and c.ire_warmup else {}
     common.draw(path, {"loss (nats per token)": curves}, marks)
 
 
@@ -596,7 +601,7 @@ def compare(typed):
     """Trains with several optimizers on the same seed, batches and settings: a table, a figure."""
     resume = typed.get("resume", False)
     out = Path(typed.get("out") or comparison_folder(resume))
-    before = compared(out)
+    before = common.from_first_rank(compared(out))
     if resume:
         typed = (before or {}) | {k: x for k, x in typed.items() if k != "compare"}
     names = typed.get("compare", "").split(",")
@@ -612,11 +617,11 @@ def compare(typed):
         raise common.BadInput(f"--out: got {out}, allowed is {allowed}")
     settings = {name: member(typed, names, name, out / name) for name in names}
     with common.locked(out) if common.RANK == 0 else contextlib.nullcontext():
-        note(out, typed, finished=False)
+        mark(out, typed, finished=False)
         runs = {name: train(c) for name, c in settings.items()}
         if common.RANK == 0:
             report(out, runs)
-        note(out, typed, finished=True)
+        mark(out, typed, finished=True)
 
 
 def comparison_folder(resume):
@@ -632,7 +637,7 @@ def member(typed, names, name, out):
     return configure(own | {"optimizer": name, "out": str(out), "resume": begun}, names)
 
 
-def note(out, typed, finished):
+def mark(out, typed, finished):
     """Marks the folder as that of a comparison."""
     if common.RANK == 0:
         about = {"comparison": typed, "pid": os.getpid(), "finished": finished}

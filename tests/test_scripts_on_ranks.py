@@ -1,0 +1,206 @@
+"""train_gpt.py under torchrun (gloo, CPU): the run of one process, whatever the number of ranks.
+This file is its own worker: torchrun starts it with TASK in the environment, and it runs
+train_gpt.py as a script."""
+
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import checkpoint, same, torchrun
+
+import common
+
+SCRIPT = Path(common.__file__).with_name("train_gpt.py")
+TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
+FLAGS = (
+    "--data ../text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 16 "
+    "--micro-batch 1 --steps 12 --warmup 2 --log-interval 4 --eval-interval 5 "
+    "--eval-sequences 8 --checkpoint-interval 6 --tokens 5 --seed 1 "
+)
+fsdp = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch 2.6: FSDP2 does not run on a CPU"
+)
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
+pytestmark = pytest.mark.slow
+
+
+# -------------------------------------------------------------------------------- helpers
+def start(folder, ranks, flags="", task=""):
+    """Starts train_gpt.py in a folder, with torchrun if there are ranks; output goes to files."""
+    folder.mkdir(exist_ok=True)
+    script = [*torchrun(ranks), __file__] if ranks else [SCRIPT]
+    paths = os.pathsep.join([str(SCRIPT.parent), str(Path(__file__).parent)])
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        return subprocess.Popen(
+            [sys.executable, *script, *shlex.split(FLAGS + flags)],
+            cwd=folder,
+            stdout=out,
+            stderr=err,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TASK": task},
+        )
+
+
+def trained(folder, ranks, flags=""):
+    code = start(folder, ranks, flags).wait(timeout=400)
+    assert code == 0, (folder / "err").read_text()[-4000:]
+    return folder / "runs/gpt"
+
+
+def said(folder):
+    lines = (folder / "err").read_text().splitlines()
+    return [line for line in lines if line.startswith("train_gpt.py: ")]
+
+
+def log(run, key):
+    return {(r["step"], key): r[key] for r in common.read_log(run) if key in r}
+
+
+def agree(run, alone, rtol=1e-5, keys=("val_loss", "train_loss", "grad_norm")):
+    """The run of one process within float error."""
+    for key in keys:
+        assert log(run, key) == pytest.approx(log(alone, key), rel=rtol), key
+    got, expected = checkpoint(run), checkpoint(alone)
+    assert (got["step"], got["data"]) == (expected["step"], expected["data"])
+    for name, w in expected["model"].items():
+        torch.testing.assert_close(got["model"][name], w, rtol=1e-3, atol=2e-5, msg=name)
+    states = zip(got["optimizer"]["state"].values(), expected["optimizer"]["state"].values())
+    unlike = [(a["flat"] != b["flat"]).sum() for a, b in states]
+    assert sum(unlike) <= 4  # ties at the threshold
+
+
+# -------------------------------------------------------------------------------- the worker
+def worker(task):
+    """The script itself, with a hook after every optimizer step: step 3 fails on rank 1, or step 7
+    waits for a file."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    rank, steps = int(os.environ["RANK"]), 0
+
+    def hook(optimizer, *_):
+        nonlocal steps
+        steps += isinstance(optimizer, torch.optim.AdamW)
+        if task == "fail" and steps == 3 and rank == 1:
+            raise OSError("rank 1 has lost its disk")
+        if task == "pause" and steps == 7:
+            Path(f"paused{rank}").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+
+    if task:
+        register_optimizer_step_post_hook(hook)
+    sys.argv[0] = str(SCRIPT)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# -------------------------------------------------------------------------------- the tests
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "text.txt").write_bytes(TEXT)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    return trained(root / "alone", 0)
+
+
+@pytest.fixture(scope="module")
+def sharded(root):
+    return trained(root / "fsdp", 2, "--fsdp")
+
+
+def test_copies_on_ranks_are_one_process(root, alone):
+    agree(trained(root / "ddp", 2), alone)
+
+
+@fsdp
+def test_shards_on_ranks_are_one_process(sharded, alone):
+    agree(sharded, alone)
+
+
+@fsdp
+def test_hugging_face_folder_of_shards(sharded):
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        sharded / "hf", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert same(dict(model.state_dict()), dict(checkpoint(sharded)["model"]))
+
+
+def stopped_in_step_7(folder, flags):
+    process = start(folder, 2, flags, "pause")
+    deadline = time.monotonic() + 200
+    while not all((folder / f"paused{rank}").exists() for rank in (0, 1)):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "err").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)  # torchrun passes it on
+    (folder / "go").touch()
+    assert process.wait(timeout=100) != 0
+    assert checkpoint(folder / "runs/gpt")["step"] == 7
+    assert len(said(folder)) == 1 and "go on with --resume" in said(folder)[0]
+
+
+@fsdp
+def test_sigterm_and_resume_at_the_same_and_another_number_of_ranks(root, sharded, alone):
+    folder = root / "stopped"
+    stopped_in_step_7(folder, "--fsdp")
+    for other in ("copies", "plain"):
+        shutil.copytree(folder, root / other)
+    assert same(checkpoint(trained(folder, 2, "--resume")), checkpoint(sharded))
+    # The stop has added a line of training loss. Any sharding may go on:
+    agree(trained(root / "copies", 2, "--resume --no-fsdp"), alone, keys=["val_loss"])
+    agree(trained(root / "plain", 0, "--resume"), alone, keys=["val_loss"])
+
+
+@pytest.mark.parametrize("flags", ("", pytest.param("--fsdp", marks=fsdp)))
+@pytest.mark.parametrize(
+    "optimizer",
+    (
+        "adamw",
+        "admire",
+        "admire --curvature fisher",
+        "adamw-soft",
+        pytest.param("muon", marks=muon),
+        pytest.param("muon-ire", marks=muon),
+        pytest.param("muon-soft", marks=muon),
+    ),
+)
+def test_resume_on_two_ranks_ends_with_the_same_bits(root, optimizer, flags):
+    name = f"{optimizer}{flags}".replace(" ", "")
+    flags = f"{flags} --optimizer {optimizer} --schedule constant"
+    whole = trained(root / name, 2, flags)
+    parts = root / f"{name}-parts"
+    trained(parts, 2, f"{flags} --steps 7")
+    assert same(checkpoint(trained(parts, 2, "--resume --out runs/gpt")), checkpoint(whole))
+    if optimizer == "muon-soft":
+        one = trained(root / f"{name}-one", 1, flags.replace("--fsdp", ""))
+        expected = log(one, "val_loss")  # Muon's iteration is in bfloat16
+        assert log(whole, "val_loss") == pytest.approx(expected, rel=2e-3)
+
+
+def test_an_error_on_one_rank_ends_all(root):
+    assert start(root / "broken", 2, "", "fail").wait(timeout=100) != 0
+    assert said(root / "broken") == ["train_gpt.py: rank 1: rank 1 has lost its disk"]
+
+
+def test_a_wrong_flag_says_so_once(root):
+    assert start(root / "wrong", 2, "--gamma 1.5").wait(timeout=100) != 0
+    assert said(root / "wrong") == [
+        "train_gpt.py: --gamma: got 1.5, allowed is above 0 and below 1"
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(os.environ["TASK"])
