@@ -550,22 +550,28 @@ class Run:
         about = environment() | {"pid": os.getpid(), "finished": finished}
         write_json(self.out / "config.json", dataclasses.asdict(self.c) | about)
 
-    def load(self):
-        """The checkpoint. The log loses the lines that were written after it."""
+    def load(self, **parts):
+        """The checkpoint. Its states go to the parts of the same names, such as model=model. The
+        log loses the lines that were written after it."""
         saved = read_checkpoint(self.out)
         path = self.out / "log.jsonl"
         if RANK == 0 and path.exists() and path.stat().st_size > saved["log_bytes"]:
             os.truncate(path, saved["log_bytes"])
         self.seconds = saved["seconds"]
         self.kept = f"step {saved['step']}"
+        for name, part in parts.items():
+            with instead(f"--resume: {name} in {self.out}/checkpoint.pt does not fit"):
+                part.load_state_dict(saved[name])
         return saved
 
     def save(self, step, name="checkpoint.pt", **state):
-        """Writes OUT/name with settings, step and state; every rank calls it, rank 0 writes."""
+        """Writes OUT/name with settings, step and state; every rank calls it, rank 0 writes. What
+        has a state_dict() is written as that."""
         if RANK:
             return
         path = self.out / "log.jsonl"
         size = path.stat().st_size if path.exists() else 0
+        state = {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in state.items()}
         reached = {"step": step, "seconds": self.seconds, "log_bytes": size}
         saved = {"config": dataclasses.asdict(self.c)} | reached | state
         try:

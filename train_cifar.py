@@ -554,7 +554,7 @@ def train(c: Config):
         same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
         check(c, "data", same, f"the pictures that {c.out} began with; these differ")
     with common.Run(c, data.steps) as run:
-        step = load(run, parts) if c.resume else 0
+        step = run.load(**parts)["step"] if c.resume else 0
         banner(c, data, parts["model"], step)
         if step == data.steps:  # a run at its end is tested again: --tta may be new
             run.log(step, **evaluate(c, data, parts["model"]))
@@ -566,15 +566,6 @@ def train(c: Config):
         draw(c, log)
     last = {name: value for row in log for name, value in row.items()}
     return dataclasses.asdict(c) | last
-
-
-def load(run, parts):
-    """Goes on from the checkpoint; returns its step."""
-    saved = run.load()
-    for name, part in parts.items():
-        with common.instead(f"--resume: {name} of {run.out}/checkpoint.pt does not fit"):
-            part.load_state_dict(saved[name])
-    return saved["step"]
 
 
 def loop(run, data, forward, parts, step):
@@ -648,8 +639,7 @@ def report(run, data, parts, step, losses):
     if test_due:
         run.log(step, **evaluate(c, data, model))
     if save_due:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        run.save(step, data=data.sha256, **states)
+        run.save(step, data=data.sha256, **parts)
     if stop and step < data.steps:
         raise run.stopped()
     run.start_clock()

@@ -1,8 +1,8 @@
 """Train a timm model on any folder of images, photos/train/CLASS/*.jpg and photos/val/CLASS/*.jpg:
 
-    python train_timm.py --data photos               # IRE over timm's AdamW
+    python train_timm.py --data photos               # IRE on top of timm's AdamW
     python train_timm.py --data photos --base        # timm's AdamW alone, to compare
-    python train_timm.py --data photos --resume      # go on after the last whole epoch
+    python train_timm.py --resume                    # go on after the last whole epoch
     python train_timm.py --data imagenet --row vit-s          # the paper's rows, one GPU: AdmIRE,
     python train_timm.py --data imagenet --row resnet50       # SGD-IRE,
     python train_timm.py --data imagenet --row resnet50 --rho .05  # SAM-IRE; or with --base
@@ -13,33 +13,39 @@ are timm's, norms and biases do not decay. ResNet-50's settings are not publishe
 paper's code; these are the usual ones for 90 epochs.
 """
 
-import argparse
 import contextlib
-import json
+import dataclasses
+import hashlib
+import math
 import os
-import sys
-import time
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup, create_dataset, create_transform, resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3, random_seed
 from torch.utils.data import DataLoader
 
+import common
+from common import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, STEPS, check, setting
 from ire import IRE, SAM, frozen_batch_norm, sampled_cross_entropy
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+try:
+    import timm
+    from timm.data import ImageDataset, Mixup, create_transform, resolve_data_config
+    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import ModelEmaV3, random_seed
+    from timm.utils.misc import natural_key
 
+    MISSING = None
+except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision that is for another torch
+    MISSING = f"timm can't be imported ({e}): pip install -r requirements-timm.txt"
+
+# ------------------------------------------------------------------------------------ settings
 ROWS = {
-    "small": {"model": "resnet18", "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+    "small": {},
     # the paper's RandAugment(2, 15) counts to 30, timm's to 10, with probability 1/2
     "vit-s": {
         "model": "vit_small_patch16_224",
-        "opt": "adamw",
         "lr": 3e-3 * 1024 / 4096,
         "weight_decay": 0.1,
         "batch": 1024,
@@ -64,68 +70,116 @@ ROWS = {
 }
 
 
-def parse(words=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclasses.dataclass
+class Config(common.Settings):
+    """Every setting. A row changes the defaults."""
+
+    home = "runs/timm"
+
+    data: str = setting(None, "folder with train/ and val/, in each of them a folder a class")
+    row: str = setting("small", "settings to start from", tuple(ROWS))
+    model: str = setting("resnet18", "a name of timm.list_models()")
+    epochs: int = setting(20, "passes over the images", COUNT)
+    stop: int = setting(None, "end after this epoch, then --resume", COUNT, command=True)
+    batch: int = setting(64, "images in a step", COUNT)
+    workers: int = setting(None, "processes that read images (default up to 8)", STEPS, resume=True)
+    opt: str = setting("adamw", "a name of timm.optim.list_optimizers()")
+    lr: float = setting(1e-3, "peak learning rate; a row's is for its batch", POSITIVE)
+    weight_decay: float = setting(0.05, "strength of the decay", NOT_NEGATIVE)
+    warmup_epochs: int = setting(None, "epochs until the peak (default 1, of 1 epoch 0)", STEPS)
+    clip: float = setting(0.0, "largest norm of the gradient; 0: any", NOT_NEGATIVE)
+    mixup: float = setting(0.0, "alpha of Mixup; 0: none", NOT_NEGATIVE)
+    augment: str = setting(None, "timm's auto_augment, such as rand-n2-m5-p1-inc1")
+    smoothing: float = setting(0.0, "share of the other classes in a label", DECAY)
+    ema: float = setting(0.9999, "decay of the average of the weights", DECAY)
+    rho: float = setting(0.0, "length of SAM's climb; 0: no SAM", NOT_NEGATIVE)
+    base: bool = setting(False, "no IRE")
+    kappa: float = setting(2.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE, of=("ire",))
+    gamma: float = setting(0.6, "flat fraction of the coordinates", FRACTION, of=("ire",))
+    interval: int = setting(10, "steps from one mask to the next", COUNT, of=("ire",))
+    ire_epoch: int = setting(0, "first epoch with IRE, from 0", STEPS, of=("ire",))
+    curvature: str = setting(
+        "fisher",
+        "what finds flat coordinates: mean squared gradients, or a probe with drawn labels",
+        ("squares", "fisher"),
+        of=("ire",),
     )
-    add = parser.add_argument
-    add("--data", required=True, help="folder with train/ and val/, in each a folder a class")
-    add("--row", choices=ROWS, default="small", help="settings to start from")
-    add("--out", default="runs/timm", help="folder of the checkpoint and of log.jsonl")
-    add("--resume", action="store_true")
-    add("--model", help="a name of timm.list_models()")
-    add("--epochs", type=int, default=20)
-    add("--stop", type=int, help="end after this epoch, for jobs of limited time; then --resume")
-    add("--batch", type=int, default=64, help="images a step; even, for Mixup")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
-    add("--seed", type=int, default=0)
-    add("--opt", help="a name of timm.optim.list_optimizers()")
-    add("--lr", type=float, help="in proportion to --batch: a row's is for its 1024")
-    add("--weight-decay", type=float)
-    add("--warmup-epochs", type=int, default=1, help="of the learning rate, from 0 to lr")
-    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: any")
-    add("--mixup", type=float, default=0.0, help="alpha of Mixup; 0: none")
-    add("--augment", help="timm's auto_augment, such as rand-n2-m5-p1-inc1")
-    add("--smoothing", type=float, default=0.0, help="of the labels")
-    add("--ema", type=float, default=0.9999, help="decay of the average of the weights")
-    add("--base", action="store_true", help="no IRE")
-    add("--kappa", type=float, default=2.0)
-    add("--gamma", type=float, default=0.6)
-    add("--interval", type=int, default=10, help="steps between masks")
-    add("--ire-epoch", type=int, default=0, help="epoch from which on IRE is on")
-    add("--curvature", default="fisher", help="or second_moment, over the Adam family")
-    add("--rho", type=float, default=0.0, help="of SAM; 0: no SAM")
-    parser.set_defaults(**ROWS[parser.parse_known_args(words)[0].row])
-    return parser.parse_args(words)
 
 
-class BadInput(Exception):
-    """A setting that cannot be, in a line that names it."""
+def configure(typed):
+    """The settings of a run from what was typed."""
+    if MISSING or common.RANKS > 1:
+        raise common.BadInput(MISSING or f"got {common.RANKS} ranks, allowed is one process")
+    given = common.collect(Config, typed)
+    c = Config(**ROWS.get(given.get("row"), {}) | given)
+    common.refuse_unread(Config, typed, [] if c.base else ["ire"], "--base")
+    if c.workers is None:
+        c.workers = min(8, os.cpu_count())
+    if c.warmup_epochs is None:
+        c.warmup_epochs = min(1, c.epochs - 1)
+    on = c.base or c.epochs > c.ire_epoch
+    check(c, "epochs", on, f"more than --ire-epoch, which is {c.ire_epoch}")
+    last = c.epochs - 1
+    check(c, "warmup_epochs", c.warmup_epochs <= last, f"0 to --epochs - 1, {last}")
+    check(c, "stop", not c.stop or c.stop <= c.epochs, f"1 to --epochs, {c.epochs}")
+    check(c, "batch", not (c.mixup and c.batch % 2), "an even number with --mixup")
+    return c
+
+
+# ------------------------------------------------------------------------------------ images
+def read_folder(path, classes=None):
+    """The images of train/ or val/. timm takes the name of an image's own folder for its class."""
+    with common.instead(f"--data: got {path}, allowed is a folder a class, with its images"):
+        return ImageDataset(str(path), class_map=classes or "")
+
+
+def find_classes(train, val):
+    """{class: its number}. Raises BadInput where timm's classes are not the folders that a user
+    sees, or would be left out in silence."""
+    names = set(read_folder(train).reader.class_to_idx)
+    tested = set(read_folder(val).reader.class_to_idx)
+    folders = {p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    faults = {
+        f"images in {train}/CLASS only": names - folders,
+        f"folders with images in {train}": folders - names,
+        f"two classes or more in {train}": names if len(names) < 2 else (),
+        f"in {val} the classes of {train}": tested - names,
+    }
+    for allowed, wrong in faults.items():
+        if wrong:
+            got = ", ".join(repr(name) if name else "images in no class" for name in sorted(wrong))
+            raise common.BadInput(f"--data: got {got:.100}, allowed are {allowed}")
+    ordered = sorted(sorted(names), key=natural_key)  # as timm does, but Cat always before cat
+    return {name: i for i, name in enumerate(ordered)}
 
 
 def load_images(c):
-    """A timm model with as many classes as the folder has, and batches to train and to test on."""
-    folders = [Path(c.data, name) for name in ("train", "val")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadInput(f"--data: got {c.data}, allowed is a folder with train/ and val/ in it")
-    if not timm.is_model(c.model):
-        raise BadInput(f"--model: got {c.model}, allowed is a name of timm.list_models()")
-    images = create_dataset("", root=folders[0])
-    names = images.reader.class_to_idx
-    tests = create_dataset("", root=folders[1], class_map=names)
-    if len(images) < c.batch:
-        raise BadInput(f"--batch: got {c.batch}, allowed is up to the {len(images)} images there")
-    model = timm.create_model(c.model, num_classes=len(names))
+    """A timm model with as many classes as the folder has, batches to train and to test on, and
+    a checksum of the images' names."""
+    train, val = Path(c.data or "", "train"), Path(c.data or "", "val")
+    there = c.data and train.is_dir() and val.is_dir()
+    check(c, "data", there, "a folder with train/ and val/ in it")
+    check(c, "model", timm.is_model(c.model), "a name of timm.list_models()")
+    check(c, "opt", c.opt in list_optimizers(), "a name of timm.optim.list_optimizers()")
+    classes = find_classes(train, val)
+    images, tests = read_folder(train, classes), read_folder(val, classes)
+    check(c, "batch", c.batch <= len(images), f"up to the {len(images)} images there")
+    model = timm.create_model(c.model, num_classes=len(classes))
     config = resolve_data_config({}, model=model)  # its size of images, their mean, ...
-    images.transform = create_transform(**config, is_training=True, auto_augment=c.augment)
+    with common.instead(f"--augment: got {c.augment}, allowed is a text that timm knows"):
+        images.transform = create_transform(**config, is_training=True, auto_augment=c.augment)
     tests.transform = create_transform(**config)
-    options = {"num_workers": c.workers, "pin_memory": DEVICE == "cuda"}
+    options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
     batches = DataLoader(images, c.batch, shuffle=True, drop_last=True, **options)
-    model.to(DEVICE, memory_format=torch.channels_last)
-    return model, batches, DataLoader(tests, c.batch, **options)
+    model.to(c.device, memory_format=torch.channels_last)
+    names = hashlib.sha256(repr([images.filenames(), tests.filenames()]).encode()).hexdigest()
+    if c.resume:
+        same = common.read_checkpoint(c.out, mmap=True)["names"] == names
+        check(c, "data", same, f"the images that {c.out} began with; their names differ")
+    return model, batches, DataLoader(tests, c.batch, **options), names
 
 
+# ------------------------------------------------------------------------------------ training
 def make_optimizer(c, model, steps):
     """timm's optimizer, in SAM if rho is not 0, in IRE if not --base. steps: those of an epoch."""
     opt = create_optimizer_v2(model, c.opt, lr=c.lr, weight_decay=c.weight_decay)
@@ -139,7 +193,7 @@ def make_optimizer(c, model, steps):
 
 def train_step(c, model, opt, x, y):
     """One step on images x and labels y, which Mixup may have made soft. Returns the loss."""
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+    autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
     if getattr(opt, "probe_due", False):
         with opt.probe(model):
             with autocast:
@@ -162,25 +216,22 @@ def train_step(c, model, opt, x, y):
 
 
 @torch.no_grad()
-def accuracy(model, batches):
-    """Top-1 and top-5 in percent."""
+def accuracy(c, model, batches, kind=""):
+    """Top-1 and top-5 in percent, by name."""
     model.eval()
-    hits = torch.zeros(2, device=DEVICE)
+    hits = torch.zeros(2, device=c.device)
     for x, y in batches:
-        best = model(x.to(DEVICE)).topk(min(5, model.num_classes)).indices
-        right = best == y.to(DEVICE)[:, None]
+        best = model(x.to(c.device)).topk(min(5, model.num_classes)).indices
+        right = best == y.to(c.device)[:, None]
         hits += torch.stack((right[:, 0].sum(), right.sum()))
-    return (100 * hits / len(batches.dataset)).tolist()
+    top1, top5 = (100 * hits / len(batches.dataset)).tolist()
+    return {f"{kind}top1": top1, f"{kind}top5": top5}
 
 
-def train(c):
-    """Returns the model and the average of its weights."""
-    torch.manual_seed(c.seed)
-    model, batches, tests = load_images(c)
-    steps = len(batches)
-    opt = make_optimizer(c, model, steps)
-    warmup = min(c.warmup_epochs, c.epochs - 1) * steps
-    schedule = CosineLRScheduler(
+def make_schedule(c, opt, steps):
+    """From almost 0 up to --lr, then a cosine down to 0."""
+    warmup = c.warmup_epochs * steps
+    return CosineLRScheduler(
         opt,
         c.epochs * steps - warmup,
         warmup_t=warmup,
@@ -188,59 +239,97 @@ def train(c):
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def train(c):
+    """Returns the model and the average of its weights."""
+    common.choose_device(c, float16=False)
+    common.choose_folder(c)
+    common.require("matplotlib")
+    common.set_up_torch(c)
+    model, batches, tests, names = load_images(c)
+    net = torch.compile(model) if c.compile else model
+    steps = len(batches)
+    opt = make_optimizer(c, model, steps)
+    schedule = make_schedule(c, opt, steps)
     mixup = Mixup(c.mixup, label_smoothing=0, num_classes=model.num_classes) if c.mixup else None
     ema = ModelEmaV3(model, c.ema, use_warmup=True)
     parts = {"model": model, "ema": ema.module, "opt": opt}
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for epoch in range(load(out, parts) if c.resume else 0, c.stop or c.epochs):
-        # of torch, numpy and random: then an epoch's order, crops and mixtures need no other's past
-        random_seed(10_000 * c.seed + epoch)
-        start = time.perf_counter()
-        total = 0
-        model.train()
-        for step, (x, y) in enumerate(batches, epoch * steps):
-            x = x.to(DEVICE, memory_format=torch.channels_last, non_blocking=True)
-            y = y.to(DEVICE, non_blocking=True)
-            x, y = mixup(x, y) if mixup else (x, y)
-            schedule.step_update(step)
-            total += train_step(c, model, opt, x, y)
-            ema.update(model, step + 1)
-        total = float(total)  # waits for the device
-        seconds = time.perf_counter() - start
-        top1, top5 = accuracy(model, tests)
-        row = {"epoch": epoch + 1, "loss": total / steps, "top1": top1, "top5": top5}
-        row["ema_top1"], row["ema_top5"] = accuracy(ema.module, tests)
-        row["images_per_second"] = steps * c.batch / seconds
-        print(*(f"{name} {value:.4g}" for name, value in row.items()), sep="  ", flush=True)
-        save(out, parts, epoch + 1, row)
+    with common.Run(c, c.epochs * steps) as run:
+        done = run.load(**parts)["step"] // steps if c.resume else 0
+        banner(c, model, batches, done)
+        for epoch in range(done, c.stop or c.epochs):
+            # of torch, numpy and random: then an epoch's order, crops and mixtures need no past
+            random_seed((10_000 * c.seed + epoch) % 2**32)
+            model.train()
+            losses = []
+            run.start_clock()
+            for step, (x, y) in enumerate(batches, epoch * steps + 1):
+                x = x.to(c.device, memory_format=torch.channels_last, non_blocking=True)
+                y = y.to(c.device, non_blocking=True)
+                x, y = mixup(x, y) if mixup else (x, y)
+                schedule.step_update(step - 1)
+                losses.append(train_step(c, net, opt, x, y))
+                ema.update(model, step)
+                if run.asked_to_stop():
+                    raise run.stopped(f"last checkpoint: {run.kept}")
+                if step % c.log_interval == 0 or step % steps == 0:
+                    report(run, step, losses, opt)
+                    losses = []
+            rates = accuracy(c, model, tests) | accuracy(c, ema.module, tests, "ema_")
+            run.log(step, epoch=epoch + 1, **rates)
+            run.save(step, names=names, **parts)
+        draw(c)
+    if c.stop:  # the run is to go on
+        run.write_config(finished=c.stop == c.epochs)
     return model, ema.module
 
 
-def save(out, parts, epochs, row):
-    with (out / "log.jsonl").open("a") as log:
-        log.write(json.dumps(row) + "\n")
-    saved = {name: part.state_dict() for name, part in parts.items()}
-    with (out / "next.pt").open("wb") as file:
-        torch.save(saved | {"epochs": epochs}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(out / "next.pt", out / "last.pt")  # never half a checkpoint
+def banner(c, model, batches, done):
+    """What will be trained, and where."""
+    method = f"{c.opt}, lr {c.lr:g}" + (f"; SAM, rho {c.rho:g}" if c.rho else "")
+    if not c.base:
+        method += f"; IRE, kappa {c.kappa:g}, gamma {c.gamma:g}, on from epoch {c.ire_epoch}"
+    epochs = f"epochs {done + 1} to {c.stop or c.epochs}, {len(batches)} steps each"
+    common.say(
+        model=f"{c.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        data=f"{len(batches.dataset):,} images of {model.num_classes} classes in {c.data}",
+        device=f"{c.device}, {c.dtype}" + (", compiled" if c.compile else ""),
+        optimizer=method,
+        run=f"{epochs}, into {c.out}",
+    )
 
 
-def load(out, parts):
-    """Returns how many epochs are done."""
-    if not (out / "last.pt").exists():
-        raise BadInput(f"--resume: got --out {out}, allowed is the folder of a run")
-    saved = torch.load(out / "last.pt", map_location=DEVICE, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved["epochs"]
+def draw(c):
+    """OUT/loss.png."""
+    log = common.read_log(c.out)
+    loss = [(row["step"], row["train_loss"]) for row in log if "train_loss" in row]
+    top1 = [(row["step"], row["top1"]) for row in log if "top1" in row]
+    panels = {"loss": {"training": loss}, "accuracy (%)": {"top1": top1}}
+    common.draw(Path(c.out, "loss.png"), panels)
+
+
+def report(run, step, losses, opt):
+    """A line of the log about the last steps."""
+    loss = torch.stack(losses).mean().item()  # waits for the device
+    if not math.isfinite(loss):
+        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
+        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
+    speed = len(losses) * run.c.batch / run.stop_clock()
+    lr = opt.param_groups[0]["lr"]
+    run.log(step, train_loss=loss, lr=lr, images_per_second=round(speed, 1))
+    run.start_clock()
+
+
+def command(typed):
+    c = configure(typed)
+    train(c)
+    common.say(figure=Path(c.out, "loss.png"))
+
+
+def main(arguments=None):
+    return common.main(Config, __doc__, command, arguments, "lower --batch, and --lr with it")
 
 
 if __name__ == "__main__":
-    try:
-        train(parse())
-    except BadInput as e:
-        print(f"train_timm.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    common.leave(main())

@@ -2,8 +2,14 @@
 pip install -r requirements-timm.txt pytest, in an environment of its own."""
 
 import contextlib
+import io
 import json
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,58 +17,99 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
+import train_timm
 from ire import IRE, SAM, sampled_cross_entropy
 
-try:
-    import timm
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError) as problem:  # RuntimeError: built for another torch
-    pytest.skip(f"needs timm and torchvision: {problem}", allow_module_level=True)
-
-from PIL import Image
-from timm.data import Mixup
-from timm.models import resume_checkpoint
-from timm.optim import create_optimizer_v2
-from timm.utils import CheckpointSaver, NativeScaler, random_seed
-
-import train_timm
-
-CHAPTER = Path(__file__).parents[1] / "tutorials/11_your_trainer.ipynb"
+ROOT = Path(__file__).parents[1]
+CHAPTER = ROOT / "tutorials/11_your_trainer.ipynb"
 KINDS = {
     "vit": "--model test_vit",
-    "second moment": "--model test_vit --curvature second_moment",
+    "squares": "--model test_vit --curvature squares",
     "sgd": "--model test_resnet --opt momentum --lr 0.05",
     "sam": "--model test_resnet --opt momentum --lr 0.05 --rho 0.05",
 }
 MIXED = "--mixup 0.5 --augment rand-n2-m5-p1-inc1 --clip 1.0 --smoothing 0.1"
+SMALL = "--data photos --model test_resnet --batch 12 --epochs 3 --workers 0 --out run "
+
+
+@pytest.mark.parametrize("flags, code", (("--help", 0), ("--data photos", 2)))
+def test_without_timm_it_says_what_to_install(flags, code):
+    script = "import sys; sys.modules['timm'] = None; import train_timm; "
+    script += "sys.exit(train_timm.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("\n") == (code == 2)
+    assert "pip install -r requirements-timm.txt" in done.stdout + done.stderr
+
+
+if train_timm.MISSING is None:
+    import timm
+    from PIL import Image
+    from timm.data import Mixup
+    from timm.models import resume_checkpoint
+    from timm.optim import create_optimizer_v2
+    from timm.utils import CheckpointSaver, NativeScaler, random_seed
+
+needs_timm = pytest.mark.skipif(train_timm.MISSING is not None, reason=str(train_timm.MISSING))
+
+
+def add_images(folder, images, colour=0, suffix="jpg"):
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(colour)
+    for image in range(images):
+        pixels = random.normal(100, 40, (40, 50, 3)) + 80 * np.eye(3)[colour]
+        picture = Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+        picture.save(folder / f"{image}.{suffix}")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def drawn(tmp_path_factory):
     """Three classes of one colour each; the last of them has no picture to test on."""
-    folder = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for split, images in (("train", 12), ("val", 3)):
-        for i, name in enumerate(("blue", "green", "red")[: 3 if split == "train" else 2]):
-            (folder / split / name).mkdir(parents=True)
-            for image in range(images):
-                pixels = random.normal(100, 40, (40, 50, 3)) + 80 * np.eye(3)[2 - i]
-                picture = Image.fromarray(pixels.clip(0, 255).astype("uint8"))
-                picture.save(folder / split / name / f"{image}.jpg")
+    folder = tmp_path_factory.mktemp("drawn")
+    for colour, name in enumerate(("blue", "green", "red")):
+        add_images(folder / "photos/train" / name, 12, 2 - colour)
+        if name != "red":
+            add_images(folder / "photos/val" / name, 3, 2 - colour)
     return folder
 
 
 @pytest.fixture
-def fit(photos, tmp_path):
+def photos(drawn, tmp_path, monkeypatch):
+    """A copy of them in ./photos."""
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "photos"
 
-    def run(words, out="run", workers=0):
-        common = f"--data {photos} --batch 12 --epochs 3 --interval 2 --workers {workers}"
-        return train_timm.train(
-            train_timm.parse(f"{common} --out {tmp_path / out} {words}".split())
-        )
 
-    return run
+def fit(flags):
+    """Trains with these flags; the model and the average of its weights."""
+    typed = common.parse(train_timm.Config, "", shlex.split(SMALL + flags))
+    return train_timm.train(train_timm.configure(typed))
+
+
+def run(flags):
+    """The command line: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = train_timm.main(shlex.split(flags))
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def files():
+    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
+
+
+def refused(flags, says):
+    """Exit code 2, one line that says this, and no file was touched."""
+    before = files()
+    code, _, err = run(flags)
+    assert code == 2 and err.count("\n") == 1 and re.search(says, err), err
+    assert files() == before
 
 
 def same(runs, others):
@@ -75,56 +122,178 @@ def same(runs, others):
     )
 
 
+@needs_timm
 @pytest.mark.parametrize("kind", KINDS)
-def test_kappa_0_is_the_base_and_a_resumed_run_is_the_whole_one(fit, kind):
-    words = f"{KINDS[kind]} {MIXED}"
-    whole = fit(words)
-    assert same(fit(f"{words} --base"), fit(f"{words} --kappa 0"))
-    assert not same(fit(f"{words} --base"), whole)
-    fit(f"{words} --stop 1", "stopped")
-    assert same(fit(f"{words} --resume", "stopped"), whole)
+def test_kappa_0_is_the_base_and_a_resumed_run_is_the_whole_one(photos, kind):
+    flags = f"{KINDS[kind]} {MIXED}"
+    whole = fit(f"{flags} --interval 2")
+    base = fit(f"{flags.replace('--curvature squares', '')} --base --out base")
+    assert same(base, fit(f"{flags} --kappa 0 --out zero")) and not same(base, whole)
+    fit(f"{flags} --interval 2 --stop 1 --out stopped")
+    assert same(fit(f"{flags} --interval 2 --resume --out stopped"), whole)
 
 
-def test_a_run_is_resumed_with_workers_too(fit):
-    words = f"{KINDS['vit']} {MIXED}"
-    whole = fit(words, workers=2)
-    fit(f"{words} --stop 2", "stopped", workers=2)
-    assert same(fit(f"{words} --resume", "stopped", workers=2), whole)
+@needs_timm
+def test_a_run_is_resumed_with_workers_too_and_after_a_signal(photos, monkeypatch):
+    flags = f"--workers 2 {MIXED}"
+    whole = fit(flags)
+    step = train_timm.train_step
+    steps = []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train_timm, "train_step", interrupted)
+    code, _, err = run(f"{SMALL} {flags} --out stopped")
+    assert code == 130 and err.count("\n") == 1 and "last checkpoint: step 3" in err
+    assert same(fit("--resume --workers 2 --out stopped"), whole)
 
 
-def test_it_learns_and_logs(fit, tmp_path, capsys):
-    fit("--model test_resnet --epochs 8")
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [*range(1, 9)]
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and rows[-1]["top1"] == 100
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 8 and f"loss {rows[-1]['loss']:.4g}  top1 100" in printed[-1]
+@needs_timm
+def test_it_learns_and_logs(photos):
+    code, out, _ = run(f"{SMALL} --epochs 8 --log-interval 2")
+    assert code == 0 and all(len(line) <= 100 for line in out.splitlines())
+    log = common.read_log("run")
+    losses = [row["train_loss"] for row in log if "train_loss" in row]
+    rates = [row["top1"] for row in log if "top1" in row]
+    assert losses[-1] < 0.8 * losses[0] and len(rates) == 8 and rates[-1] == 100
+    names = {"checkpoint.pt", "config.json", "log.jsonl", "loss.png"}
+    assert {p.name for p in Path("run").iterdir() if p.name[0] != "."} == names
 
 
-def test_it_says_what_is_missing(fit, tmp_path):
-    with pytest.raises(train_timm.BadInput, match="--data: got .*nowhere, allowed is a folder"):
-        train_timm.train(train_timm.parse(["--data", str(tmp_path / "nowhere")]))
-    with pytest.raises(train_timm.BadInput, match="--batch: got 64, .* 36 images"):
-        fit("--batch 64")
-    with pytest.raises(train_timm.BadInput, match="--model: got resnet1, allowed is"):
-        fit("--model resnet1")
-    with pytest.raises(train_timm.BadInput, match="--resume: got --out .*fresh, allowed is"):
-        fit("--resume", "fresh")
+@needs_timm
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--resume --kappa 1", "--kappa: got 1.0, allowed is 2.0, as run began"),
+        ("--resume --gamma .3", "--gamma: got 0.3, allowed is 0.6"),
+        ("--resume --base", "--base: got True, allowed is False"),
+        ("--resume --lr .5", "--lr: got 0.5, allowed is 0.001"),
+        ("--resume --opt sgd", "--opt: got sgd, allowed is adamw"),
+        ("--resume --model resnet18", "--model: got resnet18, allowed is test_resnet"),
+        ("--data photos", "--out: got 'run', allowed is a folder without a run"),
+    ),
+)
+def test_a_folder_with_a_run_keeps_its_settings(photos, flags, says):
+    fit("--epochs 1")
+    refused(f"{flags} --out run", says)
 
 
-@pytest.mark.parametrize("row", ["vit-s", "resnet50"])
+@needs_timm
+def test_resume_with_other_images(photos):
+    fit("--stop 1")
+    (photos / "train/red/0.jpg").unlink()
+    refused("--resume --out run", "--data: got 'photos', allowed is the images that run began")
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ("--ire-epoch 20 --epochs 2", "--epochs: got 2, allowed is more than --ire-epoch.* 20"),
+        ("--row vit-s --epochs 90", "--epochs: got 90, allowed is more than --ire-epoch.* 100"),
+        ("--warmup-epochs 3", "--warmup-epochs: got 3, allowed is 0 to --epochs - 1, 2"),
+        ("--epochs 0", "--epochs: got 0, allowed is 1 or more"),
+        ("--stop 4", "--stop: got 4, allowed is 1 to --epochs, 3"),
+        ("--batch 7 --mixup .5", "--batch: got 7, allowed is an even number"),
+        ("--batch 0", "--batch: got 0, allowed is 1 or more"),
+        ("--batch 64", "--batch: got 64, allowed is up to the 36 images"),
+        ("--kappa -1", "--kappa: got -1.0, allowed is 0 or more"),
+        ("--base --kappa 1", "--kappa: got 1.0, .*--base does not read"),
+        ("--opt sgd --curvature second_moment", "--curvature: got 'second_moment', .*squares"),
+        ("--opt nosuch", "--opt: got 'nosuch', allowed is"),
+        ("--model resnet1", "--model: got 'resnet1', allowed is"),
+        ("--augment junk", "--augment: got junk, allowed is"),
+        ("--data nowhere", "--data: got 'nowhere', allowed is a folder with train/ and val/"),
+        ("--resume --out fresh", "fresh is not the folder of a run"),
+    ),
+)
+def test_settings_that_cannot_be(photos, flags, says):
+    refused(SMALL + flags, says)
+
+
+def unknown_class(photos):
+    add_images(photos / "val/Green", 1)
+
+
+def loose(photos):
+    add_images(photos / "train", 1)
+
+
+def loose_to_test(photos):
+    add_images(photos / "val", 1)
+
+
+def nested(photos):
+    add_images(photos / "train/red/more", 1)
+
+
+def empty_class(photos):
+    (photos / "train/white").mkdir()
+
+
+def one_class(photos):
+    for name in ("green", "red"):
+        shutil.rmtree(photos / "train" / name)
+
+
+def no_images(photos):
+    shutil.rmtree(photos / "val")
+    (photos / "val/red").mkdir(parents=True)
+
+
+FOLDERS = {
+    unknown_class: "got 'Green', allowed are in photos/val the classes of photos/train",
+    loose: "got images in no class, allowed are images in photos/train/CLASS only",
+    loose_to_test: "got images in no class, allowed are in photos/val the classes",
+    nested: "got 'more', allowed are images in photos/train/CLASS only",
+    empty_class: "got 'white', allowed are folders with images in photos/train",
+    one_class: "got 'blue', allowed are two classes or more in photos/train",
+    no_images: "got photos/val, allowed is a folder a class, with its images",
+}
+
+
+@needs_timm
+@pytest.mark.parametrize("change", FOLDERS)
+def test_folders_as_people_have_them(photos, change):
+    change(photos)
+    refused(SMALL, f"--data: {FOLDERS[change]}")
+
+
+@needs_timm
+def test_images_as_people_have_them(photos):
+    """Names that differ in case only are two classes, the same ones in each run."""
+    red = photos / "train/red"
+    picture = Image.open(red / "0.jpg")
+    for mode, suffix in (("L", "png"), ("I;16", "png"), ("CMYK", "jpg"), ("P", "gif")):
+        picture.convert("L" if mode == "I;16" else mode).save(red / f"{mode[0]}.{suffix}")
+    (red / "1.jpg").write_bytes(b"")
+    (red / ".DS_Store").write_bytes(b"x")
+    add_images(photos / "train/Red", 3)
+    (photos / "train/.cache").mkdir()
+    classes = train_timm.find_classes(photos / "train", photos / "val")
+    assert classes == {"blue": 0, "green": 1, "Red": 2, "red": 3}
+    fit("--epochs 1")
+
+
+@needs_timm
+@pytest.mark.parametrize("row", ("vit-s", "resnet50"))
 def test_a_row_of_the_paper(row):
-    c = train_timm.parse(["--data", "imagenet", "--row", row])
+    c = train_timm.configure({"data": "imagenet", "row": row})
     model = timm.create_model(c.model)
     assert sum(p.numel() for p in model.parameters()) > 2e7
     opt = train_timm.make_optimizer(c, model, steps=1251)
     assert opt.warmup == c.ire_epoch * 1251 and opt.curvature == "fisher"
     if row == "vit-s":
-        typed = {"lr": 7.5e-4, "weight_decay": 0.1, "kappa": 2, "gamma": 0.8}
-        assert {name: opt.param_groups[-1][name] for name in typed} == typed
+        expected = {"lr": 7.5e-4, "weight_decay": 0.1, "kappa": 2, "gamma": 0.8}
+        assert {name: opt.param_groups[-1][name] for name in expected} == expected
 
 
 # ---------------------------------------------------------------------------------- the chapter
+@needs_timm
 def test_the_loop_of_the_chapter_runs():
     cells = json.loads(CHAPTER.read_text())["cells"]
     (text,) = [t for t in ("".join(c["source"]) for c in cells) if "## timm" in t]
@@ -152,7 +321,8 @@ def steps(make, probe=None, scaler=None):
         if probe and opt.probe_due:
             with opt.probe(model):
                 probe(model, x, y, mixup).backward()
-            masks.append(torch.cat([opt.masks[p].flatten() for p in model.parameters()]))
+            flat = [mask.flatten() for mask in opt.masks.values()]  # none at kappa 0
+            masks.append(torch.cat(flat) if flat else None)
         opt.zero_grad()
         loss = F.cross_entropy(model(x), y)
         if scaler:
@@ -164,13 +334,14 @@ def steps(make, probe=None, scaler=None):
 
 
 def ire(kappa):
-    return lambda base: IRE(base, kappa=kappa, gamma=0.6, interval=3)
+    return lambda base: IRE(base, kappa=kappa, gamma=0.6, interval=3, curvature="fisher")
 
 
 def sampled(model, x, y, mixup):
     return sampled_cross_entropy(model(x))
 
 
+@needs_timm
 def test_a_mixup_inside_the_probe_moves_the_run_even_at_kappa_0():
     def again(model, x, y, mixup):
         return sampled_cross_entropy(model(mixup(x.clone(), y.argmax(1))[0]))
@@ -180,6 +351,7 @@ def test_a_mixup_inside_the_probe_moves_the_run_even_at_kappa_0():
     assert not same(base, steps(ire(0), again)[:1])
 
 
+@needs_timm
 def test_soft_targets_in_the_probe_make_another_mask():
     def soft(model, x, y, mixup):
         return F.cross_entropy(model(x), y)
@@ -188,6 +360,7 @@ def test_soft_targets_in_the_probe_make_another_mask():
     assert [(a != b).float().mean() > 0.05 for a, b in pairs][1:] == [True] * 3
 
 
+@needs_timm
 def test_native_scaler_steps_ire_but_not_sam():
     base = steps(lambda base: base, scaler=NativeScaler("cpu"))[:1]
     assert same(base, steps(ire(0), sampled, NativeScaler("cpu"))[:1])
@@ -196,6 +369,7 @@ def test_native_scaler_steps_ire_but_not_sam():
         steps(lambda base: ire(2)(SAM(base)), sampled, NativeScaler("cpu"))
 
 
+@needs_timm
 def test_the_checkpoints_of_timm_have_the_masks(tmp_path):
     model, opt, _ = steps(ire(2), sampled)
     CheckpointSaver(model, opt, checkpoint_dir=str(tmp_path)).save_checkpoint(0, metric=1.0)
