@@ -33,15 +33,16 @@ class _Wrapper(Optimizer):
     state = _of_base("state")
     defaults = _of_base("defaults")
     add_param_group = _of_base("add_param_group")
+    zero_grad = _of_base("zero_grad")
     train = _of_base("train")  # of schedule-free optimizers
     eval = _of_base("eval")
     state_dict = _of_base("state_dict")
     load_state_dict = _of_base("load_state_dict")
 
     def __init__(self, base, settings):
-        """settings: {name: value}. They stand in every parameter group, beside the base's own."""
+        """settings: {name: value}, stored in every parameter group beside the base's own."""
         _give_settings(self, base, settings)
-        # Optimizer.__init__ would make a second state. This is what else it does.
+        # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
 
     def __setstate__(self, state):  # after copy and pickle, too
@@ -59,7 +60,7 @@ class _Wrapper(Optimizer):
     def _params(self):
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
-    def __getstate__(self):  # for copy and pickle
+    def __getstate__(self):  # for copy and pickle, without what schedulers put in place of step
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
 
@@ -68,27 +69,28 @@ class IRE(_Wrapper):
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. Embedding rows that no batch has used come first, as their curvature is 0. So do
-        branches that begin at zero; a warmup of one interval avoids this.
+        flat. Embedding rows that no batch has used count as flat first, as their curvature is 0.
+        So do branches that begin at zero; for those, set warmup to one interval.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
     curvature: what tells where the loss is flat.
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
             keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
-            4 bytes per parameter. A gradient spike counts there even if the base skips the step,
-            so clip the gradients first.
+            4 bytes per parameter. A gradient spike enters this mean even if the base skips the
+            step, so clip the gradients first.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
     beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
     `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
     group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
     are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
-    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute that is
-    meant for the base is set on `opt.base`. A base that keeps its own copy of the weights undoes
-    the longer steps. Raises ValueError if an argument is out of range.
+    If you move the state to another device, move `masks` and `squares` too. To set an attribute of
+    the base, set it on `opt.base`. A base that keeps its own copy of the weights undoes the longer
+    steps. Raises ValueError if an argument is out of range.
     """
 
-    _mask = ("flat", torch.bool)  # name in a saved state, dtype
+    _saved_as = "flat"
+    _mask_dtype = torch.bool
     _probing = False
     _missed = 0
 
@@ -121,39 +123,32 @@ class IRE(_Wrapper):
         leads from theta to theta_base. Returns what the base returns. Before `warmup`, without a
         mask, and where kappa is 0, this is the base's step exactly."""
         _check_settings(self)
+        if self._probing:
+            raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
         t = self.param_groups[0]["ire_step"]
-        counts = not _is_rehearsal(self)
-        params = self._lengthened()
+        training = not _is_rehearsal(self)
+        params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
 
         loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
-        squares = self._squares(params, counts) if self.curvature == "squares" else {}
+        squares = self._squares(params, training) if self.curvature == "squares" else {}
         self._begin_masks(p for p in params if p in squares or p.grad is not None)
-        if not counts:
+        if not training:
             return loss
-        if squares and self._due():
-            self._update_masks(squares, power=1)
+        if self._due() and squares:
+            self._update_masks(squares)
         elif self._due() and params and self.param_groups[0]["ire_probed"] != t:
             _warn_of_miss(self)
         for group in self.param_groups:
-            self._lengthen([p for p in group["params"] if p in old], old, group["kappa"])
+            for p in [p for p in group["params"] if p in old and p in self.masks]:
+                step = torch.sub(_values(p), old[p], out=old[p])  # theta_base - theta
+                step.nan_to_num_(0, 0, 0)  # a step that is not finite is not lengthened
+                _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(group["kappa"]))
             group["ire_step"] = t + 1
         return loss
 
-    def _lengthen(self, params, old, kappa):
-        """theta_base += kappa * mask * (theta_base - theta), in the memory of `old`."""
-        params = [p for p in params if p in self.masks]
-        if params:
-            new = [_values(p) for p in params]
-            back = [old[p] for p in params]
-            torch._foreach_sub_(back, new)  # theta - theta_base
-            for x, p in zip(back, params, strict=True):
-                x.nan_to_num_(0, 0, 0)  # a step to infinity counts as none, as 0 * inf is not 0
-                x.mul_(_values(self.masks[p]))
-            torch._foreach_add_(new, back, alpha=-float(kappa))
-
-    def _squares(self, params, counts):
+    def _squares(self, params, training):
         """{p: running mean of the squared gradient}: all of the base, or all kept here."""
         squares = _adams_squares(self, params)
         if squares is not None:
@@ -162,35 +157,37 @@ class IRE(_Wrapper):
             if p not in self.squares or self.squares[p].shape != p.shape:
                 self.squares[p] = torch.zeros_like(p, dtype=_wide(p))
                 self.counts[p] = torch.zeros(())
-            if counts:
+            if training:
                 g = _values(_gradient(p)).to(_wide(p))
                 square = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
-                _values(self.squares[p]).lerp_(square, 1 - self.beta)
                 self.counts[p] += 1
-        squares = {p: self.squares[p] for p in params if p in self.squares}
-        return _corrected(squares, {p: 1 - self.beta ** float(self.counts[p]) for p in squares})
+                # Without the denominator, a mean that began later than others would look flat.
+                weight = (1 - self.beta) / (1 - self.beta ** float(self.counts[p]))
+                _values(self.squares[p]).lerp_(square, weight)
+        return {p: self.squares[p] for p in params if p in self.squares}
 
     def _begin_masks(self, params):
         """Nothing is flat at first, and in a parameter whose shape has changed."""
         for p in params:
             if p not in self.masks or self.masks[p].shape != p.shape:
-                self.masks[p] = torch.zeros_like(p, dtype=self._mask[1] or _wide(p))
+                self.masks[p] = torch.zeros_like(p, dtype=self._mask_dtype or _wide(p))
 
-    def _update_masks(self, curvature, power):
-        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures. Those are the
-        tensors in `curvature`, {p: of p's shape}, to the `power`, which does not change the order.
-        """
+    def _update_masks(self, curvature):
+        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
+
+        curvature: {p: a tensor of p's shape}, squares, or the probe's gradients: these are ranked
+        without squaring, as their squares might be too small for float32."""
         by_gamma = {}
         for group in self.param_groups:
             ranked = [p for p in group["params"] if p in curvature]
-            by_gamma.setdefault(group["gamma"], []).extend(ranked)
+            by_gamma.setdefault(float(group["gamma"]), []).extend(ranked)
         for gamma, params in by_gamma.items():
             n = sum(p.numel() for p in params)
-            k = math.floor(Fraction(str(float(gamma))) * n)  # int(0.29 * 100) is 28
-            h = [curvature[p] for p in params]
-            threshold = kth_smallest(h, k) if k else torch.tensor(-1.0)
-            if _is_usable(self, threshold, curvature):
-                for p, x in zip(params, h, strict=True):  # sharp where x is not a number
+            k = math.floor(Fraction(str(gamma)) * n)  # int(0.29 * 100) is 28
+            h = {p: curvature[p] for p in params}
+            threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
+            if _is_usable(self, threshold, h):
+                for p, x in h.items():  # sharp where x is not a number
                     flat = _values(x).abs().to(threshold.dtype) <= threshold.to(x.device)
                     _values(self.masks[p]).copy_(flat)
 
@@ -203,7 +200,7 @@ class IRE(_Wrapper):
 
     @contextmanager
     def probe(self, *models):
-        """With curvature="fisher", gradients made inside become the mask and are dropped:
+        """With curvature="fisher", gradients made inside set the mask and are then discarded:
 
             for x, y in batches:
                 if opt.probe_due:  # at every tenth step
@@ -215,8 +212,8 @@ class IRE(_Wrapper):
 
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
         of `models` (batch norm's statistics) and torch's random streams are as before; those of
-        numpy and `random` are not put back. Two optimizers for one model: open both probes around
-        the backward pass. DDP needs a forward pass for the probe alone, through the DDP module.
+        numpy and `random` are not put back. If two optimizers share a model, nest their probes.
+        DDP needs a forward pass for the probe alone, through the DDP module.
         Raises ValueError: curvature "squares", no gradient."""
         _check_settings(self)
         wanted = 'curvature="fisher", as curvature="squares" needs no probe'
@@ -228,11 +225,13 @@ class IRE(_Wrapper):
                 yield
             finally:
                 self._probing = False
-            params = self._lengthened()
+            params = self._active()
             gradients = {p: _gradient(p) for p in params if p.grad is not None}
-            _require(gradients or not params, "probe()", "no gradient", "a backward pass inside")
+            if params and not gradients:
+                raise ValueError("probe(): there was no backward pass inside")
             self._begin_masks(gradients)
-            self._update_masks(gradients, power=2)
+            if gradients:
+                self._update_masks(gradients)
         for group in self.param_groups:
             group["ire_probed"] = group["ire_step"]
 
@@ -245,8 +244,8 @@ class IRE(_Wrapper):
         since = self.param_groups[0]["ire_step"] - self.warmup
         return since >= 0 and since % self.interval == 0
 
-    def _lengthened(self):
-        """The parameters whose steps may become longer."""
+    def _active(self):
+        """The parameters that are ranked and lengthened."""
         return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
 
     def __repr__(self):
@@ -263,11 +262,11 @@ class SGDIRE(IRE):
 
 class AdmIRE(IRE):
     """IRE on top of torch.optim.AdamW, by default the fused one. The keyword arguments are those of
-    both."""
+    both. AdmIRE is the paper's name."""
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **{"fused": True, **kwargs}), **ire)
+        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
 
 
 class SAMIRE(IRE):
@@ -287,19 +286,20 @@ class SoftIRE(IRE):
                  divided by the mean of all factors.
 
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
-    its meaning. Coordinates with v = 0 do not count and move as the base moves them.
+    its meaning. Coordinates with v = 0 are left out and move as the base moves them.
 
     params: the parameters that it is for; all others move as the base moves them. It was measured
         with `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
-    alpha: how unlike the factors are, in [0, 1].
+    alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
-    kappa: how much of it a group takes, in [0, 1]: theta_base + kappa * (factor - 1) * (theta_base
-        - theta). A group with kappa 0 is left out.
+    kappa: strength in a parameter group, in [0, 1]: theta_base + kappa * (factor - 1) *
+        (theta_base - theta). A group with kappa 0 is left out.
 
     The other arguments are IRE's. `masks[p]` is factor - 1, in 4 bytes per parameter.
     """
 
-    _mask = ("soft_factor", None)
+    _saved_as = "soft_factor"
+    _mask_dtype = None  # float32 at least
 
     def __init__(
         self,
@@ -318,15 +318,15 @@ class SoftIRE(IRE):
         self.alpha = alpha
         self.limit = limit
         self._set_up(base, {"kappa": kappa}, interval, warmup, curvature, beta)
-        known = self.params is None or (self.params and set(self.params) <= set(self._params()))
-        _require(known, "params", "none, or some that the base has not", "parameters of the base")
+        if self.params == [] or set(self.params or ()) - set(self._params()):
+            raise ValueError("params: some are not in the base, or there are none")
 
-    def _lengthened(self):
+    def _active(self):
         wanted = None if self.params is None else set(self.params)
-        every = super()._lengthened()
+        every = super()._active()
         return [p for p in every if (p.dim() >= 2 if wanted is None else p in wanted)]
 
-    def _update_masks(self, curvature, power):
+    def _update_masks(self, curvature):
         """In place of Eq. 5: masks = factor - 1."""
         h = list(curvature.values())
         live = _nonzero(h)
@@ -334,6 +334,7 @@ class SoftIRE(IRE):
         median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
         if not _is_usable(self, median, curvature):
             return
+        power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
         factors = [self.masks[p] for p in curvature]
         for factor, x in zip(map(_values, factors), h, strict=True):
             factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
@@ -392,15 +393,13 @@ class SAM(_Wrapper):
         return there if self.average else here
 
     def _uphill(self):
-        """(g, |g|) or, with T = |theta|, (T * T * g, |T * g|): the climb is rho times the first
-        over the second."""
+        """Direction and length: the climb is rho * direction / length. They are g and |g| or, with
+        T = |theta|, T * T * g and |T * g|."""
         params = [p for p in self._params() if p.grad is not None]
-        scales = [p.detach().abs() if self.adaptive else 1 for p in params]
-        scaled = [_gradient(p).detach() * scale for p, scale in zip(params, scales, strict=True)]
-        products = [x * scale for x, scale in zip(scaled, scales, strict=True)]
-        direction = {p: _values(x) for p, x in zip(params, products, strict=True)}
-        square = _total(lambda parts: sum(_square(x) for x in parts), scaled)
-        return direction, float(square) ** 0.5
+        scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
+        scaled = {p: _gradient(p).detach() * scale[p] for p in params}
+        square = _total(lambda parts: sum(map(_squared_norm, parts)), scaled.values())
+        return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
 
 # ------------------------------------------------------------------------ losses for the probe
@@ -437,14 +436,14 @@ def sampled_binary_cross_entropy(logits, *, generator=None):
 def sampled_mse(prediction, *, generator=None):
     """The same for regression: mean squared error of `prediction` against targets drawn from
     N(prediction, 1)."""
-    noise = torch.empty_like(prediction).detach().normal_(generator=generator)
+    noise = torch.empty_like(prediction, requires_grad=False).normal_(generator=generator)
     return F.mse_loss(prediction, prediction.detach() + noise)
 
 
 # ================================================================================================
-# You can stop reading here: this was the method, complete for one process. What follows makes it
-# exact (the k-th smallest, the probe that leaves no trace), resumable (saving and loading) and
-# sharded (DDP, FSDP2 and DTensors on several ranks).
+# You can stop reading here: this was the method. What follows are helpers. They make it exact (the
+# k-th smallest, the probe that leaves no trace), resumable (saving and loading) and sharded (DDP,
+# FSDP2 and DTensors on several ranks).
 # ================================================================================================
 
 
@@ -472,17 +471,18 @@ def hidden_matrices(model):
     two dimensions inside an nn.ModuleList or nn.Sequential, except embeddings, and except a head:
     the last layer of an nn.Sequential if that has the last matrix of the model.
     Raises ValueError: there are none."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
     inside, apart = set(), set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             apart.add(module.weight)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             inside.update(module.parameters())
-        if isinstance(module, nn.Sequential) and len(module):
-            apart.update(p for p in module[-1].parameters(recurse=False) if p is matrices[-1])
-    found = [p for p in matrices if p in inside - apart]
-    _require(found, "model", type(model).__name__, "a model with matrices in an nn.ModuleList")
+        if isinstance(module, nn.Sequential) and len(module) and matrices:
+            apart.update({*module[-1].parameters(recurse=False)} & {matrices[-1]})
+    found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
     return found
 
 
@@ -538,45 +538,46 @@ def _gradient(p):
 
 def _adams_squares(ire, params):
     """{p: the base's running mean of squared gradients}. None if the base does not keep one for
-    each coordinate of all params, or if IRE began to keep its own: their scales differ."""
+    each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
+    together."""
     squares = {}
-    weights = {}
-    wanted = set(params)
+    corrections = {}  # 1 - beta2^t, which differ if some of the means began later than others
+    active = set(params)
     for group in ire.param_groups:
-        for p in [p for p in group["params"] if p in wanted]:
+        for p in [p for p in group["params"] if p in active]:
             entry = ire.state.get(p, {})
-            if not entry and (p.grad is None or "betas" in group):
-                continue  # not yet: the base may skip its first step
+            if not entry and p.grad is None:
+                continue
             v = entry.get("exp_avg_sq")
             rotated = "Q" in entry  # SOAP keeps it in another basis
             if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
                 return None
             squares[p] = v
+            corrections[p] = 1.0
             if ire._due() and "betas" in group and "step" in entry:
-                weights[p] = 1 - float(group["betas"][1]) ** float(entry["step"])
-    return _corrected(squares, weights)
-
-
-def _corrected(squares, weights):
-    """squares / weights, where weights are 1 - beta^t: a mean that began at 0 later than the
-    others would look flat. The same weight for all changes neither mask nor factor."""
-    if len({weights.get(p, 1.0) for p in squares}) > 1:
-        return {p: v / weights.get(p, 1.0) for p, v in squares.items() if weights.get(p) != 0}
+                corrections[p] -= float(group["betas"][1]) ** float(entry["step"])
+    if len(set(corrections.values())) > 1:
+        squares = {p: v / corrections[p] for p, v in squares.items() if corrections[p] > 0}
     return squares
 
 
 def _is_usable(ire, threshold, curvature):
     _check_agreement(threshold, curvature)
     dead = threshold == 0 and _nonzero(curvature.values()) == 0
-    if dead or not threshold.isfinite():
+    usable = bool(threshold.isfinite()) and not dead
+    if not usable:
         _warn(ire, f"the curvature is {float(threshold)}, so the last mask stays")
-    return not dead and bool(threshold.isfinite())
+    return usable
 
 
 def _described(ire):
-    source = f"exp_avg_sq of {type(ire.base).__name__}" if ire.masks else "not known yet"
-    source = "kept by IRE" if ire.squares else source
-    source = source if ire.curvature == "squares" else "probe()"
+    source = "not known yet"
+    if ire.curvature == "fisher":
+        source = "probe()"
+    elif ire.squares:
+        source = "kept by IRE"
+    elif ire.masks:
+        source = f"exp_avg_sq of {type(ire.base).__name__}"
     every = f"every {ire.interval} steps from step {ire.warmup} on"
     return f"curvature: {ire.curvature} ({source}), {every}"
 
@@ -585,9 +586,8 @@ def _warn_of_miss(ire):
     ire._missed += 1
     if math.log10(ire._missed).is_integer():  # the 1st, 10th, 100th, ...
         t = ire.param_groups[0]["ire_step"]
-        missing = "no gradient in p.grad" if ire.curvature == "squares" else "no probe()"
-        times = f"({ire._missed} times so far)"
-        _warn(ire, f"{missing} at step {t} {times}, so the last mask stays, or there is none")
+        missing = "no gradients in p.grad" if ire.curvature == "squares" else "no probe()"
+        _warn(ire, f"{missing} at step {t} ({ire._missed} times so far), so the last mask stays")
 
 
 def _warn(ire, text):
@@ -598,7 +598,7 @@ def _nonzero(tensors):
     return int(_total(lambda parts: sum(x.count_nonzero() for x in parts), tensors))
 
 
-def _square(x):
+def _squared_norm(x):
     return torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2
 
 
@@ -628,8 +628,8 @@ _OPEN = set()  # the parameters whose gradients an open probe will put back
 @contextmanager
 def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
-    and the random streams begin at `seed`. An inner probe leaves alone what an outer one puts
-    back, except its own params."""
+    and the random streams begin at `seed`, so that labels are drawn anew in every probe. A nested
+    probe puts back its own params only; the outer one puts back the rest."""
     good = all(isinstance(m, nn.Module) for m in models)
     _require(good, "probe()", models, "torch.nn.Modules, as in probe(model)")
     others = [p for m in models for p in m.parameters() if p not in _OPEN]
@@ -667,19 +667,19 @@ def _put_back(params, models, seed):
 
 
 # ------------------------------------------------------------------------ saving and loading
-# In a saved state, ours stands in the entry of each parameter beside the base's. The base never
-# sees ours: Adam takes an entry that is not empty for a complete one. So ours is added right after
-# the base has made its state, before hooks on the base run, and is taken out right before the base
+# In a saved state, ours stands in the entry of each parameter beside the base's. The base must not
+# see ours: Adam does not initialise an entry that is not empty. So ours is added right after the
+# base has made its state, before hooks on the base run, and is taken out right before the base
 # reads the state, after hooks on the base ran. Such hooks may match parameters by name.
 _OURS = ("flat", "soft_factor", "ire_square", "ire_count")
 
 
 def _kept(ire):
     """{name in a saved state: {p: tensor}}"""
-    return {ire._mask[0]: ire.masks, "ire_square": ire.squares, "ire_count": ire.counts}
+    return {ire._saved_as: ire.masks, "ire_square": ire.squares, "ire_count": ire.counts}
 
 
-def _keys(ire, saved):
+def _pairs(ire, saved):
     """[(p, its key in a saved state)]"""
     name = type(ire.base).__name__
     allowed = "an optimizer whose state_dict has state and param_groups"
@@ -691,30 +691,34 @@ def _keys(ire, saved):
 
 def _with_ours(ire, saved):
     state = dict(saved["state"])
-    for p, key in _keys(ire, saved):
+    for p, key in _pairs(ire, saved):
         own = {name: kept[p] for name, kept in _kept(ire).items() if p in kept}
         if own:
             state[key] = {**state.get(key, {}), **own}
     return {**saved, "state": state}
 
 
-def _without_ours(ire, saved):
-    """(a state for the base, copies of ours as {name: {p: tensor}})"""
-    own = {name: {} for name in _kept(ire)}
-    for p, key in _keys(ire, saved):
-        entry = saved["state"].get(key, {})
-        for name in own.keys() & entry.keys():
-            like = torch.zeros(()) if name == "ire_count" else p
-            x = entry[name]
-            _require(x.shape == like.shape, name, tuple(x.shape), f"{tuple(like.shape)} as here")
-            own[name][p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+def _without_ours(saved):
     state = {}
     for key, entry in saved["state"].items():
         if isinstance(entry, dict):
             entry = {name: x for name, x in entry.items() if name not in _OURS}
         if entry != {}:  # a base takes an empty entry for a complete one
             state[key] = entry
-    return {**saved, "state": state}, own
+    return {**saved, "state": state}
+
+
+def _ours_in(ire, saved):
+    """Copies of ours in a saved state, {name: {p: tensor}}."""
+    own = {name: {} for name in _kept(ire)}
+    for p, key in _pairs(ire, saved):
+        entry = saved["state"].get(key, {})
+        for name in own.keys() & entry.keys():
+            like = torch.zeros(()) if name == "ire_count" else p
+            x = entry[name]
+            _require(x.shape == like.shape, name, tuple(x.shape), f"the shape {tuple(like.shape)}")
+            own[name][p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return own
 
 
 def _save(ire):
@@ -725,7 +729,7 @@ def _save(ire):
     finally:
         handle.remove()
     entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
-    if any(ire._mask[0] in entry for entry in entries):
+    if any(ire._saved_as in entry for entry in entries):
         return saved
     return _with_ours(ire, saved)  # of a base that calls no hooks, or makes its state after them
 
@@ -735,24 +739,27 @@ def _load(ire, saved):
     before = [dict(group) for group in ire.param_groups]
     taken = []
 
-    def take(_, saved):
-        rest, own = _without_ours(ire, saved)
-        taken.append(own)
-        return rest
+    def take(_, state):
+        taken.append(None)
+        taken[0] = _ours_in(ire, state)
+        return _without_ours(state)
 
     handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
         ire.base.load_state_dict(saved)
+        loaded = bool(taken)
     except Exception:
-        if taken:
+        if taken == [None]:  # ours does not fit
             raise
+        loaded = False
     finally:
         handle.remove()
-    if not taken:  # some bases call no hooks
-        ire.base.load_state_dict(take(None, saved))
+    own = taken[0] if taken else _ours_in(ire, saved)
+    if not loaded:  # some bases call no hooks, or read again what was taken out
+        ire.base.load_state_dict(_without_ours(saved))
     for name, kept in _kept(ire).items():
         kept.clear()
-        kept.update(taken[-1][name])
+        kept.update(own[name])
     for group, old in zip(ire.base.param_groups, before, strict=True):
         for name in ire.settings.keys() - group.keys() - {"ire_step", "ire_probed"}:
             group[name] = old[name]  # a bare base's state has none
@@ -815,7 +822,7 @@ def _check_agreement(threshold, params):
 # ------------------------------------------------------------------------ settings
 def _give_settings(wrapper, base, settings):
     """Puts the settings into the base's groups, except where the user has put one already."""
-    allowed = "a torch.optim.Optimizer, except LBFGS and a second wrapper of the same kind"
+    allowed = "a torch.optim.Optimizer except LBFGS, IRE, and SAM inside SAM"
     fits = isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(wrapper)))
     _require(fits, "base", type(base).__name__, allowed)
     for name in settings:
@@ -823,11 +830,12 @@ def _give_settings(wrapper, base, settings):
     for p in [p for group in base.param_groups for p in group["params"]]:
         flattened = getattr(p, "_fsdp_flattened", False)
         _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
-    typed = vars(base).setdefault("_typed", {})  # a notebook cell may be run again
+    # A notebook cell may wrap the base again: that replaces our values, but not the user's.
+    users = vars(base).setdefault("_set_by_user", {})
     for i, group in enumerate(base.param_groups):
         wrapped = "ire_step" in group
         for name, value in settings.items():
-            if not typed.setdefault((i, name), name in group and not wrapped):
+            if not users.setdefault((i, name), name in group and not wrapped):
                 group[name] = value
 
 
@@ -854,8 +862,6 @@ def _check_settings(wrapper):
     if isinstance(wrapper, IRE):
         kinds = ("squares", "fisher")
         _require(wrapper.curvature in kinds, "curvature", wrapper.curvature, " or ".join(kinds))
-        if wrapper._probing:
-            raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
     else:
         both = wrapper.adaptive and wrapper.average
         _require(not both, "adaptive", wrapper.adaptive, "False where average is True")
