@@ -652,6 +652,9 @@ def go_on(study, args):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (common.Halt, OSError) as e:
+    except (common.BadInput, OSError) as e:
         print(f"study.py: {e}", file=sys.stderr)
         sys.exit(getattr(e, "code", 1))
+    except common.Halt as e:
+        print("study.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(e.code)
