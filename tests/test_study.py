@@ -572,6 +572,9 @@ def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, two.path, "--replicate", "b")
     assert "--replicate: got b, allowed is a place of" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, two.path, "--replicate", "a")
+    assert "has a recommended form" in capsys.readouterr().err
 
 
 def test_a_diverged_run_is_kept_as_such(tmp_path):
