@@ -11,8 +11,8 @@ What the file holds
   optimizers.py on top of a base. It says what was expected of it before the runs.
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
 - plan: which forms are run at which place, in this order, and on which seeds they are judged.
-- changed: place, forms, settings, factors, seeds: each of the settings of a tuned form is changed by
-  each factor, to see whether the form is tuned as far as it goes. `length` is in steps of the place.
+- changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
+  of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
 - predictions: written before the runs. recommended: the form that --replicate runs.
 - gains, times: what this script computes and measures. runs: each with its settings and its commit.
 
