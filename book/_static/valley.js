@@ -53,7 +53,7 @@ const SCENES = {
   },
   "IRE moves on": {
     loss: "valley", eta: 1, kappa: 9000, others: [90, 900],
-    note: "IRE takes 1 + κ times longer steps along u. With κ = 9000 it reaches the flattest minimum.",
+    note: "IRE takes 1 + κ times longer steps along u. With κ = 9000 it reaches the flattest minimum.",
   },
   "too far": {
     loss: "valley", eta: 1, kappa: 20000, others: [],
