@@ -4,6 +4,7 @@ A row of `gains` is one form at one place, as benchmarks/study.py computes it. A
 the tuned base minus the form's, so that positive is better.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -20,9 +21,9 @@ PANELS = (
     "random mask over Muon",
 )
 SOURCES = ("device", "threads", "torch", "commit")  # of a run
-LEFT_OUT = (
-    "\nErrors are standard errors over the seeds; pooled: from the spread of that form's gains at "
-    "all places. Neither holds the luck of tuning on one seed."
+ERRORS = (
+    "\n± is the standard error over the seeds. error: from the spread of the form's gains at all "
+    "places, with the luck of tuning on one seed. Both leave out other machines and other texts."
 )
 COLOURS = 0.1  # the gain at which colours end
 
@@ -74,7 +75,7 @@ def cells(row, names):
         "loss": number(row["loss"], row["loss_stderr"]),
         "on top of": "",
         "gain": "",
-        "pooled": "",
+        "error": "",
         "gain on the better base": on_better(row),
         "steps saved": "",
     }
@@ -83,8 +84,7 @@ def cells(row, names):
         found["gain"] = number(row["gain"], row["gain_stderr"], "+")
         found["gain"] += " (commits differ)" if row["commits"] > 1 else ""
         found["steps saved"] = saved(row)
-        if row["pooled_stderr"] is not None:
-            found["pooled"] = f"± {row['pooled_stderr']:.4f}"
+        found["error"] = f"{math.hypot(row['pooled_stderr'], row['tuning_stderr']):.4f}"
     return found
 
 
@@ -97,7 +97,7 @@ def table(report):
     heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(row[head] for head in heads)} |" for row in rows]
-    return "\n".join([*lines, LEFT_OUT, *changes(report), *missing(report)])
+    return "\n".join([*lines, ERRORS, *changes(report), *missing(report)])
 
 
 def changes(report):

@@ -43,10 +43,12 @@ def source(cell):
 
 
 # ---------------------------------------------------------------------------------------- notebooks
-def test_there_are_twelve_chapters_and_the_contents_list_them():
-    contents = yaml.safe_load((ROOT / "book/_toc.yml").read_text())["parts"][0]["chapters"]
-    assert [c["file"] for c in contents] == [f"tutorials/{path.stem}" for path in NOTEBOOKS]
-    assert len(NOTEBOOKS) == 12
+def test_the_contents_list_every_chapter_once():
+    parts = yaml.safe_load((ROOT / "book/_toc.yml").read_text())["parts"]
+    files = [c["file"] for part in parts for c in part["chapters"]]
+    chapters = [file for file in files if file.startswith("tutorials/")]
+    assert sorted(chapters) == [f"tutorials/{path.stem}" for path in NOTEBOOKS]
+    assert len(NOTEBOOKS) == 13
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

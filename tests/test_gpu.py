@@ -39,7 +39,7 @@ def words():
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_the_commands_for_a_gpu_are_understood(h100, step):
     for command in step.commands:
-        arguments = shlex.split(command.format(**words()).format(**words()))
+        arguments = shlex.split(command.format(**words()))
         names = [word for word in arguments if word.endswith(".py")]
         script, rest = names[0], arguments[arguments.index(names[0]) + 1 :]
         assert (ROOT / script).exists()

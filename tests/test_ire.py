@@ -75,7 +75,7 @@ class Late(nn.Module):
         x, y = batch(step, torch.float64)
         out = self.body(x)
         if step >= 4:
-            out = out + 0.1 * self.late(x)
+            out = out + self.late(x)
         return F.cross_entropy(out, y)
 
 
@@ -219,6 +219,18 @@ def test_a_group_with_kappa_0_does_not_decide_on_the_source():
     assert opt.masks[model[0].bias].tolist() == [True] * 3 + [False] * 5
     assert opt.masks[model[2].bias].tolist() == [True] * 3
     assert not any(x.is_floating_point() for x in extra(opt).values() if x.dim() > 0)
+
+
+def test_a_source_once_chosen_stays():
+    """Else the own squares would miss the gradients from here on."""
+    model = make_model()
+    matrices = {"params": [model[0].weight, model[2].weight]}
+    vectors = {"params": [model[0].bias, model[2].bias]}
+    opt = IRE(Keeps([matrices, vectors], of_vectors), kappa=1, gamma=0.5, interval=2)
+    train(model, opt, range(2))
+    opt.param_groups[0]["kappa"] = 0
+    train(model, opt, range(2, 3))
+    assert sum(flat_counts(opt)[2:]) == 5  # the base's would all be flat
 
 
 @each_base
@@ -508,6 +520,8 @@ def test_what_another_optimizer_saved_loads_and_the_masks_begin_anew(make, befor
     first = wrap(before, model)
     train(model, first, range(3))
     opt = wrap(after, model)
+    train(model, opt, range(3))
+    assert opt.masks
     opt.load_state_dict(reload(first.state_dict()))
     assert not opt.masks
     plain = first if before is None else first.base

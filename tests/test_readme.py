@@ -93,7 +93,8 @@ moment, {probe:.2f} with the probe. Images (ResNet-56, {images["limit_train"]:,}
 {images["epochs"]} epochs): test accuracy {points} points for SGD-IRE over SGD; SAM-IRE over SAM.
 Mean ± standard error over 3 to 5 seeds, on CPUs. The first two tables are of an older script, which
 the files name; `python benchmarks/speed.py train` measures the tokens a second,
-`{cifar["command"]}` the images. All runs, controls, commands and machines are on the book's [results page](book/results.md), and
+`{cifar["command"]}` the images. All runs, controls, commands and
+machines are on the book's [results page](book/results.md), and
 [chapter 10](tutorials/10_known_and_open.ipynb) says what they mean.
 """
 

@@ -53,7 +53,7 @@ const SCENES = {
   },
   "IRE moves on": {
     loss: "valley", eta: 1, kappa: 9000, others: [90, 900],
-    note: "IRE takes 1 + κ times longer steps along u. With κ = 9000 it reaches the flattest minimum.",
+    note: "IRE takes 1 + κ times longer steps along u. With κ = 9000 it reaches the flattest minimum.",
   },
   "too far": {
     loss: "valley", eta: 1, kappa: 20000, others: [],
@@ -213,7 +213,7 @@ function drawChart(canvas, { name, value, log }, runs, color) {
 const HANDLE = "#D55E00";  // what the reader moves: the start, and the run of the slider's kappa
 const COLORS = ["#2A8CCB", "#E69F00"];  // of the others
 const WIDGET = `
-  <p class="ire-buttons"></p>
+  <p class="ire-buttons">${Object.keys(SCENES).map(x => `<button type="button">${x}</button>`).join("")}</p>
   <p class="ire-note" aria-live="polite"></p>
   <ul class="ire-legend"></ul>
   <canvas class="map" tabindex="0" role="img" aria-label="The valley from above. Drag the starting
@@ -251,6 +251,7 @@ function build(box) {
   box.classList.add("ire-alive");  // the style sheet hides the figure that stood for it
   const find = selector => widget.querySelector(selector);
   const [map, eta, kappa] = [".map", ".eta", ".kappa"].map(find);
+  const buttons = widget.querySelectorAll("button");
   const state = {};
 
   function change(what) {
@@ -280,7 +281,7 @@ function build(box) {
     }));
     const limit = theta => 2 / loss.sharpest(theta);
     const thrown = state.eta > limit(state.start) && state.eta < limit(runs[0].path.at(-1));
-    for (const button of find(".ire-buttons").children) {
+    for (const button of buttons) {
       button.setAttribute("aria-pressed", SCENES[button.textContent] === state.scene);
     }
     find(".ire-note").textContent = state.note + (thrown ? THROWN : "");
@@ -309,12 +310,8 @@ function build(box) {
     }
   }
 
-  for (const [name, scene] of Object.entries(SCENES)) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = name;
-    button.addEventListener("click", () => show(scene));
-    find(".ire-buttons").append(button);
+  for (const button of buttons) {
+    button.addEventListener("click", () => show(SCENES[button.textContent]));
   }
   map.addEventListener("pointerdown", drag);
   map.addEventListener("pointermove", drag);
