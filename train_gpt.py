@@ -316,7 +316,7 @@ def train(c, make_optimizer=make_optimizer):
             restore(job, run.load())
         banner(run, job)
         if job.step == 0:
-            run.log(0, val_loss=validation_loss(job.forward, job.data))
+            run.log(0, val_loss=validation_loss(job.forward, job.data), **sharp(job))
         if c.compile:  # before the clock starts
             job.forward(*job.data.batch(job.step)[0]).backward()
             job.optimizer.zero_grad()
