@@ -256,22 +256,13 @@ def parse(config_class, description, arguments=None):
         text = about["help"] + (f"; {words(about['allowed'])}" if about["allowed"] else "")
         if f.default is not None and f.default is not False and f.default != "":
             text += f" (default {f.default})"
-        kind = {"type": functools.partial(convert, f), "metavar": f.type.__name__.upper()}
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         if about["alone"] is not None:
             kind |= {"nargs": "?", "const": about["alone"]}
         parser.add_argument(flag(f.name), help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(arguments))
-
-
-def convert(f, text):
-    """A typed text as a value of the field f."""
-    allowed = words(f.metadata["allowed"]) or f"a value of type {f.type.__name__}"
-    try:
-        return f.type(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r:.60}, allowed is {allowed}") from None
 
 
 # ----------------------------------------------------------------------------------- processes
@@ -676,6 +667,8 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
         if not known and "allocate memory" not in str(e):
             raise
         text = f"out of memory: {memory}"
+    if LOCAL_RANK > 0 and code > 128:  # a signal, and the first rank says so
+        return code
     if LOCAL_RANK > 0:
         time.sleep(5)  # where all ranks fail alike, the first one speaks and torchrun ends the rest
         text = f"rank {RANK}: {text}"
