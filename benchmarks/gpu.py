@@ -6,7 +6,7 @@
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
 
 1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
-ranks, in float16, cut and resumed; 5 images; 6 that row for six optimizers over seeds.
+ranks, in float16, cut and resumed; 5 images; 6 that row for eight optimizers over seeds.
 
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as

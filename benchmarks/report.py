@@ -6,6 +6,7 @@ the tuned base minus the form's, so that positive is better.
 
 import math
 from functools import partial
+from statistics import mean
 
 import numpy as np
 
@@ -25,6 +26,7 @@ ERRORS = (
     "\n± is the standard error over the seeds. error: from the spread of the form's gains at all "
     "places, with the luck of tuning on one seed. Both leave out other machines and other texts."
 )
+KINDS = ("embedding", "head", "qk", "vo", "ffn", "norm")
 COLOURS = 0.1  # the gain at which colours end
 
 
@@ -133,14 +135,15 @@ def source(report):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`; beside it the other forms, and the losses over the learning rate. A study
-    that has nothing for a figure has no such file."""
+    """The map at `path`; beside it the other forms, the losses over the learning rate, and what is
+    flat. A study that has nothing for a figure has no such file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for name, figure in (("", the_map), ("-forms", the_forms), ("-rates", the_rates)):
+    figures = {"": the_map, "-forms": the_forms, "-rates": the_rates, "-flat": the_flat}
+    for name, figure in figures.items():
         drawn = figure(report)
         if drawn:
             out = path.with_stem(f"{path.stem}{name}")
@@ -193,6 +196,44 @@ def draw_curve(panel, curve, row, color):
     if row:
         rates = [row["lr"]] * len(row["losses"])
         panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=color)
+
+
+def the_flat(report):
+    """What IRE calls flat: the share of each kind of tensor over the steps, as the runs recorded
+    it, mean over seeds; a panel for each form whose mask is IRE's own."""
+    import matplotlib.pyplot as plt
+
+    from toy.common import STYLE
+
+    panels = {}  # {(place, form): [{step: {kind: share}}]}
+    for run in report["runs"]:
+        at = run["settings"]
+        form = report["forms"][at["form"]]
+        if (
+            "flat" in run
+            and form["rule"] == "hard"
+            and form["settings"].keys() == {"kappa", "gamma"}
+        ):
+            panels.setdefault((at["place"], at["form"]), []).append(run["flat"])
+    if not panels:
+        return None
+    with plt.rc_context(STYLE):
+        size = (3.6 * len(panels), 2.8)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
+        for ((place, form), found), panel in zip(panels.items(), axes.flat, strict=True):
+            steps = sorted(found[0], key=int)
+            shares = [[mean(run[t][kind] for run in found) for t in steps] for kind in KINDS]
+            image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            for (i, j), share in np.ndenumerate(shares):
+                color = "white" if share > 0.6 else "black"
+                panel.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=6, color=color)
+            panel.set_xticks(range(len(steps)), steps)
+            panel.set_yticks(range(len(KINDS)), KINDS)
+            panel.grid(False)
+            panel.set(xlabel="step", title=f"{place}: {form}")
+        figure.colorbar(image, ax=axes, label="flat share")
+    return figure
 
 
 def the_map(report):

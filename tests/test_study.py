@@ -606,6 +606,20 @@ def test_table_and_figure_of_a_part(results):
         assert results.path.with_name(name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_figure_of_what_is_flat(two):
+    """Only of a form whose mask is IRE's own."""
+    assert report.the_flat(two.plan | {"runs": two.runs}) is None
+    for form, random in (("soft", {}), ("rates", {"random": True})):
+        two.plan["forms"][form] = {**BASE, "rule": "hard"}
+        two.plan["forms"][form]["settings"] = {"kappa": 2.0, "gamma": 0.7, **random}
+    for run in two.runs:
+        shares = dict.fromkeys(report.KINDS, 0.1 * run["settings"]["seed"])
+        run["flat"] = {"0": shares, "100": {**shares, "head": 0.9}}
+    figure = report.the_flat(two.plan | {"runs": two.runs})
+    shown = [[text.get_text() for text in panel.texts] for panel in figure.axes[:-1]]
+    assert shown == [["0.15", "0.15", "0.15", "0.90"] + 8 * ["0.15"]]
+
+
 def test_one_seed_has_no_error(results):
     few = [run for run in results.runs if run["settings"]["place"] == "250x4"]
     few = [run for run in few if run["settings"]["seed"] < 2]
