@@ -900,15 +900,6 @@ def test_tied_weights_count_once():
     assert flat_counts(opt) == [14]
 
 
-def test_frozen_model_but_one():
-    model = make_model()
-    for p in list(model.parameters())[:3]:
-        p.requires_grad_(False)
-    before = values(model)
-    after = train(model, AdmIRE(model.parameters(), 0.1, **SETTINGS), range(5))
-    assert equal(before[:3], after[:3]) and not torch.equal(before[3], after[3])
-
-
 def test_sparse_gradients_are_a_clear_error():
     for wrap in (lambda base: IRE(base, kappa=1, gamma=0.5), SoftIRE):
         embed = nn.Embedding(5, 3, sparse=True)
