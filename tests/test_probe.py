@@ -433,12 +433,9 @@ def test_ignored_positions_and_the_dimension_of_the_classes():
 
 
 LAYERS = {
-    "1d": (nn.BatchNorm1d(4), (8, 4)),
     "2d": (nn.BatchNorm2d(4), (8, 4, 3, 3)),
-    "3d": (nn.BatchNorm3d(4), (8, 4, 2, 2, 2)),
     "no momentum": (nn.BatchNorm1d(4, momentum=None), (8, 4)),
     "no statistics": (nn.BatchNorm1d(4, track_running_stats=False), (8, 4)),
-    "not affine": (nn.BatchNorm1d(4, affine=False), (8, 4)),
     "evaluating": (nn.BatchNorm1d(4).eval(), (8, 4)),
 }
 
