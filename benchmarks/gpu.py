@@ -272,7 +272,7 @@ def judge_seeds(results, device):
         yield row(f"{form}: final loss, {len(losses)} seeds", mean_and_error(losses))
         bases = {"adamw-rates"} if form.endswith("-rates") else set()
         for base in sorted({"adamw", *bases} - {form}):
-            shared = [seed for seed in of_seed if seed in runs[base]]
+            shared = [seed for seed in of_seed if seed in runs.get(base, {})]
             if shared:
                 yield from against("", [(of_seed[seed], runs[base][seed]) for seed in shared], base)
 

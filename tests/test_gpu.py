@@ -102,6 +102,8 @@ def test_the_table_over_seeds():
     ]
     on_rates = "gain on top of adamw-rates, positive is better"
     assert (on_rates, "0.2000") in rows and (gain, "-0.1000") in rows
+    alone = list(gpu.judge_seeds({"admire-rates-0": run_of([9, 4.0, 3.0])}, "GPU"))
+    assert [row["claim"] for row in alone] == ["admire-rates: final loss, 1 seeds"]
 
 
 def test_the_goals_are_of_an_h100():
