@@ -99,7 +99,7 @@ class Range:
 COUNT = Range(1, 2**31 - 1, "1 or more, below 2^31")
 STEPS = Range(0, 2**31 - 1, "0 or more, below 2^31")
 SEED = Range(0, 2**62 - 1, "0 to 2^62 - 1")
-POSITIVE = Range(1e-30, 1e9, "a number above 0, from 1e-30 to 1e9")
+POSITIVE = Range(1e-30, 1e9, "above 0, up to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 UNIT = Range(0, 1, "0 to 1")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
@@ -199,7 +199,7 @@ def take_over(config_class, folder, asked, free=()):
         if not may_differ and asked.get(name, saved[name]) != saved[name]:
             began = f"{saved[name]}, as {folder} began"
             raise BadInput(f"{flag(name)}: got {asked[name]}, allowed is {began}")
-    return saved | asked | {"given": sorted({*before["given"], *asked})}
+    return saved | asked | {"given": sorted({*before.get("given", ()), *asked})}
 
 
 def read_config(config_class, path):
@@ -254,24 +254,15 @@ def parse(config_class, description, arguments=None):
     for f in fields(config_class):
         about = f.metadata
         text = about["help"] + (f"; {words(about['allowed'])}" if about["allowed"] else "")
-        if f.default not in (None, "", False):
+        if f.default is not None and f.default is not False and f.default != "":
             text += f" (default {f.default})"
-        kind = {"type": functools.partial(convert, f), "metavar": f.type.__name__.upper()}
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         if about["alone"] is not None:
             kind |= {"nargs": "?", "const": about["alone"]}
         parser.add_argument(flag(f.name), help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(arguments))
-
-
-def convert(f, text):
-    """A typed text as a value of the field f."""
-    allowed = words(f.metadata["allowed"]) or f"a value of type {f.type.__name__}"
-    try:
-        return f.type(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r:.60}, allowed is {allowed}") from None
 
 
 # ----------------------------------------------------------------------------------- processes
@@ -465,7 +456,7 @@ def find_run(home, unfinished=False, file="checkpoint.pt"):
     """The one run in home, home-2, ..., or the one of them that has not come to its end. file: what
     a folder must have."""
     runs = sorted(str(path.parent) for path in Path().glob(f"{home}*/{file}"))
-    begun = [path for path in runs if not read_json(Path(path, "config.json"))["finished"]]
+    begun = [path for path in runs if not read_json(Path(path, "config.json")).get("finished")]
     wanted = begun if unfinished else runs
     if len(wanted) != 1:
         kind = "an unfinished run" if unfinished else "a run"
@@ -676,6 +667,8 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
         if not known and "allocate memory" not in str(e):
             raise
         text = f"out of memory: {memory}"
+    if LOCAL_RANK > 0 and code > 128:  # a signal, and the first rank says so
+        return code
     if LOCAL_RANK > 0:
         time.sleep(5)  # where all ranks fail alike, the first one speaks and torchrun ends the rest
         text = f"rank {RANK}: {text}"

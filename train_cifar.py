@@ -380,7 +380,7 @@ def read_pictures(path, about):
         x, y = batch[b"data"], np.array(batch[about["labels"]])
         if x.dtype != np.uint8 or x.shape != (len(y), 3072):
             raise ValueError("data must be uint8 of shape (n, 3072), with n labels")
-        if y.ndim != 1 or y.dtype.kind != "i" or not 0 <= y.min() <= y.max() < classes:
+        if y.ndim != 1 or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
             raise ValueError(f"labels must be n whole numbers, 0 to {classes - 1}")
     x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(x), y.astype(np.int64)
@@ -629,21 +629,27 @@ def report(run, data, parts, step, losses):
     means = common.over_ranks(torch.stack(losses).cpu() / common.RANKS)  # waits for the device
     passed = run.stop_clock()
     for i, loss in enumerate(means, step - len(means) + 1):
-        if not math.isfinite(loss):
-            text = f"step {i}: the loss is {loss}; last checkpoint: {run.kept}"
-            raise common.Diverged(f"{text}; try a lower --lr or --kappa")
+        check_finite(run, i, loss)
     flat = optimizer.flat_share() if has_ire(c) and step > c.ire_warmup else {}
     speed = round(len(means) * c.batch_size / passed, 1)
     lr = optimizer.param_groups[0]["lr"]
     run.log(step, train_loss=statistics.mean(means), lr=lr, **flat, images_per_second=speed)
     if test_due:
-        run.log(step, **evaluate(c, data, model))
+        tested = evaluate(c, data, model)
+        check_finite(run, step, tested["test_loss"])
+        run.log(step, **tested)
     if save_due:
         run.save(step, data=data.sha256, **parts)
     if stop and step < data.steps:
         raise run.stopped()
     run.start_clock()
     return []
+
+
+def check_finite(run, step, loss):
+    if not math.isfinite(loss):
+        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
+        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
 
 
 def autocast(c):
@@ -677,9 +683,10 @@ def evaluate(c, data, model):
 
 def measure(c, data, model):
     """Sharpness of the training loss, in float32, on pictures that are not augmented."""
-    images = c.sharpness_images or (128 if c.device == "cpu" else 1024)
-    size = min(c.batch_size, images, len(data.x))
-    batches = min(images, len(data.x)) // size
+    images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
+    size = min(c.batch_size, images)
+    batches = images // size
+    c.sharpness_images = batches * size  # that are used, for config.json
 
     def loss(i):
         x = data.normalized(data.x[i * size : (i + 1) * size])
@@ -697,7 +704,7 @@ def measure(c, data, model):
         found = sharpness(model, losses, *sizes, seed=c.seed, tick=bar.update)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
         common.note("lambda_max is not within 1%; --sharpness-products may allow more products")
-    return found | {"sharpness_images": batches * size}
+    return found
 
 
 def banner(c, data, model, step):
@@ -725,9 +732,9 @@ def banner(c, data, model, step):
 
 def draw(c, log):
     """OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
-    hard = f"training: labels smoothed by {c.label_smoothing:g},\npictures augmented ({c.augment})"
+    hard = f"training: labels smoothed\nby {c.label_smoothing:g}, augment {c.augment}"
     panels = {
-        "loss": {"train_loss": hard, "test_loss": "test: labels and pictures as they are"},
+        "loss": {"train_loss": hard, "test_loss": "test: neither"},
         "accuracy (%)": {"test_acc": "test", "val_acc": "held out"},
         "learning rate": {"lr": "lr"},
         "flat share of the coordinates": {"flat": "flat"},
@@ -755,8 +762,9 @@ def command(typed):
 def train_seeds(typed):
     """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
     home = f"{Config.home}-seeds"
-    resume = typed.get("resume", False)
+    resume, overwrite = typed.get("resume", False), typed.get("overwrite", False)
     out = typed.get("out")
+    typed = {name: x for name, x in typed.items() if name not in ("out", "resume", "overwrite")}
     if resume:
         out = out or common.find_run(home, unfinished=True, file="config.json")
         with common.instead(f"--out: got {out}, allowed on --resume is a folder of --seeds"):
@@ -767,7 +775,9 @@ def train_seeds(typed):
     for seed in range(first, first + typed["seeds"]):
         folder = Path(out, f"seed-{seed}")
         begun = resume and (folder / "checkpoint.pt").exists()
-        c = configure(typed | {"seed": seed, "out": str(folder), "resume": begun})
+        now = {"seed": seed, "out": str(folder), "resume": begun, "overwrite": overwrite}
+        c = configure(typed | now)
+        common.choose_folder(c)  # refuses a run that is in the way
         if seed == first and common.RANK == 0:
             common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
         runs.append(train(c))

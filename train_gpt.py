@@ -193,8 +193,9 @@ def complete(c):
     if c.warmup is None:
         c.warmup = min(500, c.steps // 2)
     c.log_interval = c.log_interval or min(20, math.ceil(c.steps / 20))
-    c.eval_interval = c.eval_interval or min(1000, math.ceil(c.steps / 10))
-    c.checkpoint_interval = c.checkpoint_interval or min(1000, math.ceil(c.steps / 10))
+    tenth = min(1000, max(10, math.ceil(c.steps / 10)))
+    c.eval_interval = c.eval_interval or tenth
+    c.checkpoint_interval = c.checkpoint_interval or tenth
     near = max(1, round(c.batch_size / common.RANKS)) * common.RANKS
     share, rest = divmod(c.batch_size, common.RANKS)
     check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks, such as {near}")
@@ -306,15 +307,7 @@ def train(c, make_optimizer=make_optimizer):
     written."""
     c = complete(c)
     common.require("matplotlib", "safetensors", *(["wandb"] if c.wandb else []))
-    data = text.Data(c)
-    if c.resume:
-        same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
-        check(c, "data", same, f"the text that {c.out} began with; this one differs")
-    common.set_up_torch(c)
-    model, forward = make_model(c, data)
-    optimizer = make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-    job = Job(c, data, model, forward, optimizer, scaler)
+    job = set_up(c, make_optimizer)
     with common.Run(c, c.steps) as run:
         if c.overwrite and common.RANK == 0:
             for name in ("best", "hf"):
@@ -323,10 +316,10 @@ def train(c, make_optimizer=make_optimizer):
             restore(job, run.load())
         banner(run, job)
         if job.step == 0:
-            run.log(0, val_loss=validation_loss(forward, data))
+            run.log(0, val_loss=validation_loss(job.forward, job.data), **sharp(job))
         if c.compile:  # before the clock starts
-            forward(*data.batch(job.step)[0]).backward()
-            optimizer.zero_grad()
+            job.forward(*job.data.batch(job.step)[0]).backward()
+            job.optimizer.zero_grad()
         loop(run, job)
         export(job, run.out / "hf")
     reached = {"steps": job.step, "val_loss": job.val_loss, "seconds": run.seconds}
@@ -353,6 +346,18 @@ class Job:
 
     def due(self, *intervals):
         return self.done() or any(self.step % n == 0 for n in intervals)
+
+
+def set_up(c, make_optimizer=make_optimizer):
+    """Data, model and optimizer at the start of a run."""
+    data = text.Data(c)
+    if c.resume:
+        same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
+        check(c, "data", same, f"the text that {c.out} began with; this one differs")
+    common.set_up_torch(c)
+    model, forward = make_model(c, data)
+    scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
+    return Job(c, data, model, forward, make_optimizer(model, c), scaler)
 
 
 def make_model(c, data):
@@ -440,19 +445,21 @@ def log(run, job, pending, lr):
         check_finite(run, job, norms)
     values = {"train_loss": sum(losses) / len(table), "lr": lr}
     values["grad_norm"] = sum(norms) / len(table)
-    if type(job.optimizer) is IRE:
+    if type(job.optimizer) is IRE and job.step > c.ire_warmup:
         values |= job.optimizer.flat_share()
     rate = len(table) * c.batch_size * c.context / seconds
-    if c.device == "cuda":
-        values["tflops"] = rate * llama.flops_per_token(job.model, c) / 1e12
-    run.log(job.step, **values, tokens_per_second=rate)
+    run.log(job.step, **values, tokens_per_second=round(rate))
 
 
 def validate(run, job):
     """Writes a line with the validation loss, and keeps the best checkpoint. Raises Diverged."""
     job.val_loss = validation_loss(job.forward, job.data)
     check_finite(run, job, [job.val_loss])
-    run.log(job.step, val_loss=job.val_loss, **sharp(job))
+    values = {"val_loss": job.val_loss} | sharp(job)
+    if job.c.device == "cuda":
+        rate = job.step * job.c.batch_size * job.c.context / run.seconds
+        values["tflops"] = rate * llama.flops_per_token(job.model, job.c) / 1e12
+    run.log(job.step, **values)
     if job.c.keep_best and job.val_loss < job.best:
         save(run, job, "best/checkpoint.pt")
     job.best = min(job.best, job.val_loss)
@@ -473,8 +480,10 @@ def sharp(job):
     from sharpness import sharpness
 
     x, y = job.data.batch(0)[0]
+    job.model.dtype = torch.float32
     with torch.compiler.set_stance("force_eager"):  # a compiled model has no second derivative
         found = sharpness(job.model, [lambda: job.model(x, y)], probes=8, products=20)
+    job.model.dtype = getattr(torch, job.c.dtype)
     return {"trace": found["trace"], "lambda_max": found["lambda_max"]}
 
 
@@ -503,6 +512,8 @@ def banner(run, job):
         method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}"
     if rule(c) == "soft":
         method += f"; alpha {c.alpha:g}"
+    if rule(c) and c.ire_warmup:
+        method += f", on from step {c.ire_warmup}"
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
@@ -511,7 +522,7 @@ def banner(run, job):
         run=f"{c.steps} steps of {c.batch_size * c.context:,} tokens, {epochs:.2f} epochs",
         folder=str(run.out),
     )
-    chance = f"a loss near ln {data.vocab} = {math.log(data.vocab):.2f}, as of guessing"
+    chance = f"a loss near {math.log(data.vocab):.2f}, by guessing among {data.vocab} tokens"
     start = f"the weights of {c.init}" if c.init else chance
     common.say(start=f"step {job.step} of {c.steps}" if job.step else start)
 

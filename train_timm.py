@@ -128,9 +128,13 @@ def configure(typed):
 
 # ------------------------------------------------------------------------------------ images
 def read_folder(path, classes=None):
-    """The images of train/ or val/. timm takes the name of an image's own folder for its class."""
+    """The images of train/ or val/."""
     with common.instead(f"--data: got {path}, allowed is a folder a class, with its images"):
-        return ImageDataset(str(path), class_map=classes or "")
+        images = ImageDataset(str(path), class_map=classes or "")
+    for name in images.filenames():
+        if name.count(os.sep) != 1:  # timm would take any folder's name for a class
+            raise common.BadInput(f"--data: got {path}/{name}, allowed is {path}/CLASS/IMAGE")
+    return images
 
 
 def find_classes(train, val):
@@ -140,14 +144,14 @@ def find_classes(train, val):
     tested = set(read_folder(val).reader.class_to_idx)
     folders = {p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")}
     faults = {
-        f"images in {train}/CLASS only": names - folders,
         f"folders with images in {train}": folders - names,
+        f"classes in {train} that are not hidden": names - folders,
         f"two classes or more in {train}": names if len(names) < 2 else (),
         f"in {val} the classes of {train}": tested - names,
     }
     for allowed, wrong in faults.items():
         if wrong:
-            got = ", ".join(repr(name) if name else "images in no class" for name in sorted(wrong))
+            got = ", ".join(map(repr, sorted(wrong)))
             raise common.BadInput(f"--data: got {got:.100}, allowed are {allowed}")
     ordered = sorted(sorted(names), key=natural_key)  # as timm does, but Cat always before cat
     return {name: i for i, name in enumerate(ordered)}

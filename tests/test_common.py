@@ -1,5 +1,6 @@
 """common.py by a script of a few lines, small_script.py: each rule of the scripts once."""
 
+import ast
 import errno
 import json
 import os
@@ -40,7 +41,7 @@ def log(folder=RUN):
     "flags, says",
     (
         ("--steps 0", ("--steps", "got 0", "1 or more")),
-        ("--steps 1.5", ("--steps", "got '1.5'", "1 or more")),
+        ("--steps 1.5", ("argument --steps", "invalid int value: '1.5'")),
         ("--lr nan", ("--lr", "got nan", "above 0")),
         ("--optimizer adamm", ("--optimizer", "got 'adamm'", "sgd, adam")),
         ("--preset middle", ("--preset", "got 'middle'", "short, long")),
@@ -292,3 +293,23 @@ def test_two_ranks():
 def test_one_rank_alone_fails():
     code, _, said = two_ranks("--label fails")
     assert code != 0 and len(said) == 1 and "rank 1: " in said[0], said
+
+
+# ------------------------------------------------------------------------------------ imports
+FLOORS = (
+    {"ire", "common", "llama"},
+    {"text", "sharpness"},
+    {"train_gpt", "train_cifar", "train_timm"},
+)
+
+
+def test_imports_lead_down():
+    """ire.py and common.py stand alone, and no script imports another."""
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    root = Path(common.__file__).parent
+    for name in floor:
+        for node in ast.walk(ast.parse((root / f"{name}.py").read_text())):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for other in floor.keys() & set(imported):
+                assert floor[other] < floor[name], f"{name} imports {other}"

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import train_cifar
 import train_gpt
 from ire import AdmIRE, kth_smallest, sampled_cross_entropy
@@ -77,16 +79,31 @@ def tokens():
 
 
 def language_model(tmp_path, **settings):
-    """train_gpt.py's settings, data, model, optimizer and scaler, as its loop has them."""
+    """What the loop of train_gpt.py works with."""
     given = TINY | dict(device=DEVICE, compile=False, data_dir=str(tmp_path), warmup=0) | settings
-    c = train_gpt.complete(train_gpt.Config(**given))
-    run = train_gpt.set_up(c, train_gpt.Data(c), None)
-    return c, run
+    return train_gpt.set_up(train_gpt.complete(train_gpt.Config(**given)))
 
 
-def step(c, run, number):
-    batch = run.data.batch(number)
-    return train_gpt.train_step(run.forward, run.optimizer, batch, number, c, run.scaler)
+class Steps:
+    """In place of a run's folder: ends the loop after so many steps."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def start_clock(self):
+        pass
+
+    def asked_to_stop(self):
+        self.left -= 1
+        if self.left == 0:
+            raise StopIteration
+        return False
+
+
+def train(job, steps):
+    job.c.log_interval = job.c.eval_interval = job.c.checkpoint_interval = 10**6
+    with contextlib.suppress(StopIteration):
+        train_gpt.loop(Steps(steps), job)
 
 
 @pytest.mark.parametrize("n", (1, 70_000, (1 << (18 if CPU else 25)) + 12_345))
@@ -96,21 +113,6 @@ def test_the_kth_smallest_is_exact(n):
     ordered = x.abs().sort().values.cpu()
     for k in {1, n // 2 + 1, n}:
         assert kth_smallest([x], k).cpu() == ordered[k - 1]
-
-
-@eager_and_compiled
-def test_labels_of_the_probe_are_the_cpus(compiled):
-    """Their random bits to the last one; the labels where rounding of a logarithm decides not."""
-    seeds = torch.randint(-(2**31), 2**31, (512,), dtype=torch.int32)
-    classes = train_gpt.mix(torch.arange(1000, dtype=torch.int32))
-    logits = torch.randn(512, 1000)
-    there = [x.to(DEVICE) for x in (logits, seeds, classes)]
-    mix, draw = train_gpt.mix, train_gpt.drawn_labels
-    if compiled:
-        mix, draw = torch.compile(mix), torch.compile(draw)
-    assert torch.equal(mix(there[1]).cpu(), train_gpt.mix(seeds))
-    same = draw(*there).cpu() == train_gpt.drawn_labels(logits, seeds, classes)
-    assert same.float().mean() > 0.99
 
 
 @pytest.mark.parametrize("fused", (True, False))
@@ -151,11 +153,11 @@ def test_a_step_of_admire_never_waits():
 @eager_and_compiled
 @pytest.mark.parametrize("optimizer", ("adamw", "admire", muon, soft))
 def test_a_training_step_never_waits(tmp_path, optimizer, compiled):
-    c, run = language_model(tmp_path, optimizer=optimizer, compile=compiled, ire_warmup=0)
-    for number, mode in enumerate(("default", "error", "error")):  # the first probes
+    job = language_model(tmp_path, optimizer=optimizer, compile=compiled)
+    for mode in ("default", "error", "error"):  # the first makes masks
         with waits(mode):
-            last = step(c, run, number)
-    assert last.isfinite().all()
+            train(job, 1)
+    assert job.step == 3 and all(p.isfinite().all() for p in job.model.parameters())
 
 
 @eager_and_compiled
@@ -164,16 +166,23 @@ def test_a_training_step_on_pictures_never_waits(monkeypatch, optimizer, compile
     rng = np.random.default_rng(0)
     x = rng.integers(256, size=(64, 32, 32, 3), dtype=np.uint8)
     y = rng.integers(10, size=64)
-    monkeypatch.setattr(train_cifar, "load_cifar", lambda c: ((x, y), (x, y), 10))
-    settings = dict(model="resnet8", batch_size=16, device=DEVICE, ire_warmup=0)
-    given = train_cifar.Config(optimizer=optimizer, compile=compiled, **settings)
-    c = train_cifar.complete(given)
-    run = train_cifar.set_up(c, train_cifar.Data(c))
-    for mode in ("default", "error", "error"):  # the first probes and draws the epoch
-        with waits(mode):
-            last = train_cifar.train_step(run)
-            run.step += 1
-    assert last.isfinite()
+    monkeypatch.setattr(train_cifar, "load_cifar", lambda *_: ((x, y), (x, y), 10))
+    settings = dict(model="resnet8", batch_size=16, epochs=1, device=DEVICE, ire_warmup=0)
+    c = train_cifar.Config(optimizer=optimizer, compile=compiled, **settings)
+    common.choose_device(c)
+    data = train_cifar.Data(c)
+    forward, parts = train_cifar.set_up(c, data)
+    run = types.SimpleNamespace(c=c, start_clock=lambda: None)
+    with contextlib.ExitStack() as stack:
+
+        def report(run, data, parts, step, losses):
+            if step == 1:  # the first step probes and draws the epoch
+                stack.enter_context(waits("error"))
+            return losses
+
+        monkeypatch.setattr(train_cifar, "report", report)
+        train_cifar.loop(run, data, forward, parts, 0)
+    assert all(p.isfinite().all() for p in parts["model"].parameters())
 
 
 def test_a_refresh_waits_a_few_times(record_property):
@@ -234,25 +243,24 @@ def test_float16_skips_a_step_that_overflows_as_adamw_does():
 def test_deterministic_kernels_are_all_there_and_repeat(tmp_path, optimizer):
     weights = []
     for _ in range(2):
-        c, run = language_model(tmp_path, optimizer=optimizer, ire_warmup=0, interval=2)
+        job = language_model(tmp_path, optimizer=optimizer, interval=2)
         with deterministic():
-            for number in range(4):
-                step(c, run, number)
-        weights.append([p.detach().clone() for p in run.model.parameters()])
+            train(job, 4)
+        weights.append([p.detach().clone() for p in job.model.parameters()])
     assert all(map(torch.equal, *weights))
 
 
 TRAIN = """
 import json, sys, train_gpt
-for settings in json.loads(sys.argv[1]):
-    train_gpt.train(train_gpt.Config(**settings))
+for typed in json.loads(sys.argv[1]):
+    train_gpt.train(train_gpt.configure(typed))
 """
 
 
 def test_a_run_resumed_with_deterministic_ends_with_the_same_bits(tmp_path):
     """The constant schedule lets a run of 12 steps go on to 24, in a process of its own."""
     settings = TINY | dict(device=DEVICE, data_dir=str(tmp_path), deterministic=True)
-    settings |= dict(schedule="constant", warmup=5, ire_warmup=0, eval_sequences=8)
+    settings |= dict(schedule="constant", warmup=5, eval_sequences=8)
     whole = settings | dict(out=str(tmp_path / "whole"), steps=24)
     cut = settings | dict(out=str(tmp_path / "cut"), steps=12)
     for runs in ([whole, cut], [cut | dict(steps=24, resume=True)]):
@@ -268,9 +276,10 @@ def test_a_run_resumed_with_deterministic_ends_with_the_same_bits(tmp_path):
 def test_compiled_training_is_close_to_eager(tmp_path, record_property):
     losses = []
     for compiled in (False, True):
-        c, run = language_model(tmp_path, compile=compiled, dtype="float32", ire_warmup=0)
-        losses.append(torch.stack([step(c, run, number)[0] for number in range(8)]))
-    difference = (losses[0] - losses[1]).abs().max().item()
+        job = language_model(tmp_path, compile=compiled, dtype="float32")
+        train(job, 8)
+        losses.append(train_gpt.validation_loss(job.forward, job.data))
+    difference = abs(losses[0] - losses[1])
     record_property("largest difference of the loss", difference)
     assert difference < 2e-2  # TF32
 

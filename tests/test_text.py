@@ -43,11 +43,11 @@ def prepare(**typed):
     return text.prepare(settings(**typed))
 
 
-def prepared(train=TEXT, val=TEXT[:200], dtype="uint16", **meta):
+def prepared(train=TEXT, val=TEXT[:200], stored="uint16", **meta):
     """A prepared folder as a user would make it, in `ready`."""
     Path("ready").mkdir()
     for name, values in (("train", train), ("val", val)):
-        np.array(list(values), dtype).tofile(f"ready/{name}.bin")
+        np.array(list(values), stored).tofile(f"ready/{name}.bin")
     about = {"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"} | meta
     about = {name: x for name, x in about.items() if x is not None}
     Path("ready/meta.json").write_text(json.dumps(about))
@@ -94,10 +94,10 @@ def test_token_files_of_either_size(dtype, meta):
         ({"train": [1] * 32}, {}, "train has 32 tokens, no more than one --context of 32"),
         ({"val": []}, {}, "val has 0 tokens"),
         ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin of 198 bytes"),
-        ({"dtype": "uint32"}, {"train_tokens": 20282}, "train.bin"),
-        ({"dtype": "int64"}, {"dtype": None, "train_tokens": 22536}, "train.bin of .* uint32"),
-        ({"dtype": "int64"}, {"dtype": "int64"}, "uint16 or uint32"),
-        ({"dtype": "float32"}, {"dtype": None, "train_tokens": 22536, "val_tokens": 200}, "below"),
+        ({"stored": "uint32"}, {"train_tokens": 22536}, "train.bin"),
+        ({"stored": "int64"}, {"dtype": None, "train_tokens": 22536}, "train.bin of .* uint32"),
+        ({"stored": "int64"}, {"dtype": "int64"}, "uint16 or uint32"),
+        ({"stored": "float32"}, {"dtype": None, "train_tokens": 22536, "val_tokens": 200}, "below"),
         ({}, {"dtype": None}, "dtype .uint16 or uint32. or train_tokens in ready/meta.json"),
         ({}, {"vocab_size": "many"}, "meta.json needs tokenizer and vocab_size"),
         ({}, {"vocab_size": None}, "meta.json needs tokenizer and vocab_size"),

@@ -2,7 +2,6 @@
 pip install -r requirements-timm.txt pytest, in an environment of its own."""
 
 import contextlib
-import io
 import json
 import re
 import shlex
@@ -16,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import Script
 
 import common
 import train_timm
 from ire import IRE, SAM, sampled_cross_entropy
 
-ROOT = Path(__file__).parents[1]
+TIMM = Script(train_timm)
+ROOT = TIMM.path.parent
 CHAPTER = ROOT / "tutorials/11_your_trainer.ipynb"
 KINDS = {
     "vit": "--model test_vit",
@@ -89,29 +90,6 @@ def fit(flags):
     return train_timm.train(train_timm.configure(typed))
 
 
-def run(flags):
-    """The command line: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = train_timm.main(shlex.split(flags))
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def files():
-    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
-
-
-def refused(flags, says):
-    """Exit code 2, one line that says this, and no file was touched."""
-    before = files()
-    code, _, err = run(flags)
-    assert code == 2 and err.count("\n") == 1 and re.search(says, err), err
-    assert files() == before
-
-
 def same(runs, others):
     """Models and their averages, buffers too."""
     states = zip(runs, others, strict=True)
@@ -147,14 +125,14 @@ def test_a_run_is_resumed_with_workers_too_and_after_a_signal(photos, monkeypatc
         return step(*args)
 
     monkeypatch.setattr(train_timm, "train_step", interrupted)
-    code, _, err = run(f"{SMALL} {flags} --out stopped")
+    code, _, err = TIMM.run(f"{SMALL} {flags} --out stopped")
     assert code == 130 and err.count("\n") == 1 and "last checkpoint: step 3" in err
     assert same(fit("--resume --workers 2 --out stopped"), whole)
 
 
 @needs_timm
 def test_it_learns_and_logs(photos):
-    code, out, _ = run(f"{SMALL} --epochs 8 --log-interval 2")
+    code, out, _ = TIMM.run(f"{SMALL} --epochs 8 --log-interval 2")
     assert code == 0 and all(len(line) <= 100 for line in out.splitlines())
     log = common.read_log("run")
     losses = [row["train_loss"] for row in log if "train_loss" in row]
@@ -179,14 +157,14 @@ def test_it_learns_and_logs(photos):
 )
 def test_a_folder_with_a_run_keeps_its_settings(photos, flags, says):
     fit("--epochs 1")
-    refused(f"{flags} --out run", says)
+    TIMM.refused(f"{flags} --out run", says)
 
 
 @needs_timm
 def test_resume_with_other_images(photos):
     fit("--stop 1")
     (photos / "train/red/0.jpg").unlink()
-    refused("--resume --out run", "--data: got 'photos', allowed is the images that run began")
+    TIMM.refused("--resume --out run", "--data: got 'photos', allowed is the images that run began")
 
 
 @needs_timm
@@ -212,7 +190,7 @@ def test_resume_with_other_images(photos):
     ),
 )
 def test_settings_that_cannot_be(photos, flags, says):
-    refused(SMALL + flags, says)
+    TIMM.refused(SMALL + flags, says)
 
 
 def unknown_class(photos):
@@ -228,7 +206,11 @@ def loose_to_test(photos):
 
 
 def nested(photos):
-    add_images(photos / "train/red/more", 1)
+    add_images(photos / "train/red/blue", 1)
+
+
+def hidden(photos):
+    add_images(photos / "train/.checkpoints", 1)
 
 
 def empty_class(photos):
@@ -247,9 +229,10 @@ def no_images(photos):
 
 FOLDERS = {
     unknown_class: "got 'Green', allowed are in photos/val the classes of photos/train",
-    loose: "got images in no class, allowed are images in photos/train/CLASS only",
-    loose_to_test: "got images in no class, allowed are in photos/val the classes",
-    nested: "got 'more', allowed are images in photos/train/CLASS only",
+    loose: "got photos/train/0.jpg, allowed is photos/train/CLASS/IMAGE",
+    loose_to_test: "got photos/val/0.jpg, allowed is photos/val/CLASS/IMAGE",
+    nested: "got photos/train/red/blue/0.jpg, allowed is photos/train/CLASS/IMAGE",
+    hidden: "got '.checkpoints', allowed are classes in photos/train that are not hidden",
     empty_class: "got 'white', allowed are folders with images in photos/train",
     one_class: "got 'blue', allowed are two classes or more in photos/train",
     no_images: "got photos/val, allowed is a folder a class, with its images",
@@ -260,7 +243,7 @@ FOLDERS = {
 @pytest.mark.parametrize("change", FOLDERS)
 def test_folders_as_people_have_them(photos, change):
     change(photos)
-    refused(SMALL, f"--data: {FOLDERS[change]}")
+    TIMM.refused(SMALL, f"--data: {FOLDERS[change]}")
 
 
 @needs_timm

@@ -4,7 +4,6 @@ test_common.py."""
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -14,8 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -24,13 +21,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scripts import Script, checkpoint, same, torchrun
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
 import train_cifar
 from ire import IRE, SAM, sampled_cross_entropy
 
-SCRIPT = Path(train_cifar.__file__)
+CIFAR = Script(train_cifar)
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
 # 4 steps an epoch, 12 in all
 TINY = (
@@ -52,52 +50,6 @@ def here(tmp_path, monkeypatch):
 def small_vit(monkeypatch):
     vit = lambda classes: train_cifar.ViT(16, 2, classes, depth=2, patch=8)  # noqa: E731
     monkeypatch.setitem(train_cifar.MODELS, "vit_t", vit)
-
-
-def cifar(flags):
-    """Runs the command line here: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = train_cifar.main(shlex.split(flags))
-        except SystemExit as e:
-            code = e.code
-    return code or 0, out.getvalue(), err.getvalue()
-
-
-def trained(flags):
-    code, out, err = cifar(flags)
-    assert (code, err) == (0, "")
-    return out
-
-
-def files():
-    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
-
-
-def refused(flags, *says):
-    """Exit code 2, one line that says all of this, and no file was touched."""
-    before = files()
-    code, _, err = cifar(flags)
-    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
-    for part in says:
-        assert re.search(part, err), (part, err)
-    assert files() == before
-
-
-def checkpoint(folder=RUN):
-    """What must not depend on where a run was stopped."""
-    saved = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
-    return {name: saved[name] for name in ("step", "model", "optimizer", "scaler")}
-
-
-def same(a, b):
-    """Equal bit for bit, tensors with their dtypes."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def log(key, folder=RUN):
@@ -163,7 +115,7 @@ def test_the_loss_falls_in_an_epoch(optimizer):
     ire = "--interval 3 --ire-epoch 0" if "ire" in optimizer else ""
     lr = 0.003 if "ad" in optimizer else 0.05
     flags = f"--limit-train 480 --epochs 1 --log-interval 1 --lr {lr} {ire}"
-    trained(f"{TINY} --optimizer {optimizer} {flags}")
+    CIFAR.done(f"{TINY} --optimizer {optimizer} {flags}")
     losses = [loss for _, loss in log("train_loss")]
     assert len(losses) == 30 and sum(losses[-8:]) < 0.9 * sum(losses[:8]), losses
     flat = [share for _, share in log("flat")]
@@ -199,7 +151,7 @@ def optimizer_by_hand(model, c):
     ),
 )
 def test_training_is_this_loop(flags):
-    trained(TINY + flags)
+    CIFAR.done(TINY + flags)
     saved = json.loads((RUN / "config.json").read_text())
     names = [f.name for f in dataclasses.fields(train_cifar.Config)]
     c = train_cifar.Config(**{name: saved[name] for name in names})
@@ -243,14 +195,14 @@ def test_training_is_this_loop(flags):
 
         opt.step(closure)
         put_back(saved[0])  # SAM's second pass leaves no trace
-    for name, w in checkpoint()["model"].items():
+    for name, w in checkpoint(RUN)["model"].items():
         torch.testing.assert_close(w, model.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_kappa_0_is_sgd_bit_for_bit():
-    trained(TINY + "--optimizer sgd --out sgd")
-    trained(TINY + ON + "--optimizer sgd-ire --kappa 0 --out ire")
-    trained(TINY + ON + "--optimizer sgd-ire --kappa 1 --out moved")
+    CIFAR.done(TINY + "--optimizer sgd --out sgd")
+    CIFAR.done(TINY + ON + "--optimizer sgd-ire --kappa 0 --out ire")
+    CIFAR.done(TINY + ON + "--optimizer sgd-ire --kappa 1 --out moved")
     assert same(checkpoint("sgd")["model"], checkpoint("ire")["model"])
     assert not same(checkpoint("sgd")["model"], checkpoint("moved")["model"])
 
@@ -278,7 +230,7 @@ def test_it_learns_and_returns_what_it_reached():
     "flags", ("--dtype bfloat16", "--deterministic", "--augment cutout", "--augment none --tta")
 )
 def test_other_settings_run(flags):
-    trained(TINY + flags)
+    CIFAR.done(TINY + flags)
     losses = [loss for _, loss in log("train_loss")]
     assert losses[-1] < losses[0] + 0.2
     torch.use_deterministic_algorithms(False)
@@ -287,7 +239,7 @@ def test_other_settings_run(flags):
 def test_the_folder_and_the_output_of_a_run(monkeypatch):
     drawn = []
     monkeypatch.setattr(common, "draw", lambda *args: drawn.append(args))
-    out = trained(TINY + ON)
+    out = CIFAR.done(TINY + ON)
     assert all(len(line) <= 100 for line in out.splitlines())
     for part in ("digits, 70 pictures to train on, 20 for test", "sgd-ire", "on from step 4"):
         assert part in out
@@ -302,26 +254,26 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
 
 def test_a_small_network_for_digits_and_how_long_it_will_take():
     assert settings(data="digits").model == "resnet8"
-    out = trained(TINY)
-    assert "min left" in out.splitlines()[7]
+    out = CIFAR.done(TINY)
+    assert re.search(r"[\d.]+ (s|min) left$", out.splitlines()[7])
 
 
 def test_the_rate_may_stay_constant():
-    trained(TINY + "--schedule constant --warmup 1")
+    CIFAR.done(TINY + "--schedule constant --warmup 1")
     assert {lr for step, lr in log("lr") if step > 4} == {0.005}
 
 
 @pytest.mark.slow
 def test_seeds_print_mean_and_error():
-    out = trained(TINY + "--seeds 3 --seed 5")
+    out = CIFAR.done(TINY + "--seeds 3 --seed 5")
     runs = [log("test_acc", RUN / f"seed-{seed}")[-1][1] for seed in (5, 6, 7)]
     mean, error = np.mean(runs), np.std(runs, ddof=1) / 3**0.5
     line = f"{mean:.4g} +- {error:.2g}, mean and standard error of 3 seeds"
     assert line in out
     (RUN / "seed-7").rename("again")
-    assert line in trained("--seeds 3 --resume --out run")
+    assert line in CIFAR.done("--seeds 3 --resume --out run")
     assert same(checkpoint(RUN / "seed-7"), checkpoint("again"))
-    refused("--seeds 2 --resume --out nowhere", "--out.*nowhere.*folder of --seeds")
+    CIFAR.refused("--seeds 2 --resume --out nowhere", "--out.*nowhere.*folder of --seeds")
 
 
 # ------------------------------------------------------------------------------- resume
@@ -338,47 +290,51 @@ def test_seeds_print_mean_and_error():
     ),
 )
 def test_resume_ends_with_the_same_bits(flags, step, small_vit):
-    trained(f"{TINY} {flags} --out whole")
+    CIFAR.done(f"{TINY} {flags} --out whole")
     with in_step(step, lambda _: signal.raise_signal(signal.SIGINT)):
-        code, _, err = cifar(TINY + flags)
-    assert (code, err.count("\n")) == (130, 1) and checkpoint()["step"] == step
-    out = trained("--resume --out run --log-interval 1 --tta")  # reports may change
+        code, _, err = CIFAR.run(TINY + flags)
+    assert (code, err.count("\n")) == (130, 1) and checkpoint(RUN)["step"] == step
+    out = CIFAR.done("--resume --out run --log-interval 1 --tta")  # reports may change
     assert f"goes on from step {step}" in out
     whole = checkpoint("whole")
-    assert same(checkpoint(), whole)
+    assert same(checkpoint(RUN), whole)
     masks = [m for state in whole["optimizer"]["state"].values() for m in state.values()]
     masks = [m for m in masks if torch.is_tensor(m) and m.dtype == torch.bool]
     assert ("ire" in flags) == bool(masks)
 
 
 def test_a_run_at_its_end_may_be_tested_and_measured_again():
-    trained(TINY)
+    CIFAR.done(TINY)
     tests = log("test_acc")
-    trained("--resume --out run --sharpness --sharpness-images 16 --sharpness-probes 2")
+    CIFAR.done("--resume --out run --sharpness --sharpness-images 16 --sharpness-probes 2")
     assert log("test_acc") == tests + [tests[-1]] and log("trace")[-1][0] == 12
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_resume_with_other_pictures_or_labels(part, monkeypatch):
-    trained(TINY)
+    CIFAR.done(TINY)
     train, test, classes = train_cifar.load_digits()
     parts = [*train, *test]
     parts[part] = parts[part].copy()
     parts[part][-1] = 1 - parts[part][-1]
     changed = (parts[0], parts[1]), (parts[2], parts[3]), classes
     monkeypatch.setattr(train_cifar, "load_digits", lambda: changed)
-    refused("--resume --out run", "--data: got 'digits', .* pictures that run began with")
+    CIFAR.refused("--resume --out run", "--data: got 'digits', .* pictures that run began with")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@pytest.mark.parametrize("last, found, saved", ((6, 7, 4), (12, 12, 8)))
+def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
+    """Found by the loss of the next step, or by the last test."""
+
     def poison(opt):
         with torch.no_grad():
             opt.param_groups[0]["params"][0].fill_(math.nan)
 
-    with in_step(6, poison):
-        code, _, err = cifar(TINY + "--optimizer sgd")
-    assert code == 1 and err.count("\n") == 1
-    assert re.search(r"step 7: the loss is nan; last checkpoint: step 4; .*--lr.*--kappa", err), err
+    with in_step(last, poison):
+        code, _, err = CIFAR.run(TINY + "--optimizer sgd")
+    assert code == 1 and err.count("\n") == 1 and checkpoint(RUN)["step"] == saved
+    text = f"step {found}: the loss is nan; last checkpoint: step {saved}; .*--lr.*--kappa"
+    assert re.search(text, err), err
 
 
 # ------------------------------------------------------------------------------- settings
@@ -406,7 +362,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     ),
 )
 def test_wrong_settings(flags, says):
-    refused(TINY + flags, says)
+    CIFAR.refused(TINY + flags, says)
 
 
 def test_a_config_for_another_optimizer_is_taken():
@@ -427,7 +383,7 @@ def test_presets_and_what_suits():
 
 def test_help_shows_every_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    code, text, _ = cifar("--help")
+    code, text, _ = CIFAR.run("--help")
     assert code == 0
     chosen = [settings(**typed) for typed in ({}, {"preset": "quick"}, {"data": "digits"})]
     for f in common.fields(train_cifar.Config):
@@ -511,7 +467,7 @@ def test_a_wrong_file_of_pictures(damage):
     if content is not None:
         plain = isinstance(content, bytes)
         path.write_bytes(content if plain else pickle.dumps(content, protocol=2))
-    refused("--data cifar10", f"--data-dir: got data/.*data_batch_3, allowed is .*{says}")
+    CIFAR.refused("--data cifar10", f"--data-dir: got data/.*data_batch_3, allowed is .*{says}")
     assert not Path("evil").exists()
 
 
@@ -568,13 +524,14 @@ def test_shift_and_flip_by_hand():
 @pytest.mark.parametrize("model", ("resnet8", "vit_t"))
 def test_sharpness_of_a_run(model, small_vit):
     flags = f"{TINY} --model {model} --epochs 2 --augment basic --optimizer sgd "
-    out = trained(flags + "--sharpness --sharpness-images 16 --sharpness-probes 2")
+    out = CIFAR.done(flags + "--sharpness --sharpness-images 16 --sharpness-probes 2")
     last = common.read_log(RUN)[-1]
-    assert last["trace_error"] > 0 and last["sharpness_images"] == 16
+    assert last["trace_error"] > 0 and all(len(line) <= 100 for line in out.splitlines())
+    assert common.read_json(RUN / "config.json")["sharpness_images"] == 16
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
     assert f"trace {last['trace']:.4g}" in out
-    trained(flags + "--out without")
-    assert same(checkpoint(), checkpoint("without"))  # neither weights nor statistics change
+    CIFAR.done(flags + "--out without")
+    assert same(checkpoint(RUN), checkpoint("without"))  # neither weights nor statistics change
 
 
 def test_a_signal_while_it_measures(monkeypatch):
@@ -582,8 +539,8 @@ def test_a_signal_while_it_measures(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train_cifar, "sharpness", interrupted)
-    code, _, err = cifar(TINY + "--sharpness")
-    assert (code, err.count("\n")) == (143, 1) and checkpoint()["step"] == 12
+    code, _, err = CIFAR.run(TINY + "--sharpness")
+    assert (code, err.count("\n")) == (143, 1) and checkpoint(RUN)["step"] == 12
 
 
 @pytest.mark.slow
@@ -594,13 +551,11 @@ def test_two_ranks():
         "--data digits --model vit_t --limit-train 9 --limit-test 9 --epochs 2 --batch-size 4 "
         "--optimizer sam-ire --base sgd --lr 0.01 --kappa 0 --ire-epoch 1 --augment basic "
     )
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *ranks, SCRIPT, *shlex.split(flags + "--out two")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test_acc") == 2 and "2 x cpu" in done.stdout
-    trained(flags + "--out one")
+    process = CIFAR.start(flags + "--out two", torchrun(2))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("test_acc") == 2 and "2 x cpu" in out
+    CIFAR.done(flags + "--out one")
     for name, w in checkpoint("one")["model"].items():
         other = checkpoint("two")["model"][name]
         torch.testing.assert_close(other, w, rtol=1e-3, atol=1e-5, msg=name)
