@@ -6,7 +6,7 @@
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
 
 1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
-ranks, in float16, cut and resumed; 5 images; 6 that row for six optimizers over seeds.
+ranks, in float16, cut and resumed; 5 images; 6 that row for eight optimizers over seeds.
 
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as
@@ -272,7 +272,7 @@ def judge_seeds(results, device):
         yield row(f"{form}: final loss, {len(losses)} seeds", mean_and_error(losses))
         bases = {"adamw-rates"} if form.endswith("-rates") else set()
         for base in sorted({"adamw", *bases} - {form}):
-            shared = [seed for seed in of_seed if seed in runs[base]]
+            shared = [seed for seed in of_seed if seed in runs.get(base, {})]
             if shared:
                 yield from against("", [(of_seed[seed], runs[base][seed]) for seed in shared], base)
 

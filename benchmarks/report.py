@@ -4,7 +4,9 @@ A row of `gains` is one form at one place, as benchmarks/study.py computes it. A
 the tuned base minus the form's, so that positive is better.
 """
 
+import math
 from functools import partial
+from statistics import mean
 
 import numpy as np
 
@@ -20,10 +22,11 @@ PANELS = (
     "random mask over Muon",
 )
 SOURCES = ("device", "threads", "torch", "commit")  # of a run
-LEFT_OUT = (
-    "\nErrors are standard errors over the seeds; pooled: from the spread of that form's gains at "
-    "all places. Neither holds the luck of tuning on one seed."
+ERRORS = (
+    "\n± is the standard error over the seeds. error: from the spread of the form's gains at all "
+    "places, with the luck of tuning on one seed. Both leave out other machines and other texts."
 )
+KINDS = ("embedding", "head", "qk", "vo", "ffn", "norm")
 COLOURS = 0.1  # the gain at which colours end
 
 
@@ -74,7 +77,7 @@ def cells(row, names):
         "loss": number(row["loss"], row["loss_stderr"]),
         "on top of": "",
         "gain": "",
-        "pooled": "",
+        "error": "",
         "gain on the better base": on_better(row),
         "steps saved": "",
     }
@@ -83,8 +86,7 @@ def cells(row, names):
         found["gain"] = number(row["gain"], row["gain_stderr"], "+")
         found["gain"] += " (commits differ)" if row["commits"] > 1 else ""
         found["steps saved"] = saved(row)
-        if row["pooled_stderr"] is not None:
-            found["pooled"] = f"± {row['pooled_stderr']:.4f}"
+        found["error"] = f"{math.hypot(row['pooled_stderr'], row['tuning_stderr']):.4f}"
     return found
 
 
@@ -97,7 +99,7 @@ def table(report):
     heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(row[head] for head in heads)} |" for row in rows]
-    return "\n".join([*lines, LEFT_OUT, *changes(report), *missing(report)])
+    return "\n".join([*lines, ERRORS, *changes(report), *missing(report)])
 
 
 def changes(report):
@@ -133,14 +135,15 @@ def source(report):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`; beside it the other forms, and the losses over the learning rate. A study
-    that has nothing for a figure has no such file."""
+    """The map at `path`; beside it the other forms, the losses over the learning rate, and what is
+    flat. A study that has nothing for a figure has no such file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for name, figure in (("", the_map), ("-forms", the_forms), ("-rates", the_rates)):
+    figures = {"": the_map, "-forms": the_forms, "-rates": the_rates, "-flat": the_flat}
+    for name, figure in figures.items():
         drawn = figure(report)
         if drawn:
             out = path.with_stem(f"{path.stem}{name}")
@@ -193,6 +196,44 @@ def draw_curve(panel, curve, row, color):
     if row:
         rates = [row["lr"]] * len(row["losses"])
         panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=color)
+
+
+def the_flat(report):
+    """What IRE calls flat: the share of each kind of tensor over the steps, as the runs recorded
+    it, mean over seeds; a panel for each form whose mask is IRE's own."""
+    import matplotlib.pyplot as plt
+
+    from toy.common import STYLE
+
+    panels = {}  # {(place, form): [{step: {kind: share}}]}
+    for run in report["runs"]:
+        at = run["settings"]
+        form = report["forms"][at["form"]]
+        if (
+            "flat" in run
+            and form["rule"] == "hard"
+            and form["settings"].keys() == {"kappa", "gamma"}
+        ):
+            panels.setdefault((at["place"], at["form"]), []).append(run["flat"])
+    if not panels:
+        return None
+    with plt.rc_context(STYLE):
+        size = (3.6 * len(panels), 2.8)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
+        for ((place, form), found), panel in zip(panels.items(), axes.flat, strict=True):
+            steps = sorted(found[0], key=int)
+            shares = [[mean(run[t][kind] for run in found) for t in steps] for kind in KINDS]
+            image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            for (i, j), share in np.ndenumerate(shares):
+                color = "white" if share > 0.6 else "black"
+                panel.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=6, color=color)
+            panel.set_xticks(range(len(steps)), steps)
+            panel.set_yticks(range(len(KINDS)), KINDS)
+            panel.grid(False)
+            panel.set(xlabel="step", title=f"{place}: {form}")
+        figure.colorbar(image, ax=axes, label="flat share")
+    return figure
 
 
 def the_map(report):

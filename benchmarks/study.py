@@ -11,6 +11,8 @@ What the file holds
   optimizers.py on top of a base. It says what was expected of it before the runs.
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
 - plan: which forms are run at which place, in this order, and on which seeds they are judged.
+- changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
+  of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
 - predictions: written before the runs. recommended: the form that --replicate runs.
 - gains, times: what this script computes and measures. runs: each with its settings and its commit.
 
@@ -33,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -362,6 +365,7 @@ def gains(study):
 
     gain: loss of the form `base`, which the form is compared with, minus the form's, seed by seed.
     pooled_stderr: its standard error from the spread of the form's gains at all places.
+    tuning_stderr: how much the gain owes to the luck of tuning both on one seed.
     better_gain: the same on top of `better`, the best of all bases of its kind at that place.
     steps_saved: the share of the base's steps that the form does without, from the base's losses at
     the lengths that were run at this batch; None while there is one length only.
@@ -375,9 +379,13 @@ def gains(study):
             with contextlib.suppress(NotHeld):
                 rows[place, name] = gain(study, place, name, seeds) or rows.get((place, name))
     rows = [row for row in rows.values() if row]
+    several = [row for row in rows if len(row["seeds"]) > 1]
     for row in rows:
-        alike = [r for r in rows if r["form"] == row["form"] and len(r["seeds"]) > 1]
-        row["pooled_stderr"] = pooled(alike, len(row["seeds"])) if alike else None
+        place, names = row["place"], {row["form"], row["base"]}
+        alike = [other for other in several if other["form"] == row["form"]]
+        row["pooled_stderr"] = pooled(alike, "gain", len(row["seeds"]))
+        both = [luck(study, place, name, pooled(several, "loss", 1)) for name in names]
+        row["tuning_stderr"] = math.hypot(*both) if len(both) > 1 else 0.0
     return rows
 
 
@@ -398,10 +406,32 @@ def gains_of_changes(study):
     return rows
 
 
-def pooled(rows, seeds):
-    """The standard error of a mean over so many seeds, from the variances of the rows' gains."""
-    squares = sum(r["gain_stderr"] ** 2 * len(r["seeds"]) * (len(r["seeds"]) - 1) for r in rows)
-    return (squares / sum(len(r["seeds"]) - 1 for r in rows) / seeds) ** 0.5
+def pooled(rows, quantity, seeds):
+    """The standard error of a mean over so many seeds, from the variances of this quantity in all
+    rows; 0 where there are none."""
+    squares = freedom = 0
+    for row in rows:
+        n = len(row["seeds"])
+        squares += row[f"{quantity}_stderr"] ** 2 * n * (n - 1)
+        freedom += n - 1
+    return (squares / freedom / seeds) ** 0.5 if freedom else 0.0
+
+
+def luck(study, place, name, noise, draws=200):
+    """The spread of the loss of the trial that wins a search, if each loss on seed 0 were measured
+    anew with this noise."""
+    form = study.form(name)
+    if form["borrows"]:
+        return luck(study, place, form["borrows"], noise, draws)
+    losses = []
+    for run in study.runs:
+        at = run["settings"]
+        trial = (at["place"], at["form"], at["seed"]) == (place, name, 0) and "length" not in at
+        if trial and run["val_loss"] is not None:
+            losses.append(run["val_loss"])
+    rng = random.Random(0)
+    won = [min(losses, key=lambda loss: loss + rng.gauss(0, noise)) for _ in range(draws)]
+    return statistics.pstdev(won)
 
 
 def gain(study, place, name, seeds):
@@ -600,6 +630,10 @@ def main():
         if place and place not in places:
             allowed = f"a place of {args.file}: {', '.join(places)}"
             parser.error(f"{flag}: got {place}, allowed is {allowed}")
+    if args.replicate and "recommended" not in study.plan:
+        parser.error(
+            f"--replicate: allowed is a study that has a recommended form; {args.file} has none"
+        )
     with common.locked(ROOT / "runs" / "study" / args.file.stem):
         return go_on(study, args)
 
@@ -624,6 +658,9 @@ def go_on(study, args):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (common.Halt, OSError) as e:
+    except (common.BadInput, OSError) as e:
         print(f"study.py: {e}", file=sys.stderr)
         sys.exit(getattr(e, "code", 1))
+    except common.Halt as e:
+        print("study.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(e.code)

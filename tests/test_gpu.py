@@ -39,7 +39,7 @@ def words():
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_the_commands_for_a_gpu_are_understood(h100, step):
     for command in step.commands:
-        arguments = shlex.split(command.format(**words()).format(**words()))
+        arguments = shlex.split(command.format(**words()))
         names = [word for word in arguments if word.endswith(".py")]
         script, rest = names[0], arguments[arguments.index(names[0]) + 1 :]
         assert (ROOT / script).exists()
@@ -102,6 +102,8 @@ def test_the_table_over_seeds():
     ]
     on_rates = "gain on top of adamw-rates, positive is better"
     assert (on_rates, "0.2000") in rows and (gain, "-0.1000") in rows
+    alone = list(gpu.judge_seeds({"admire-rates-0": run_of([9, 4.0, 3.0])}, "GPU"))
+    assert [row["claim"] for row in alone] == ["admire-rates: final loss, 1 seeds"]
 
 
 def test_the_goals_are_of_an_h100():

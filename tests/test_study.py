@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -450,6 +451,22 @@ def test_gains_on_top_of_the_better_base_and_other_lengths(two):
     assert "| -0.2000 ± 0.0000 on rates |" in text and "head lr 16 (edge)" in text
 
 
+def test_the_error_pools_places_and_holds_the_luck_of_tuning(tmp_path):
+    rows = [{"seeds": [1, 2, 3], "gain_stderr": 0.01}, {"seeds": [1, 2], "gain_stderr": 0.04}]
+    variance = (2 * 3 * 0.01**2 + 1 * 2 * 0.04**2) / 3
+    assert study.pooled(rows, "gain", 8) == pytest.approx((variance / 8) ** 0.5)
+    runs = []
+    for lr, loss in ((1.0, 3.0), (2.0, 3.01)):
+        settings = {"place": "a", "form": "AdamW", "seed": 0, "lr": lr}
+        runs.append({"settings": settings, "val_loss": loss})
+    held = study.Study(tmp_path / "a.json", TWO, runs)
+    second = statistics.NormalDist().cdf(-1 / 2**0.5)  # how often the worse trial wins
+    expected = 0.01 * (second * (1 - second)) ** 0.5
+    for name in ("AdamW", "soft"):
+        assert study.luck(held, "a", name, 0.01, 20_000) == pytest.approx(expected, rel=0.03)
+    assert study.luck(held, "a", "AdamW", 0.0) == 0
+
+
 def test_one_setting_of_a_tuned_form_is_changed(two):
     changed = [run["settings"] for run in two.runs if run["settings"]["form"] == "AdamW"][-4:]
     values = [(run["lr"], run.get("beta2"), run["seed"]) for run in changed]
@@ -555,6 +572,9 @@ def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, two.path, "--replicate", "b")
     assert "--replicate: got b, allowed is a place of" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, two.path, "--replicate", "a")
+    assert "has a recommended form" in capsys.readouterr().err
 
 
 def test_a_diverged_run_is_kept_as_such(tmp_path):
@@ -578,12 +598,26 @@ def test_table_and_figure_of_a_part(results):
     found = json.loads(results.path.read_text())
     text = report.table(found)
     assert "| 500x4 | soft factor over Muon | " in text
-    assert "| Muon | +0.0300 ± 0.0000 | ± 0.0000 | 14% ± 0% |" in text
+    assert "| Muon | +0.0300 ± 0.0000 | 0.00" in text and " | 14% ± 0% |" in text
     assert "not measured yet at 2000x64: AdamW; hard mask over AdamW" in text
     assert "not measured yet at 500x4" not in text and "better base" not in text
     report.draw(found, results.path.with_suffix(".png"))
     for name in ("map.png", "map-forms.png", "map-rates.png"):
         assert results.path.with_name(name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_of_what_is_flat(two):
+    """Only of a form whose mask is IRE's own."""
+    assert report.the_flat(two.plan | {"runs": two.runs}) is None
+    for form, random in (("soft", {}), ("rates", {"random": True})):
+        two.plan["forms"][form] = {**BASE, "rule": "hard"}
+        two.plan["forms"][form]["settings"] = {"kappa": 2.0, "gamma": 0.7, **random}
+    for run in two.runs:
+        shares = dict.fromkeys(report.KINDS, 0.1 * run["settings"]["seed"])
+        run["flat"] = {"0": shares, "100": {**shares, "head": 0.9}}
+    figure = report.the_flat(two.plan | {"runs": two.runs})
+    shown = [[text.get_text() for text in panel.texts] for panel in figure.axes[:-1]]
+    assert shown == [["0.15", "0.15", "0.15", "0.90"] + 8 * ["0.15"]]
 
 
 def test_one_seed_has_no_error(results):
