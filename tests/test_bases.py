@@ -165,16 +165,6 @@ def test_grad_scaler_does_not_change_the_mask():
     assert equal(found[0], found[1]) and equal(found[0], found[2])
 
 
-def test_an_overflowing_probe_marks_sharp():
-    model = make_model(dtype=torch.float16)
-    opt = AdmIRE(model.parameters(), 0.01, eps=1e-4, kappa=2, gamma=0.9, curvature="fisher")
-    with opt.probe():
-        (model(batch(0)[0].half()).float().square().sum() * 1e6).backward()
-        bad = [~p.grad.isfinite() for p in model.parameters()]
-    assert any(b.any() for b in bad)
-    assert not any((b & opt.masks[p]).any() for b, p in zip(bad, model.parameters()))
-
-
 def test_autocast_bfloat16():
     model = make_model()
     opt = AdmIRE(model.parameters(), 0.01, kappa=2, gamma=0.5, interval=2, curvature="fisher")
@@ -246,13 +236,8 @@ def test_lightning():
         def configure_optimizers(self):
             return IRE(AdamW(self.parameters(), 0.01), kappa=1, gamma=0.6, interval=2)
 
-    quiet = dict(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(Module(), data())
+    settings = dict(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    lightning.Trainer(**settings, enable_progress_bar=False).fit(Module(), data())
     assert equal(by_hand(), values(model))
 
 

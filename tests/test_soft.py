@@ -1,7 +1,6 @@
 """SoftIRE against its definition and the form that was measured, and what it does with gradients
 that are 0, late, huge or not numbers. What it shares with IRE: test_ire.py."""
 
-import copy
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from training import by_curvature, equal, reload
+from training import by_curvature, equal
 
 from ire import SAM, SoftIRE, hidden_matrices
 
@@ -196,66 +195,6 @@ def test_kappa_takes_a_part_of_the_factors():
     assert not torch.equal(base, full)
 
 
-# ---------------------------------------------------------------- state
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("curvature", ["squares", "fisher"])
-def test_resume_ends_with_the_same_bits(base, curvature):
-    def start(net):
-        hidden = hidden_matrices(net)
-        return SoftIRE(
-            BASES[base](net.parameters()), params=hidden, interval=4, curvature=curvature
-        )
-
-    def go(net, opt, steps):
-        for step in steps:
-            if opt.probe_due:
-                with opt.probe(net):
-                    net.loss(step + 100).backward()
-            train(net, opt, [step])
-        return [*net.parameters(), *(opt.masks[p] for p in hidden_matrices(net))]
-
-    whole = Net()
-    opt = start(whole)
-    states = []
-    for step in range(10):
-        states.append(reload((whole.state_dict(), opt.state_dict())))
-        go(whole, opt, [step])
-    expected = [*whole.parameters(), *(opt.masks[p] for p in hidden_matrices(whole))]
-    for step, (weights, state) in enumerate(states):
-        net = Net()
-        net.load_state_dict(weights)
-        resumed = start(net)
-        resumed.load_state_dict(state)
-        if step == 5:
-            net, resumed = copy.deepcopy((net, resumed))
-        assert equal(expected, go(net, resumed, range(step, 10)))
-
-
-class Gamma(torch.optim.SGD):
-    """Has a gamma of its own in its groups, as AdaBound and AdaGO have."""
-
-    def __init__(self, params, default):
-        super().__init__(params, 0.1)
-        for group in self.param_groups:
-            group["gamma"] = 7
-        if default:
-            self.defaults["gamma"] = 7
-
-    def step(self, closure=None):
-        assert all(group["gamma"] == 7 for group in self.param_groups)
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("default", [False, True])
-def test_a_base_with_a_gamma_of_its_own(default):
-    one, two = Net(), Net()
-    opts = [SoftIRE(Gamma(net.parameters(), default), interval=3) for net in (one, two)]
-    train(one, opts[0], range(4))
-    two.load_state_dict(one.state_dict())
-    opts[1].load_state_dict(reload(opts[0].state_dict()))
-    assert equal(train(one, opts[0], range(4, 9)), train(two, opts[1], range(4, 9)))
-
-
 # ---------------------------------------------------------------- hostile gradients
 def parameters(*sizes):
     """Columns: by default SoftIRE takes matrices."""
@@ -365,38 +304,6 @@ def test_a_parameter_without_a_gradient_yet_does_not_count():
     assert factor[p].mean().item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_over_sam_own_squares_are_of_the_gradients_that_the_base_gets(average):
-    nets = []
-    for cls in (torch.optim.AdamW, type("NoAdam", (torch.optim.AdamW,), {"step": hidden_step})):
-        net = Net()
-        base = cls(net.parameters(), 0.01, betas=(0.9, 0.98))
-        opt = SoftIRE(SAM(base, rho=0.1, average=average), beta=0.98, interval=3)
-        torch.manual_seed(1)
-        for step in range(10):
-
-            def closure():
-                opt.zero_grad()
-                loss = net.loss(step)
-                loss.backward()
-                return loss
-
-            opt.step(closure)
-        nets.append(net)
-    for p, q in zip(*(net.parameters() for net in nets)):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-
-
-def hidden_step(self, closure=None):
-    """AdamW whose second moment is under another name between its steps."""
-    for entry in self.state.values():
-        entry["exp_avg_sq"] = entry.pop("v")
-    loss = torch.optim.AdamW.step(self, closure)
-    for entry in self.state.values():
-        entry["v"] = entry.pop("exp_avg_sq")
-    return loss
-
-
 def test_low_precision():
     net = Net().to(torch.bfloat16)
     opt = SoftIRE(torch.optim.SGD(net.parameters(), 0.1))
@@ -407,35 +314,6 @@ def test_low_precision():
 
 
 # ---------------------------------------------------------------- bad input
-WRONG = [
-    ("alpha", -0.3, "a number in [0, 1]"),
-    ("alpha", float("nan"), "a number in [0, 1]"),
-    ("limit", 0.5, "a finite number >= 1"),
-    ("beta", 1.0, "a number in [0, 1)"),
-    ("kappa", 2, "a number in [0, 1]"),
-    ("interval", 0, "a whole number >= 1"),
-    ("warmup", 1.5, "a whole number >= 0"),
-    ("curvature", "second_moment", ""),
-]
-
-
-@pytest.mark.parametrize("name, value, allowed", WRONG)
-@pytest.mark.parametrize("later", [False, True])
-def test_bad_values_are_refused(name, value, allowed, later):
-    """Also where they are set later, and then before anything moves."""
-    net = Net()
-    with pytest.raises(ValueError) as error:
-        opt = SoftIRE(torch.optim.SGD(net.parameters(), 0.1), **({} if later else {name: value}))
-        before = train(net, opt, range(1))
-        if name == "kappa":
-            opt.param_groups[0]["kappa"] = value
-        else:
-            setattr(opt, name, value)
-        train(net, opt, range(1, 2))
-    assert str(error.value).startswith(f"{name}: got {value!r}, allowed is {allowed}")
-    assert not later or equal(before, net.parameters())
-
-
 def test_params_that_the_base_does_not_have_are_refused():
     net = Net()
     with pytest.raises(ValueError, match="params: ") as error:
