@@ -17,8 +17,8 @@ MISSING = "Not measured yet.\n"
 
 
 def rst(docstring):
-    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines, indented
-    examples."""
+    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines, under such
+    a name `"value": what it means`, indented examples."""
     lines = []
     example = False
     for line in docstring:
@@ -42,6 +42,9 @@ def prose(line, before):
         names = term[1].replace(", ", "``, ``")
         blank = [] if before[:1] in ("", " ") else [""]
         return [*blank, f"``{names}``", f"    {term[2]}"]
+    value = re.match(r'    ("\w+"): (.*)', line)
+    if value:
+        return ["", f"    ``{value[1]}``", f"        {value[2]}"]
     return ["", line] if line.startswith("Raises ") else [line]
 
 
