@@ -165,7 +165,7 @@ class IRE(_Wrapper):
             look()
             return loss
 
-        has_gradient = [p for p in params if p.grad is not None]
+        has_gradient = {p for p in params if p.grad is not None}
         if self.curvature != "squares" or _adams_squares(self, params, has_gradient):
             return {}, closure
         if closure is None:
