@@ -282,6 +282,7 @@ def test_seeds_print_mean_and_error():
     (
         (f"{ON} --optimizer sgd-ire --augment cutout", 6),
         (f"{ON} --optimizer sam-ire --probe fresh", 5),
+        (f"{ON} --optimizer sgd-ire --curvature squares", 8),
         (f"{ON} --optimizer admire --kappa-decay", 7),
         ("--optimizer adamw --model vit_t --augment mixup", 4),
         ("--optimizer sam", 1),
