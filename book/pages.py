@@ -17,8 +17,8 @@ MISSING = "Not measured yet.\n"
 
 
 def rst(docstring):
-    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines, under such
-    a name `"value": what it means`, indented examples."""
+    """ire.py's docstrings are plain text: `code`, `name: what it is` with indented lines and, under
+    such a name, `"value": what it means`; and indented examples."""
     lines = []
     example = False
     for line in docstring:
