@@ -199,7 +199,7 @@ def take_over(config_class, folder, asked, free=()):
         if not may_differ and asked.get(name, saved[name]) != saved[name]:
             began = f"{saved[name]}, as {folder} began"
             raise BadInput(f"{flag(name)}: got {asked[name]}, allowed is {began}")
-    return saved | asked | {"given": sorted({*before["given"], *asked})}
+    return saved | asked | {"given": sorted({*before.get("given", ()), *asked})}
 
 
 def read_config(config_class, path):
@@ -456,7 +456,7 @@ def find_run(home, unfinished=False, file="checkpoint.pt"):
     """The one run in home, home-2, ..., or the one of them that has not come to its end. file: what
     a folder must have."""
     runs = sorted(str(path.parent) for path in Path().glob(f"{home}*/{file}"))
-    begun = [path for path in runs if not read_json(Path(path, "config.json"))["finished"]]
+    begun = [path for path in runs if not read_json(Path(path, "config.json")).get("finished")]
     wanted = begun if unfinished else runs
     if len(wanted) != 1:
         kind = "an unfinished run" if unfinished else "a run"

@@ -129,10 +129,11 @@ class IRE(_Wrapper):
         training = not _is_rehearsal(self)
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
+        new, closure = self._new_squares(params, closure)
 
         loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
-        squares = self._squares(params, training) if self.curvature == "squares" else {}
+        squares = self._squares(params, new, training) if self.curvature == "squares" else {}
         self._begin_masks(p for p in params if p in squares or p.grad is not None)
         if not training:
             return loss
@@ -148,18 +149,39 @@ class IRE(_Wrapper):
             group["ire_step"] = t + 1
         return loss
 
-    def _squares(self, params, training):
+    def _new_squares(self, params, closure):
+        """({p: the squared gradient of this step}, closure), unless the base is known to keep their
+        mean. Squares are taken before the base's step, as Muon and others change p.grad in place.
+        Of several calls of a closure, the last makes the step."""
+        squares = {}
+
+        def look():
+            for p in [p for p in params if p.grad is not None]:
+                g = _values(_gradient(p)).to(_wide(p))
+                squares[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
+
+        def watched():
+            loss = closure()
+            look()
+            return loss
+
+        has_gradient = {p for p in params if p.grad is not None}
+        if self.curvature != "squares" or _adams_squares(self, params, has_gradient):
+            return {}, closure
+        if closure is None:
+            look()
+        return squares, watched if closure else None
+
+    def _squares(self, params, new, training):
         """{p: running mean of the squared gradient}: all of the base, or all kept here."""
-        squares = _adams_squares(self, params)
+        squares = _adams_squares(self, params, new)
         if squares is not None:
             return squares
-        for p in [p for p in params if p.grad is not None]:
+        for p, square in new.items():
             if p not in self.squares or self.squares[p].shape != p.shape:
                 self.squares[p] = torch.zeros_like(p, dtype=_wide(p))
                 self.counts[p] = torch.zeros(())
             if training:
-                g = _values(_gradient(p)).to(_wide(p))
-                square = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
                 self.counts[p] += 1
                 # Without the denominator, a mean that began later than others would look flat.
                 weight = (1 - self.beta) / (1 - self.beta ** float(self.counts[p]))
@@ -536,7 +558,7 @@ def _gradient(p):
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _adams_squares(ire, params):
+def _adams_squares(ire, params, new):
     """{p: the base's running mean of squared gradients}. None if the base does not keep one for
     each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
     together."""
@@ -546,7 +568,7 @@ def _adams_squares(ire, params):
     for group in ire.param_groups:
         for p in [p for p in group["params"] if p in active]:
             entry = ire.state.get(p, {})
-            if not entry and p.grad is None:
+            if not entry and p not in new:
                 continue
             v = entry.get("exp_avg_sq")
             rotated = "Q" in entry  # SOAP keeps it in another basis

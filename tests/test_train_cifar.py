@@ -282,6 +282,7 @@ def test_seeds_print_mean_and_error():
     (
         (f"{ON} --optimizer sgd-ire --augment cutout", 6),
         (f"{ON} --optimizer sam-ire --probe fresh", 5),
+        (f"{ON} --optimizer sgd-ire --curvature squares", 8),
         (f"{ON} --optimizer admire --kappa-decay", 7),
         ("--optimizer adamw --model vit_t --augment mixup", 4),
         ("--optimizer sam", 1),
@@ -385,9 +386,11 @@ def test_help_shows_every_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     code, text, _ = CIFAR.run("--help")
     assert code == 0
+    text = re.sub(r"\n {20,}", " ", text)
     chosen = [settings(**typed) for typed in ({}, {"preset": "quick"}, {"data": "digits"})]
     for f in common.fields(train_cifar.Config):
-        if f.default is not None or f.name in dir(common.Settings):
+        shared = f.name in dir(common.Settings)
+        if f.default is not None or shared or f.name == "ire_warmup":
             continue
         default = re.search(rf"^  {common.flag(f.name)} .*default (.*)\)", text, re.M).group(1)
         for c in chosen if "of --epochs" not in default else []:
