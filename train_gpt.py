@@ -38,7 +38,7 @@ from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
 # with its own form of IRE. "baby" has the size of nanoGPT; "1b" wants several GPUs and --fsdp.
 PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
-    "tiny": {},
+    "tiny": dict(embedding_lr=4.0, head_lr=4.0),
     "baby": dict(layers=6, width=384, heads=6, ffn=1024, context=256)
     | dict(batch_size=64, steps=5000, lr=1e-3),
     "60m": PAPER
@@ -91,10 +91,10 @@ class Config(common.Settings):
         16, "sequences in a step, over all GPUs", common.Range(1, 2**20, "1 to 2^20")
     )
     steps: int = setting(1000, "optimizer steps", COUNT, resume=True)
-    warmup: int = setting(None, "steps up to the peak (default 500 or half of --steps)", STEPS)
+    warmup: int = setting(None, "steps up to the peak (default 250 or --steps / 4)", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    embedding_lr: float = setting(1.0, "the embedding's, as a multiple of --lr", POSITIVE)
-    head_lr: float = setting(1.0, "that of the last matrix, as a multiple of --lr", POSITIVE)
+    embedding_lr: float = setting(1.0, "the embedding's multiple of --lr; tiny has 4", POSITIVE)
+    head_lr: float = setting(1.0, "the last matrix's multiple of --lr; tiny has 4", POSITIVE)
     schedule: str = setting(
         "cosine", "after the peak; wsd falls in the last fifth", ("cosine", "wsd", "constant")
     )
@@ -161,7 +161,7 @@ def configure(typed, names=()):
     """The settings of a command: preset < saved run (--resume, --init) < --config < typed. names:
     the optimizers of a comparison, of which at least one must read what was typed."""
     given = common.collect(Config, typed)
-    preset = PRESETS.get(given.get("preset"), {})
+    preset = PRESETS.get(given.get("preset", "tiny"), {})
     if given.get("init") and not given.get("resume"):
         source = common.read_checkpoint(given["init"])["config"]
         for name in SHAPE:
@@ -191,7 +191,7 @@ def complete(c):
     common.choose_device(c, float16=not c.fsdp)
     common.choose_folder(c)
     if c.warmup is None:
-        c.warmup = min(500, c.steps // 2)
+        c.warmup = min(250, c.steps // 4)
     c.log_interval = c.log_interval or min(20, math.ceil(c.steps / 20))
     tenth = min(1000, max(10, math.ceil(c.steps / 10)))
     c.eval_interval = c.eval_interval or tenth
@@ -507,18 +507,20 @@ def banner(run, job):
     place += ", compiled" if c.compile else ""
     room = llama.memory(job.model, c, common.RANKS if c.fsdp else 1) / 2**30
     place += f"; wants about {room:.0f} GB of memory" if room > 1 else ""
-    method = f"{c.optimizer}, learning rate {c.lr:g} after {c.warmup} steps, {c.schedule}"
+    method = c.optimizer
     if rule(c) == "ire":
-        method += f"; kappa {c.kappa:g}, gamma {c.gamma:g}"
+        method += f", kappa {c.kappa:g}, gamma {c.gamma:g}"
     if rule(c) == "soft":
-        method += f"; alpha {c.alpha:g}"
+        method += f", alpha {c.alpha:g}"
     if rule(c) and c.ire_warmup:
         method += f", on from step {c.ire_warmup}"
+    times = f"{c.embedding_lr:g} times that for the embedding, {c.head_lr:g} for the head"
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
         device=place,
         optimizer=method,
+        rate=f"{c.lr:g} after {c.warmup} steps, then {c.schedule}; {times}",
         run=f"{c.steps} steps of {c.batch_size * c.context:,} tokens, {epochs:.2f} epochs",
         folder=str(run.out),
     )
