@@ -65,6 +65,9 @@ TEXTS = {
     "stdlib-gpt2": {"data": "stdlib", "tokenizer": "gpt2"},
     "bpe-4096": {"data": str(ROOT / "data" / "bpe-4096")},
 }
+# What no study says, so that a new default of train_gpt.py changes no study.
+DEFAULTS = {"beta1": 0.9, "eps": 1e-8, "clip": 1.0, "schedule": "cosine", "min_lr": 0.05}
+DEFAULTS |= {"embedding_lr": 1.0, "head_lr": 1.0, "interval": 10}
 # Settings of any form that are train_gpt.py's.
 TRAINING = ("lr", "seed", "embedding_lr", "head_lr", "beta2", "eps", "weight_decay", "clip")
 FRESH_SEEDS = tuple(range(101, 109))  # neither a search nor a judgement used them
@@ -170,7 +173,7 @@ def config(study, settings, out):
     return train_gpt.Config(
         **MODELS[place["model"]],
         **TEXTS.get(place["data"], {"data": place["data"]}),
-        **{**shared, **own},
+        **{**DEFAULTS, **shared, **own},
         **optimizer,
         steps=steps,
         batch_size=place["batch"],

@@ -167,7 +167,7 @@ def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
         config = dict(optimizer=folder.name[:-2], seed=0, dtype="float32", compile=False)
         (folder / "config.json").write_text(json.dumps(config))
         line = dict(step=6, val_loss=3.0, tokens_per_second=100)
-        (folder / "log.jsonl").write_text(json.dumps(line))
+        (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
         return outcomes.pop(0)
 
     monkeypatch.setattr(gpu, "execute", execute)
