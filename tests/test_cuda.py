@@ -119,6 +119,7 @@ def test_the_kth_smallest_is_exact(n):
 def test_masks_are_the_cpus_and_steps_close_to_them(fused):
     models = network(), network().to(DEVICE)
     settings = dict(lr=1e-3, weight_decay=0.1, kappa=2, gamma=0.6, interval=2, fused=fused)
+    settings |= {"curvature": "fisher"}
     optimizers = [AdmIRE(model.parameters(), **settings) for model in models]
     for _ in range(6):
         shapes = [p.shape for p in models[0].parameters()]
@@ -138,7 +139,7 @@ def test_masks_are_the_cpus_and_steps_close_to_them(fused):
 
 def test_a_step_of_admire_never_waits():
     model = network().to(DEVICE)
-    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6)
+    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6, curvature="fisher")
     x = tokens()
     with opt.probe(model):
         sampled_cross_entropy(model(x)).backward()
@@ -187,7 +188,7 @@ def test_a_training_step_on_pictures_never_waits(monkeypatch, optimizer, compile
 
 def test_a_refresh_waits_a_few_times(record_property):
     model = network().to(DEVICE)
-    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6)
+    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6, curvature="fisher")
     loss = sampled_cross_entropy(model(tokens()))
     with warnings.catch_warnings(record=True) as caught, waits("warn"):
         warnings.simplefilter("always")
@@ -200,7 +201,7 @@ def test_a_refresh_waits_a_few_times(record_property):
 
 def test_a_probe_leaves_the_random_streams_and_can_be_repeated():
     model = network().to(DEVICE)
-    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6)
+    opt = AdmIRE(model.parameters(), lr=1e-3, kappa=2, gamma=0.6, curvature="fisher")
     x = tokens()
     masks = []
     for _ in range(2):
@@ -287,7 +288,7 @@ def test_compiled_training_is_close_to_eager(tmp_path, record_property):
 @only_cuda
 def test_a_refresh_takes_little_memory(record_property):
     p = torch.nn.Parameter(torch.randn(60_000_000, device=DEVICE))
-    opt = AdmIRE([p], lr=1e-3, kappa=2, gamma=0.6)
+    opt = AdmIRE([p], lr=1e-3, kappa=2, gamma=0.6, curvature="fisher")
     curvature = torch.randn_like(p)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
