@@ -1,780 +1,415 @@
 """IRE: Implicit Regularization Enhancement (Wang et al., NeurIPS 2024, arXiv 2405.20763).
 
-Near a minimum the loss has a few sharp directions, which cap the learning rate, and many flat
-ones, along which training crawls. IRE finds the flat coordinates, the fraction gamma of all
-parameters with the smallest diagonal Fisher information, and takes 1 + kappa times longer steps
-there. The sharp ones move as before.
+Near a minimum the loss has a few sharp directions, which cap the learning rate, and many flat ones,
+along which training crawls. IRE finds the flat coordinates and takes 1 + kappa times longer steps
+there. The sharp coordinates move as before. One line puts IRE on top of any optimizer:
 
-    opt = AdmIRE(model.parameters(), lr=6e-4, kappa=2, gamma=0.6, warmup=500)
-    for x, y in batches:
-        if opt.probe_due:  # each `interval`-th step: where is it flat now?
-            with opt.probe(model):
-                sampled_cross_entropy(model(x)).backward()
-        opt.zero_grad()
-        cross_entropy(model(x), y).backward()
-        opt.step()
+    opt = IRE(torch.optim.AdamW(model.parameters(), lr=1e-3), kappa=1, gamma=0.6)
 
-Over any other optimizer: `IRE(base, kappa=2, gamma=0.6)`. Over one that keeps Adam's second moment,
-`curvature="second_moment"` needs no probe. Ours, and without a threshold: `SoftIRE`. Plain, DDP,
-FSDP2 and DTensor parameters.
+The training loop stays as it is. The paper finds the flat coordinates by an extra backward pass,
+the probe: see `IRE.probe`. `SoftIRE` is our variant without a threshold.
 """
 
 import math
 import numbers
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 
+def _of_base(name):
+    return property(lambda self: getattr(self.base, name))
+
+
 class _Wrapper(Optimizer):
-    """An optimizer around `base`, whose groups, state and defaults stay the base's own objects."""
+    """An optimizer around another one, `base`. What it does not do itself is the base's own."""
 
-    state = property(lambda self: self.base.state)
-    defaults = property(lambda self: self.base.defaults)
-    add_param_group = property(lambda self: self.base.add_param_group)
-    _checked = False
+    state = _of_base("state")
+    defaults = _of_base("defaults")
+    add_param_group = _of_base("add_param_group")
+    train = _of_base("train")  # of schedule-free optimizers
+    eval = _of_base("eval")
+    state_dict = _of_base("state_dict")
+    load_state_dict = _of_base("load_state_dict")
 
-    def __init__(self, base, **settings):
-        """settings: those of the wrapper, which stand in every group beside the base's."""
-        optimizer = isinstance(base, Optimizer)
-        others = sorted({"LBFGS (a line search)", "IRE", type(self).__name__})
-        _require(
-            optimizer and not isinstance(base, (LBFGS, IRE, type(self))),
-            "base",
-            f"{type(base).__name__} (an optimizer)" if optimizer else base,
-            f"a torch.optim.Optimizer other than {', '.join(others)}",
-        )
-        for name in settings:
-            _require(
-                name not in base.defaults,
-                name,
-                f"{type(base).__name__}, which has a setting of this name",
-                "a base without one",
-            )
-        # What a group had before the base was ever wrapped is the user's; else the latest holds.
-        typed = vars(base).setdefault("_typed_in_groups", {})
-        for name, value in settings.items():
-            for i, group in enumerate(base.param_groups):
-                own = name in group and "ire_step" not in group
-                if not typed.setdefault((name, i), own):
-                    group[name] = value
-        # Optimizer.__init__ would make a second state.
+    def __init__(self, base, settings):
+        """settings: {name: value}. They stand in every parameter group, beside the base's own."""
+        _give_settings(self, base, settings)
+        # Optimizer.__init__ would make a second state. This is what else it does.
         self.__setstate__({"base": base, "settings": settings})
-        flattened = any(getattr(p, "_fsdp_flattened", False) for p in self._params())
-        what = "parameters of FSDP1, of which each rank knows only its own"
-        _require(not flattened, "base", what, "those of DDP or of FSDP2 (fully_shard)")
 
-    def __getstate__(self):
-        """As torch's: without hooks and what schedulers patch in."""
-        return {k: v for k, v in vars(self).items() if k[0] != "_" and k != "step"}
+    def __setstate__(self, state):  # after copy and pickle, too
+        super().__setstate__(state)
+        hooks = {name: x for name, x in vars(self.base).items() if "state_dict" in name}
+        vars(self).update(hooks)  # hooks on saving and loading are the base's
 
     @property
     def param_groups(self):
-        for group in self.base.param_groups:  # one added later, or loaded from a bare base
+        for group in self.base.param_groups:  # some may have come later
             for name, value in self.settings.items():
                 group.setdefault(name, value)
         return self.base.param_groups
 
-    def state_dict(self):
-        """The base's own, with what the wrapper adds."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        saved = self._pack(self.base.state_dict())
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            saved = hook(self, saved) or saved
-        return saved
-
-    def load_state_dict(self, state_dict):
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        self._unpack(state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    def _pack(self, saved):
-        return saved
-
-    def _unpack(self, saved):
-        """Loads the base. A group keeps its own settings where the saved one has none."""
-        before = [dict(group) for group in self.param_groups]
-        self.base.load_state_dict(saved)
-        for group, own in zip(self.base.param_groups, before, strict=False):
-            for name in self.settings:
-                if not name.startswith("ire_"):  # counters
-                    group.setdefault(name, own[name])
-
-    def train(self):
-        """The base's own, where it has one, as schedule-free optimizers do."""
-        if hasattr(self.base, "train"):
-            self.base.train()
-
-    def eval(self):
-        """As train()."""
-        if hasattr(self.base, "eval"):
-            self.base.eval()
-
     def _params(self):
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
-    def _check_ranks_once(self):
-        if not self._checked:
-            _check_replicas(
-                self._params(), "before the first step: each wants all plain parameters"
-            )
-        self._checked = True
-
-    def _makes_state(self):
-        """True in the step at lr 0 with gradients of 0 by which torch.distributed.checkpoint fills
-        a fresh optimizer's state. It is no step of training: it does not count or warn."""
-        grads = [p.grad for p in self._params() if p.grad is not None]
-        if self.state or not grads or any(group.get("lr", 1) != 0 for group in self.param_groups):
-            return False
-        return not _total(lambda parts: _added(g.count_nonzero() for g in parts), grads)
-
-
-# In saved states, whichever wrapper saved them.
-_OURS = ("flat", "soft_factor", "soft_square", "soft_count")
+    def __getstate__(self):  # for copy and pickle
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
 
 class IRE(_Wrapper):
-    """Algorithm 1 of the paper around `base`, any optimizer that makes one step a call.
+    """Algorithm 1 of the paper on top of `base`, any optimizer that makes one step per call.
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
-    gamma: fraction of all coordinates that is flat, in (0, 1): the floor(gamma * n) smallest, exact
-        for the decimal that gamma prints as, and all ties at the threshold. Coordinates without
-        curvature, such as embedding rows that no batch uses, come first and may take most of gamma:
-        see `flat_share`.
-    interval, warmup: steps from one mask to the next (K in the paper), and before the first (T_w).
-    curvature: "fisher", from gradients made in `probe()`, or "second_moment", the base's own
-        `exp_avg_sq`, which must be one number a coordinate.
+    gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
+        flat. So embedding rows that no batch used come first, as their curvature is 0. So do
+        branches that begin at zero; a warmup of one interval avoids this.
+    interval: steps from one mask to the next (K in the paper).
+    warmup: steps before IRE switches on (T_w in the paper).
+    curvature: the loss is flat where the curvature is small.
+        "squares": the running mean of the squared gradient. IRE reads the base's own if the base
+            keeps one for all parameters (`exp_avg_sq`, Adam). Otherwise IRE keeps one, in 4 bytes
+            per parameter. That one remembers a gradient spike even if the base skips the step, so
+            clip the gradients first.
+        "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
+    beta: decay per step of the mean that IRE keeps, in [0, 1).
 
-    `kappa` and `gamma` stand in each parameter group and may be changed there at any time; groups
-    of one gamma are ranked together. `masks[p]` is the mask of parameter p, bool and of p's shape,
-    from its first step or probe on; in a saved state it is `flat` in p's entry.
-
-    Raises ValueError: an argument out of range, a base without second moment, a probe with no
-    gradient or sparse ones. RuntimeError: a step inside the probe, ranks that disagree.
-
-    What it cannot see: a base that keeps its own copy of the weights (float32 masters, offload)
-    undoes the longer steps; a second moment in a rotated basis is not that of the weights. Ranks
-    step and probe together, and hold the same plain parameters; a communication hook with memory
-    (PowerSGD) remembers the probe's gradients too.
+    `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
+    group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
+    are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
+    Code that moves an optimizer's state must move `masks` and `squares` too. An attribute for the
+    base must be set on `opt.base`. A base with its own copy of the weights undoes the longer steps.
+    Raises ValueError: an argument out of range. RuntimeError: a step inside a probe.
     """
 
+    _mask = ("flat", torch.bool)  # name in a saved state, dtype
     _probing = False
     _missed = 0
-    _kinds = ("fisher",)  # of curvature; over the Adam family second_moment too
-    _shown = ("interval", "warmup", "curvature")
 
-    def __init__(self, base, *, kappa, gamma, interval=10, warmup=0, curvature="fisher"):
-        self._set_up(base, interval, warmup, curvature, kappa=kappa, gamma=gamma)
+    def __init__(
+        self, base, *, kappa, gamma, interval=10, warmup=0, curvature="squares", beta=0.98
+    ):
+        self._set_up(base, {"kappa": kappa, "gamma": gamma}, interval, warmup, curvature, beta)
 
-    def _set_up(self, base, interval, warmup, curvature, **settings):
-        # The counters stand in the groups: distributed checkpoints drop what is beside them.
-        super().__init__(base, **settings, ire_step=0, ire_probed=-1, ire_dead=0)
-        self._check_groups()
-        for name, value, least in (("interval", interval, 1), ("warmup", warmup, 0)):
-            whole = _is_finite(value) and value >= least and value == int(value)
-            _require(whole, name, value, f"a whole number >= {least}")
-        adam = any("beta" in name for name in base.defaults)
-        kinds = [*self._kinds, *(["second_moment"] if adam else [])]
-        allowed = f"{' or '.join(kinds)} over {type(base).__name__}"
-        _require(curvature in kinds, "curvature", curvature, allowed)
+    def _set_up(self, base, settings, interval, warmup, curvature, beta):
+        # The counters: this step, and the last step with a probe.
+        super().__init__(base, settings | {"ire_step": 0, "ire_probed": -1})
         self.interval = interval
         self.warmup = warmup
         self.curvature = curvature
+        self.beta = beta
         self.masks = {}
+        self.squares = {}  # running means of squared gradients that are kept here
+        self.counts = {}  # how many gradients are in each
+        _check_settings(self)
 
-    def __repr__(self):
-        lines = [f"\n{name}: {getattr(self, name)}" for name in self._shown]
-        return super().__repr__() + "".join(lines)
+    def state_dict(self):
+        return _save(self)
+
+    def load_state_dict(self, state_dict):
+        _load(self, state_dict)
+
+    @torch.compiler.disable
+    def step(self, closure=None):
+        """theta_new = theta_base + kappa * mask * (theta_base - theta), where the base's step leads
+        from theta to theta_base. Returns what the base returns. Before `warmup`, without a mask,
+        and where kappa is 0, this is the base's step exactly."""
+        _check_settings(self)
+        t = self.param_groups[0]["ire_step"]
+        counts = not _is_rehearsal(self)
+        params = self._lengthened()
+        old = {p: _values(p).clone() for p in params if t >= self.warmup}
+
+        loss = self.base.step() if closure is None else self.base.step(closure)
+
+        squares = self._squares(params, counts) if self.curvature == "squares" else {}
+        self._begin_masks(p for p in params if p in squares or p.grad is not None)
+        if not counts:
+            return loss
+        if squares and self._due():
+            self._update_masks(squares, power=1)
+        elif self._due() and params and self.param_groups[0]["ire_probed"] != t:
+            _warn_of_miss(self)
+        for group in self.param_groups:
+            self._lengthen([p for p in group["params"] if p in old], old, group["kappa"])
+            group["ire_step"] = t + 1
+        return loss
+
+    def _lengthen(self, params, old, kappa):
+        """theta_base += kappa * mask * (theta_base - theta), in the memory of `old`."""
+        params = [p for p in params if p in self.masks]
+        if params:
+            new = [_values(p) for p in params]
+            back = [old[p] for p in params]
+            torch._foreach_sub_(back, new)  # theta - theta_base
+            for x, p in zip(back, params, strict=True):
+                x.nan_to_num_(0, 0, 0)  # a step to infinity counts as none, as 0 * inf is not 0
+                x.mul_(_values(self.masks[p]))
+            torch._foreach_add_(new, back, alpha=-float(kappa))
+
+    def _squares(self, params, counts):
+        """{p: running mean of the squared gradient}: all of the base, or all kept here."""
+        squares = _adams_squares(self, params)
+        if squares is not None:
+            return squares
+        for p in [p for p in params if p.grad is not None]:
+            if p not in self.squares or self.squares[p].shape != p.shape:
+                self.squares[p] = torch.zeros_like(p, dtype=_wide(p))
+                self.counts[p] = torch.zeros(())
+            if counts:
+                g = _values(_gradient(p)).to(_wide(p))
+                square = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
+                _values(self.squares[p]).lerp_(square, 1 - self.beta)
+                self.counts[p] += 1
+        squares = {p: self.squares[p] for p in params if p in self.squares}
+        return _corrected(squares, {p: 1 - self.beta ** float(self.counts[p]) for p in squares})
+
+    def _begin_masks(self, params):
+        """Nothing is flat at first, and in a parameter whose shape has changed."""
+        for p in params:
+            if p not in self.masks or self.masks[p].shape != p.shape:
+                self.masks[p] = torch.zeros_like(p, dtype=self._mask[1] or _wide(p))
+
+    def _update_masks(self, curvature, power):
+        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures. Those are the
+        tensors in `curvature`, {p: of p's shape}, to the `power`, which does not change the order.
+        """
+        by_gamma = {}
+        for group in self.param_groups:
+            ranked = [p for p in group["params"] if p in curvature]
+            by_gamma.setdefault(group["gamma"], []).extend(ranked)
+        for gamma, params in by_gamma.items():
+            n = sum(p.numel() for p in params)
+            k = math.floor(Fraction(str(float(gamma))) * n)  # int(0.29 * 100) is 28
+            h = [curvature[p] for p in params]
+            threshold = kth_smallest(h, k) if k else torch.tensor(-1.0)
+            if _is_usable(self, threshold, curvature):
+                for p, x in zip(params, h, strict=True):  # sharp where x is not a number
+                    flat = _values(x).abs().to(threshold.dtype) <= threshold.to(x.device)
+                    _values(self.masks[p]).copy_(flat)
 
     @property
     def probe_due(self):
-        """True when this step wants a new mask and `probe()` has not made it yet."""
-        return self.curvature == "fisher" and self._mask_due() and not self._probed()
+        """True if this step wants a new mask from `probe()`."""
+        group = self.param_groups[0]
+        fisher = self.curvature == "fisher"
+        return fisher and self._due() and group["ire_probed"] != group["ire_step"]
 
     @contextmanager
-    def probe(self, model=None, *more):
-        """Gradients made inside become the mask (Eq. 5, 6) and are dropped; those of training come
-        back. With `model`, a module or several, so does all that a forward and backward moves in
-        it: the gradients of all its parameters and its buffers (batch norm's statistics). Random
-        streams come back too; inside, they are seeded by the step. Backward passes add up; the
-        loss may be scaled.
+    def probe(self, *models):
+        """With curvature="fisher", gradients made inside become the mask and are dropped:
 
-        Two optimizers over one model: open both probes around the backward. Under DDP the probe
-        wants a forward pass of its own, through the DDP module and not under `no_sync`. One forward
-        for both losses, with `retain_graph=True`, is right elsewhere (compiled:
-        `torch._functorch.config.donated_buffer = False`)."""
-        modules = _modules(model, more)
-        with ExitStack() as stack:
-            stack.enter_context(_gradients_set_aside(self._params(), modules))
-            stack.enter_context(_buffers_kept(modules))
-            stack.enter_context(_random_streams_kept(torch.initial_seed() + self._t))
+            for x, y in batches:
+                if opt.probe_due:  # at every tenth step
+                    with opt.probe(model):
+                        sampled_cross_entropy(model(x)).backward()
+                opt.zero_grad()
+                cross_entropy(model(x), y).backward()
+                opt.step()
+
+        Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
+        of `models` (batch norm's statistics) and torch's random streams are as before; those of
+        numpy and `random` are not put back. Two optimizers for one model: open both probes around
+        the backward pass. DDP needs a forward pass for the probe alone, through the DDP module.
+        Raises ValueError: curvature "squares", no gradient."""
+        _check_settings(self)
+        wanted = 'curvature="fisher", as curvature="squares" needs no probe'
+        _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
+        group = self.param_groups[0]
+        with _put_back(self._params(), models, torch.initial_seed() + group["ire_step"]):
             self._probing = True
             try:
                 yield
             finally:
                 self._probing = False
-            self._update_masks({p: p.grad for p in self._params() if p.grad is not None})
-            for group in self.param_groups:
-                group["ire_probed"] = self._t
-
-    def step(self, closure=None):
-        """theta = theta_base + kappa * flat * (theta_base - theta_old), theta_base being where the
-        base's step leads. Returns what the base returns. Without a mask, before `warmup`, and
-        where kappa is 0, it is the base's step to the bit."""
-        return self._step(closure)
-
-    def _step(self, closure):
-        self._check_step()
-        counts = not self._makes_state()
-        closure = self._observed(closure, counts)
-        old = self._copy_weights()
-        loss = self.base.step() if closure is None else self.base.step(closure)
-        self._begin_masks()
-        if counts:
-            self._refresh_or_warn()
-            self._lengthen(old)
-            self._count()
-        return loss
+            params = self._lengthened()
+            gradients = {p: _gradient(p) for p in params if p.grad is not None}
+            _require(gradients or not params, "probe()", "no gradient", "a backward pass inside")
+            self._begin_masks(gradients)
+            self._update_masks(gradients, power=2)
+        for group in self.param_groups:
+            group["ire_probed"] = group["ire_step"]
 
     def flat_share(self):
-        """{"flat": the share of the coordinates that is flat, "flat_live": that among those whose
-        curvature was not 0 at the last refresh}; {} while there is no mask. For logs; it waits for
-        the device, and all ranks of sharded parameters call it together."""
-        masks = [self.masks[p] for p in self._params() if p in self.masks]
-        n = sum(mask.numel() for mask in masks)
-        if n == 0:
-            return {}
-        flat = int(_total(lambda parts: _added(mask.count_nonzero() for mask in parts), masks))
-        dead = self.param_groups[0]["ire_dead"]  # all of them flat
-        return {"flat": flat / n, "flat_live": (flat - dead) / max(n - dead, 1)}
+        """{"flat": the share of the coordinates that is flat}; {} if there is no mask."""
+        masks = [x for x in self.masks.values() if x.dtype == torch.bool]
+        return {"flat": _nonzero(masks) / sum(x.numel() for x in masks)} if masks else {}
 
-    @property
-    def _t(self):
-        return self.param_groups[0]["ire_step"]
+    def _due(self):
+        since = self.param_groups[0]["ire_step"] - self.warmup
+        return since >= 0 and since % self.interval == 0
 
-    def _probed(self):
-        return self.param_groups[0]["ire_probed"] == self._t
+    def _lengthened(self):
+        """The parameters whose steps may become longer."""
+        return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
 
-    def _mask_due(self):
-        return self._t >= self.warmup and (self._t - self.warmup) % self.interval == 0
-
-    def _check_groups(self):
-        for group in self.param_groups:
-            kappa, gamma = group["kappa"], group["gamma"]
-            _require(_is_finite(kappa) and kappa >= 0, "kappa", kappa, "a finite number >= 0")
-            _require(_is_finite(gamma) and 0 < gamma < 1, "gamma", gamma, "a number in (0, 1)")
-
-    def _check_step(self):
-        if self._probing:
-            raise RuntimeError("IRE: a step inside its own probe would train on the probe's loss")
-        self._check_groups()
-        self._check_ranks_once()
-        for p in [p for p in self._params() if p in self.masks]:
-            if self.masks[p].shape != p.shape:  # p has grown: nothing of it is flat until a probe
-                for kept in self._kept().values():
-                    kept.pop(p, None)
-
-    def _observed(self, closure, counts):
-        """For SoftIRE: a look at the gradients of training, before the base's step."""
-        return closure
-
-    @torch._disable_dynamo  # a compiled training step breaks its graph here
-    @torch.no_grad()
-    def _copy_weights(self):
-        """What the step may lengthen: [(its group, where it is, its values in one buffer)]."""
-        copies = []
-        for group in self.param_groups:
-            if group["kappa"] != 0 and self._t >= self.warmup:
-                params = [p for p in group["params"] if p in self.masks or self._mask_due()]
-                for where in _batches(params):
-                    values = torch.cat([_piece(*x).reshape(-1) for x in where])
-                    copies.append((group, where, values))
-        return copies
-
-    def _begin_masks(self):
-        """Nothing is flat yet. The mask is there from the first step on, since distributed
-        checkpoints load only what a fresh optimizer has."""
-        for p in self._params():
-            if p.grad is not None and p not in self.masks:
-                self.masks[p] = torch.zeros_like(p, dtype=torch.bool)
-
-    def _refresh_or_warn(self):
-        if self.curvature == "second_moment":
-            moments = self._second_moments()
-            if self._mask_due() and moments:
-                self._update_masks(moments)
-        elif self.probe_due:
-            self._missed += 1
-            if math.log10(self._missed).is_integer():  # the 1st, 10th, 100th, ...
-                last = self.param_groups[0]["ire_probed"]
-                what = "nothing was amplified" if last < 0 else f"the mask of step {last} goes on"
-                text = f"IRE: no probe before step {self._t}, {self._missed} missed so far: {what}"
-                warnings.warn(text, stacklevel=5)
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def _lengthen(self, copies):
-        for group, where, step in copies:
-            new = [_piece(*x) for x in where]
-            parts = step.split([p.numel() for p in new])
-            back = [x.view_as(p) for x, p in zip(parts, new, strict=True)]
-            factor = _joined([_piece(self._mask_as(p), *at) for p, *at in where])
-            if factor.dtype == torch.bool:
-                factor = factor.view(torch.uint8)  # multiplies faster
-            torch._foreach_sub_(back, new)
-            step.nan_to_num_(0, 0, 0)  # a step to infinity counts as none, since 0 * inf is not 0
-            step.mul_(factor)
-            torch._foreach_add_(new, back, alpha=-float(group["kappa"]))
-
-    def _mask_as(self, p):
-        """This rank's part of p's mask, in memory laid out as p is now."""
-        mask = self.masks.get(p)
-        if mask is None:
-            return torch.zeros_like(_local(p), dtype=torch.bool)
-        mask, p = _local(mask), _local(p)
-        if mask.stride() == p.stride():
-            return mask
-        return torch.empty_like(p, dtype=mask.dtype).copy_(mask)
-
-    def _count(self):
-        if self._probed():
-            _check_replicas(
-                self._params(),
-                f"after step {self._t}: are the gradients averaged? DDP does that once a forward "
-                "pass, so the probe wants one of its own",
-            )
-        t = self._t
-        for group in self.param_groups:
-            group["ire_step"] = t + 1
-
-    def _second_moments(self):
-        """{p: exp_avg_sq}. Raises ValueError where a parameter that IRE amplifies has none."""
-        moments = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                entry = self.state.get(p, {})
-                v = entry.get("exp_avg_sq")
-                if torch.is_tensor(v) and v.shape == p.shape and "Q" not in entry:  # Q: SOAP's
-                    moments[p] = v
-                elif group["kappa"] != 0 and (entry or p.grad is not None):
-                    what = f"no exp_avg_sq in {type(self.base).__name__}'s state"
-                    if v is not None:
-                        what = f"exp_avg_sq of another shape or basis in {type(self.base).__name__}"
-                    raise ValueError(
-                        f"second_moment of a parameter {tuple(p.shape)}: got {what}, allowed is "
-                        "one number for each coordinate; kappa 0 in its group leaves p out"
-                    )
-        return moments
-
-    @torch.no_grad()
-    def _update_masks(self, curvature):
-        """Eq. 5: flat are the floor(gamma * n) smallest over all ranks, ranked by |g|, since the
-        B * g * g of Eq. 6 underflows. curvature: {p: a tensor of p's shape}."""
-        _require(
-            curvature, "curvature", "no gradient from backward() inside probe()", "one or more"
-        )
-        layouts = {h.layout for h in curvature.values()}
-        _require(layouts == {torch.strided}, "gradient", layouts, "dense, not sparse")
-        by_gamma = {}
-        for group in self.param_groups:
-            ranked = [p for p in group["params"] if p in curvature]
-            by_gamma.setdefault(group["gamma"], []).extend(ranked)
-        masks = {}
-        thresholds = []
-        dead = 0
-        for gamma, params in by_gamma.items():
-            h = {p: _laid_out_as(curvature[p], p) for p in params}
-            threshold, zeros = _threshold(list(h.values()), gamma)
-            thresholds.append(threshold)
-            dead += zeros
-            if threshold is not None:
-                masks.update({p: _at_most(h[p], threshold, p) for p in params})
-        _check_thresholds(curvature, thresholds)
-        self.masks.update(masks)
-        for group in self.param_groups:
-            group["ire_dead"] = dead
-
-    def _kept(self):
-        """What stands beside the base's entries in a saved state: {name: {p: of p's shape, or one
-        number if it is a count}}."""
-        return {"flat": self.masks}
-
-    def _pack(self, saved):
-        saved = {**saved, "state": dict(saved.get("state", {}))}
-        for p, key in self._keys(saved):
-            own = {name: kept[p] for name, kept in self._kept().items() if p in kept}
-            if own:
-                saved["state"][key] = {**saved["state"].get(key, {}), **own}
-        return saved
-
-    def _unpack(self, saved):
-        own, rest = self._separated(saved)
-        loaded = {name: {} for name in self._kept()}
-        for p, key in self._keys(saved):
-            for name, x in own.get(key, {}).items():
-                loaded[name][p] = _taken_over(name, x, p)
-        super()._unpack(rest)  # only now: what does not fit changes nothing
-        for name, kept in self._kept().items():
-            kept.clear()
-            kept.update(loaded[name])
-
-    def _separated(self, saved):
-        """A saved state as ({key: what is ours in its entry}, a state for the base)."""
-        own = {}
-        state = {}
-        for key, entry in saved.get("state", {}).items():
-            if isinstance(entry, dict):
-                own[key] = {name: entry[name] for name in self._kept() if name in entry}
-                entry = {name: x for name, x in entry.items() if name not in _OURS}
-            if not isinstance(entry, dict) or entry:  # a base takes an empty entry for a full one
-                state[key] = entry
-        rest = {name: value for name, value in saved.items() if name != "state"}
-        if "param_groups" in saved:
-            rest["param_groups"] = [self._without_foreign(group) for group in saved["param_groups"]]
-        if "param_groups" in saved or state:  # else of a base that saves in its own way
-            rest["state"] = state
-        return own, rest
-
-    def _without_foreign(self, group):
-        """kappa means one thing to IRE, which has a gamma, and another to SoftIRE."""
-        if "ire_step" in group and ("gamma" in group) != ("gamma" in self.settings):
-            return {name: x for name, x in group.items() if name not in ("kappa", "gamma")}
-        return group
-
-    def _keys(self, saved):
-        """[(p, its key in a saved state)]"""
-        groups = saved.get("param_groups")
-        if groups is None:
-            return [(p, i) for i, p in enumerate(self._params())]
-        pairs = zip(self.param_groups, groups, strict=True)
-        return [
-            x for ours, theirs in pairs for x in zip(ours["params"], theirs["params"], strict=True)
-        ]
+    def __repr__(self):
+        return f"{super().__repr__()}\n{_described(self)}"
 
 
 class SGDIRE(IRE):
-    """IRE over torch.optim.SGD, to which `kwargs` go: momentum, weight_decay, nesterov, ..."""
+    """IRE on top of torch.optim.SGD. The keyword arguments are those of both."""
 
-    def __init__(self, params, lr, *, kappa, gamma, interval=10, warmup=0, **kwargs):
-        base = SGD(params, lr, **kwargs)
-        super().__init__(base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup)
+    def __init__(self, params, lr, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(SGD(params, lr, **kwargs), **ire)
 
 
 class AdmIRE(IRE):
-    """IRE over torch.optim.AdamW, fused where the device has it. `kwargs` go there: betas, eps,
-    weight_decay, ..."""
+    """IRE on top of torch.optim.AdamW, by default the fused one. The keyword arguments are those of
+    both."""
 
-    def __init__(
-        self, params, lr, *, kappa, gamma, interval=10, warmup=0, curvature="fisher", **kwargs
-    ):
-        params = list(params)
-        try:
-            base = AdamW(params, lr, **{"fused": True, **kwargs})
-        except RuntimeError:
-            base = AdamW(params, lr, **kwargs)
-        super().__init__(
-            base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup, curvature=curvature
-        )
+    def __init__(self, params, lr, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(AdamW(params, lr, **{"fused": True, **kwargs}), **ire)
 
 
 class SAMIRE(IRE):
-    """IRE over SAM over `base_cls(params, **kwargs)`."""
+    """IRE on top of SAM on top of `base_cls(params)`. The keyword arguments are those of all."""
 
-    def __init__(
-        self,
-        params,
-        base_cls,
-        *,
-        rho,
-        adaptive=False,
-        average=False,
-        kappa,
-        gamma,
-        interval=10,
-        warmup=0,
-        curvature="fisher",
-        **kwargs,
-    ):
+    def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
+        ire = _arguments_of_ire(kwargs)
         base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
-        super().__init__(
-            base, kappa=kappa, gamma=gamma, interval=interval, warmup=warmup, curvature=curvature
-        )
+        super().__init__(base, **ire)
 
 
 class SoftIRE(IRE):
-    """IRE without a threshold; ours, not the paper's. The step of a coordinate is multiplied by
-    (v / median of v) ** -alpha, kept within 1 / limit and limit, over the mean of all these
-    factors. v is the running mean of its squared gradient, rid of its start at 0. So flat
-    coordinates take longer steps and sharp ones shorter ones, and the learning rate keeps its
-    meaning: coordinates that get no gradient (v = 0) do not count, and move as the base moves them.
-    For the matrices of a transformer's blocks, over AdamW or Muon; chapter 12 of the book says
-    where it was tried and what it gained: most in short runs.
+    """IRE without a threshold. This variant is ours, not the paper's. The step of a coordinate with
+    curvature v becomes `factor` times as long:
 
-    alpha: how unlike the factors are, in [0, 1]. limit: the largest of them and one over the
-        smallest, before the mean is taken out; >= 1.
-    kappa: how much of it a group takes, in [0, 1]: theta_base + kappa * (factor - 1) * step. 0
-        leaves its parameters out, as is right for embeddings, the head and norms.
-    interval, warmup: steps from one set of factors to the next, and before the first.
-    curvature: "squares", where v is kept here and decays by beta a step, in [0, 1), or
-        "second_moment", where it is the base's own `exp_avg_sq`. A square that is not finite
-        counts as 0, since the base may skip such a step; a second moment that is none, as sharp.
+        factor = (v / median of all v) ** -alpha, kept between 1 / limit and limit,
+                 divided by the mean of all factors.
 
-    No probe. `masks[p]` is factor - 1; that and v are two float32 numbers a coordinate to keep.
-    Warns where v is 0 everywhere or not finite for half of the coordinates.
-    Raises ValueError: an argument out of range, sparse gradients, a base without second moment.
+    So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
+    its meaning. Coordinates with v = 0 do not count and move as the base moves them.
+
+    params: the parameters that it is for; all others move as the base moves them. It was measured
+        with `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
+    alpha: how unlike the factors are, in [0, 1].
+    limit: the largest factor, before the mean is taken out; >= 1.
+    kappa: how much of it a group takes, in [0, 1]: theta_base + kappa * (factor - 1) * (theta_base
+        - theta). A group with kappa 0 is left out.
+
+    The other arguments are IRE's. `masks[p]` is factor - 1, in 4 bytes per parameter.
     """
 
-    _kinds = ("squares",)
-    _shown = ("alpha", "limit", "beta", "interval", "warmup", "curvature")
+    _mask = ("soft_factor", None)
 
     def __init__(
         self,
         base,
         *,
+        params=None,
         alpha=0.3,
         limit=4.0,
-        beta=0.98,
         kappa=1.0,
         interval=10,
         warmup=0,
         curvature="squares",
+        beta=0.98,
     ):
-        self._set_up(base, interval, warmup, curvature, kappa=kappa)
-        _require(_is_finite(alpha) and 0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
-        _require(_is_finite(limit) and limit >= 1, "limit", limit, "a finite number >= 1")
-        _require(_is_finite(beta) and 0 <= beta < 1, "beta", beta, "a number in [0, 1)")
+        self.params = None if params is None else list(params)
         self.alpha = alpha
         self.limit = limit
-        self.beta = beta
-        self.squares = {}
-        self.counts = {}
+        self._set_up(base, {"kappa": kappa}, interval, warmup, curvature, beta)
+        known = self.params is None or (self.params and set(self.params) <= set(self._params()))
+        _require(known, "params", "none, or some that the base has not", "parameters of the base")
 
-    def probe(self, model=None, *more):
-        raise RuntimeError("SoftIRE: there is no probe; v is from the gradients of training")
+    def _lengthened(self):
+        wanted = None if self.params is None else set(self.params)
+        every = super()._lengthened()
+        return [p for p in every if (p.dim() >= 2 if wanted is None else p in wanted)]
 
-    def flat_share(self):
-        """{}: nothing is either flat or sharp."""
-        return {}
-
-    def step(self, closure=None):
-        """theta = theta_base + kappa * (factor - 1) * (theta_base - theta_old); see IRE.step."""
-        return self._step(closure)  # IRE.step would run torch's hooks a second time
-
-    def _observed(self, closure, counts):
-        """Squares are taken before the base's step, as some bases change the gradients; with a
-        closure, at its first call, as SAM's second one is elsewhere."""
-        if self.curvature == "second_moment":
-            return closure
-        if closure is None:
-            self._observe(counts)
-            return None
-        seen = False
-
-        def observed():
-            nonlocal seen
-            loss = closure()
-            if not seen:
-                self._observe(counts)
-            seen = True
-            return loss
-
-        return observed
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def _observe(self, counts):
-        params = [p for p in self._amplified() if p.grad is not None]
-        for p in params:
-            layout = p.grad.layout
-            _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
-            if p not in self.squares or self.squares[p].shape != p.shape:  # new, or p has grown
-                self.squares[p] = torch.zeros_like(p, dtype=_real(p))
-                self.counts[p] = torch.zeros(())
-        if params and counts:
-            squares = [_local(self.squares[p]) for p in params]
-            grads = torch._foreach_abs([_local(_laid_out_as(p.grad, p)) for p in params])
-            grads = [g.to(v.dtype) for g, v in zip(grads, squares, strict=True)]
-            torch._foreach_mul_(grads, grads)
-            for g in grads:  # a base may skip such a step, and v would never forget it
-                g.nan_to_num_(0, 0, 0)
-            torch._foreach_lerp_(squares, grads, 1 - self.beta)
-            torch._foreach_add_([self.counts[p] for p in params], 1)
-
-    def _amplified(self):
-        return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
-
-    def _check_groups(self):
-        for group in self.param_groups:
-            kappa = group["kappa"]
-            _require(_is_finite(kappa) and 0 <= kappa <= 1, "kappa", kappa, "a number in [0, 1]")
-
-    def _begin_masks(self):
-        for p in self._amplified():
-            if p.grad is not None:
-                self._begin_mask(p)
-
-    def _begin_mask(self, p):
-        if p not in self.masks:
-            self.masks[p] = torch.zeros_like(p, dtype=_real(p))
-
-    def _refresh_or_warn(self):
-        own = self.curvature == "squares"
-        squares = self.squares if own else self._second_moments()
-        if not self._mask_due():
+    def _update_masks(self, curvature, power):
+        """In place of Eq. 5: masks = factor - 1."""
+        h = list(curvature.values())
+        live = _nonzero(h)
+        zeros = sum(x.numel() for x in h) - live
+        median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
+        if not _is_usable(self, median, curvature):
             return
-        weights = {**dict.fromkeys(squares, 1.0), **self._weights()}
-        seen = [p for p in self._amplified() if p in squares and weights[p] > 0]
-        squares = {p: squares[p] for p in seen}
-        if len({weights[p] for p in seen}) > 1:  # one for all goes with the median
-            squares = {p: squares[p] / weights[p] for p in seen}
-        self._update_masks(squares)
-
-    def _weights(self):
-        """{p: what the weights in its running mean add up to, which began at 0}; a parameter that
-        joined later would look flat without it."""
-        if self.curvature == "squares":
-            return {p: 1 - self.beta ** float(n) for p, n in self.counts.items()}
-        weights = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                step = self.state.get(p, {}).get("step")
-                if step is not None and "betas" in group:
-                    weights[p] = 1 - float(group["betas"][1]) ** float(step)
-        return weights
-
-    @torch.no_grad()
-    def _update_masks(self, squares):
-        """Coordinates without gradient (v = 0) have factor 1 and do not count."""
-        n = sum(v.numel() for v in squares.values())
-        if n == 0:
-            return
-        live = int(_total(lambda parts: _added(v.count_nonzero() for v in parts), squares.values()))
-        middle = n - live + (live + 1) // 2
-        median = float(kth_smallest(squares.values(), middle)) if live else 0.0
-        _check_thresholds(squares, [median])
-        if not 0 < median < math.inf:
-            what = "not finite for half of the coordinates" if live else "0 everywhere"
-            text = f"SoftIRE: the curvature is {what}, so the last factors go on"
-            warnings.warn(text, stacklevel=7)
-            return
-        for p, v in squares.items():
-            self._begin_mask(p)
-            v = _local(v)
-            raw = _local(self.masks[p]).copy_(v.abs() if v.is_complex() else v)
-            raw.div_(median).pow_(-self.alpha).clamp_(1 / self.limit, self.limit)
-            raw.nan_to_num_(1 / self.limit).mul_(v != 0)  # not a number counts as sharp
-        factors = [self.masks[p] for p in squares]
-        total = _total(lambda parts: _added(x.sum(dtype=torch.float64) for x in parts), factors)
-        mean = float(total) / live
-        for p, v in squares.items():
-            _local(self.masks[p]).div_(mean).sub_(1).mul_(_local(v) != 0)
-
-    def _kept(self):
-        kept = {"soft_factor": self.masks}
-        if self.curvature == "squares":
-            kept |= {"soft_square": self.squares, "soft_count": self.counts}
-        return kept
+        factors = [_values(self.masks[p]) for p in curvature]
+        for factor, x in zip(factors, h, strict=True):
+            factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
+            factor.clamp_(1 / self.limit, self.limit)
+            factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
+            factor.mul_(_values(x) != 0)
+        total = _total(lambda x: x.sum(dtype=torch.float64), [self.masks[p] for p in curvature])
+        for factor, x in zip(factors, h, strict=True):
+            factor.div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
 
 
 class SAM(_Wrapper):
-    """Sharpness-aware minimisation (Foret et al., ICLR 2021) around `base`.
+    """Sharpness-aware minimisation (Foret et al., ICLR 2021) on top of `base`.
 
-    rho: length of the climb, over all parameters together, >= 0. It stands in every group.
+    rho: length of the climb, over all parameters together; >= 0. It stands in every group.
     adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
-    average: climb along a random xi ~ N(0, I/p), p the number of parameters (Average SAM).
+    average: climb along a random xi ~ N(0, I/p), where p is the number of parameters (Average SAM).
 
-    GradScaler refuses closures: use bfloat16, or scale the loss and divide the gradients by a
-    constant in the closure. For batch norm in the second pass see `frozen_batch_norm`.
+    For batch norm in the second pass see `frozen_batch_norm`. GradScaler refuses closures: use
+    bfloat16, or scale the loss and divide the gradients by a constant in the closure.
     Raises ValueError: an argument out of range, no closure.
     """
 
     def __init__(self, base, *, rho=0.05, adaptive=False, average=False):
-        super().__init__(base, rho=rho)
-        self._check_groups()
-        _require(not (adaptive and average), "adaptive", adaptive, "False where average is True")
+        super().__init__(base, {"rho": rho})
         self.adaptive = adaptive
         self.average = average
-
-    def _check_groups(self):
-        for group in self.param_groups:
-            rho = group["rho"]
-            _require(_is_finite(rho) and rho >= 0, "rho", rho, "a finite number >= 0")
+        _check_settings(self)
 
     def step(self, closure=None):
         """Gradient here, climb, gradient there, exactly back, the base's step. `closure` does
         zero_grad, forward and backward and returns the loss. Returns the loss here (Average SAM
-        makes no pass here: the loss there). A gradient here that is not finite skips the step
-        with a warning."""
-        if self._makes_state():
+        makes no pass here, so it returns the loss there). If the gradient here is not finite, the
+        step is skipped with a warning."""
+        if _is_rehearsal(self):
             return self.base.step()
-        what = "a function that does zero_grad, forward, backward, returns the loss"
+        what = "a function that does zero_grad, forward and backward and returns the loss"
         _require(callable(closure), "closure", closure, what)
-        self._check_groups()
-        self._check_ranks_once()
+        _check_settings(self)
         here = None if self.average else torch.enable_grad()(closure)()
-        direction, length = self._random() if self.average else self._uphill()
+        direction, length = _random_direction(self) if self.average else self._uphill()
         if not math.isfinite(length):
-            text = f"SAM: skipped a step, since the gradient's norm is {length}"
-            warnings.warn(text, stacklevel=3)
+            text = f"SAM: skipped a step, since the norm of the gradient is {length}"
+            warnings.warn(text, stacklevel=2)
             return here
-        old = {p: _local(p).clone() for p in direction}
+        old = {p: _values(p).clone() for p in direction}
         try:
-            self._climb(direction, length)
+            for group in self.param_groups:
+                for p in [p for p in group["params"] if p in direction]:
+                    _values(p).add_(direction[p], alpha=float(group["rho"]) / max(length, 1e-30))
             there = torch.enable_grad()(closure)()
         finally:
             for p, values in old.items():
-                _local(p).copy_(values)
+                _values(p).copy_(values)
         self.base.step()
         return there if self.average else here
 
-    def _climb(self, direction, length):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in direction:
-                    alpha = float(group["rho"]) / max(length, 1e-30)
-                    _local(p).add_(direction[p], alpha=alpha)
-
-    @torch.no_grad()
     def _uphill(self):
-        """(g, |g|) or, with T = |theta|, (T * T * g, |T * g|): the climb is rho * the first / the
-        second."""
-        direction = {}
-        scaled = []
-        for p in self._params():
-            if p.grad is not None:
-                weight = p.abs() if self.adaptive else 1
-                scaled.append(_laid_out_as(p.grad, p) * weight)
-                direction[p] = _local(scaled[-1] * weight)
-        square = _total(lambda parts: _added(_square(x) for x in parts), scaled)
+        """(g, |g|) or, with T = |theta|, (T * T * g, |T * g|): the climb is rho times the first
+        over the second."""
+        params = [p for p in self._params() if p.grad is not None]
+        scales = [p.detach().abs() if self.adaptive else 1 for p in params]
+        scaled = [_gradient(p).detach() * scale for p, scale in zip(params, scales, strict=True)]
+        products = [x * scale for x, scale in zip(scaled, scales, strict=True)]
+        direction = {p: _values(x) for p, x in zip(params, products, strict=True)}
+        square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled)
         return direction, float(square) ** 0.5
 
-    def _random(self):
-        """Standard normal directions and sqrt(p). Replicas draw alike, shards of one parameter do
-        not."""
-        direction = {p: torch.empty_like(_local(p)) for p in self._params() if p.requires_grad}
-        seed = torch.randint(2**62, (), device=next(iter(direction.values())).device)
-        if _several_ranks():
-            dist.broadcast(seed, 0)
-        for i, (p, x) in enumerate(direction.items()):
-            key = hash((int(seed), i, *map(dist.get_rank, _shard_groups(p)))) % 2**63
-            x.normal_(generator=torch.Generator(x.device).manual_seed(key))
-        return direction, sum(p.numel() for p in direction) ** 0.5
 
-
+# ------------------------------------------------------------------------ losses for the probe
 def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
-    from softmax(logits). Positions where the bool tensor `ignore` (...) holds do not count.
-    dim: where the classes are, 1 for images; logits of one dimension or above three must say it.
-    Raises ValueError: no dim there, a single class."""
+    from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
+    dim: where the classes are. Logits of two and three dimensions have them last by default;
+        others must say it, such as images (batch, classes, height, width) with dim=1.
+    Raises ValueError: no dim where it is needed, a single class."""
     shape = tuple(logits.shape)
     known = dim is not None or logits.dim() in (2, 3)
     _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
@@ -782,8 +417,7 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
     _require(logits.shape[-1] > 1, "logits", shape, several)
     with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial raises on NaN
-        float32 = torch.promote_types(logits.dtype, torch.float32)
-        noise = torch.empty_like(logits, dtype=float32).exponential_(generator=generator)
+        noise = torch.empty_like(logits, dtype=_wide(logits)).exponential_(generator=generator)
         labels = (logits - noise.log_()).argmax(-1)
         if ignore is not None:
             labels = labels.masked_fill(ignore, -100)
@@ -795,9 +429,8 @@ def sampled_binary_cross_entropy(logits, *, generator=None):
     """The same for yes/no and multi-label outputs: mean binary cross entropy of `logits`, of any
     shape, against labels drawn from Bernoulli(sigmoid(logits))."""
     with torch.no_grad():
-        float32 = torch.promote_types(logits.dtype, torch.float32)
-        noise = torch.empty_like(logits, dtype=float32).uniform_(generator=generator)
-        labels = (noise < logits.to(float32).sigmoid()).to(logits.dtype)
+        noise = torch.empty_like(logits, dtype=_wide(logits)).uniform_(generator=generator)
+        labels = (noise < logits.to(noise.dtype).sigmoid()).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
@@ -808,13 +441,11 @@ def sampled_mse(prediction, *, generator=None):
     return F.mse_loss(prediction, prediction.detach() + noise)
 
 
-def kth_smallest(tensors, k, group=None):
-    """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
-    float32 tensor (float64 where one of them is). NaN is largest; signs are ignored. Shards of
-    DTensors count over their ranks, other tensors over the process group, if one is passed.
-    Raises ValueError: k is not in 1 .. n."""
-    tensors = list(tensors) or [torch.empty(0)]
-    return _kth_and_zeros(tensors, k, group)[0].to(tensors[0].device)
+# ================================================================================================
+# You can stop reading here: this was the method, complete for one process. What follows makes it
+# exact (the k-th smallest, the probe that leaves no trace), resumable (saving and loading) and
+# sharded (DDP, FSDP2 and DTensors on several ranks).
+# ================================================================================================
 
 
 @contextmanager
@@ -823,9 +454,9 @@ def frozen_batch_norm(model):
     layers = [
         m
         for m in model.modules()
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
         and m.track_running_stats
-        and not torch.nn.parameter.is_lazy(m.running_mean)
+        and not nn.parameter.is_lazy(m.running_mean)
     ]
     for layer in layers:
         layer.track_running_stats = False
@@ -836,244 +467,304 @@ def frozen_batch_norm(model):
             layer.track_running_stats = True
 
 
-# ------------------------------------------------------------------------------------ the mask
-def _threshold(h, gamma):
-    """The largest flat curvature, None where all are 0, and how many are 0."""
-    n = sum(x.numel() for x in h)
-    k = math.floor(Fraction(str(float(gamma))) * n)
-    if k == 0:
-        return torch.tensor(-1.0), 0
-    threshold, zeros = _kth_and_zeros(h, k)
-    if zeros == n:
-        text = "IRE: the curvature is 0 everywhere, so the last mask goes on"
-        text += ": is the probe's loss one that depends on the weights?"
-        warnings.warn(text, stacklevel=2)
-        return None, zeros
-    if not threshold.isfinite():
-        text = f"IRE: more than {1 - gamma:.2g} of the curvature is not finite, and counts as sharp"
-        warnings.warn(text, stacklevel=2)
-        threshold = torch.tensor(torch.finfo(threshold.dtype).max, dtype=threshold.dtype)
-    return threshold, zeros
+def hidden_matrices(model):
+    """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`: parameters of
+    two dimensions inside an nn.ModuleList or nn.Sequential, except embeddings, and except a head:
+    the last layer of an nn.Sequential if that has the last matrix of the model.
+    Raises ValueError: there are none."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    inside, apart = set(), set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            apart.add(module.weight)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            inside.update(module.parameters())
+        if isinstance(module, nn.Sequential) and len(module):
+            apart.update(p for p in module[-1].parameters(recurse=False) if p is matrices[-1])
+    found = [p for p in matrices if p in inside - apart]
+    _require(found, "model", type(model).__name__, "a model with matrices in an nn.ModuleList")
+    return found
 
 
-def _at_most(h, threshold, p):
-    """Where |h| <= threshold, as p is laid out over the ranks and in memory."""
-    flat = torch.empty_like(p, dtype=torch.bool)
-    torch.le(_local(h).abs().to(threshold.dtype), threshold, out=_local(flat))
-    return flat
+# ------------------------------------------------------------------------ the k-th smallest
+def kth_smallest(tensors, k, group=None):
+    """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
+    float32 tensor (float64 if one of them is). NaN is largest; signs are ignored. Shards of
+    DTensors count over their ranks, other tensors over the process group, if one is passed.
+    Raises ValueError: k is not in 1 .. n, tensors that are not floating.
 
+    This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
+    do. So a histogram of 65,536 bins for every 16 bits finds the element, without a copy of all
+    tensors."""
+    tensors = list(tensors)
+    fits = all(x.is_floating_point() for x in tensors)
+    _require(fits, "tensors", sorted({str(x.dtype) for x in tensors}), "floating dtypes")
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    prefix = None  # the bits that are known
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+    def histogram(x):  # of the next 16 bits of the elements that begin with `prefix`
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+        for part in x.flatten().split(1 << 20):
+            digits = part.to(floats).abs().view(ints) >> shift
+            if prefix is not None:
+                digits = digits[digits >> 16 == prefix] & 0xFFFF
+            counts += torch.bincount(digits, minlength=1 << 16)
+        return counts
 
-
-def _kth_and_zeros(tensors, k, group=None):
-    """kth_smallest on the CPU, and the number of zeros. A radix select: the bits of non-negative
-    floats order as the numbers do, so a histogram for every 16 bits finds it, without a copy of
-    the model."""
-    wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
-    floats = torch.float64 if wide else torch.float32
-    prefix = None
-    for shift in range(torch.finfo(floats).bits - 16, -1, -16):
-        counts = _total(partial(_histogram, floats, shift, prefix), tensors, group)
-        below = counts.cumsum(0)
+    shift = torch.finfo(floats).bits
+    while shift > 0:
+        shift -= 16
+        counts = _total(histogram, tensors, group).cpu()
         if prefix is None:
-            zeros = int(counts[0])  # or so small that all of the first 16 bits are 0
-            n = int(below[-1])
-            good = isinstance(k, numbers.Integral) and 1 <= k <= n
-            _require(good, "k", k, f"1 to the number of elements, {n}")
-            prefix = 0
-            rank = k
-        digit = int(torch.searchsorted(below, rank))
-        rank -= int(below[digit] - counts[digit])
-        prefix = prefix << 16 | digit
-    return torch.tensor(prefix, dtype=_BITS[floats]).view(floats), zeros
+            n = int(counts.sum())
+            _require(isinstance(k, numbers.Integral) and 1 <= k <= n, "k", k, f"1 to n = {n}")
+        digit = int(torch.searchsorted(counts.cumsum(0), k))
+        k -= int(counts[:digit].sum())
+        prefix = (prefix or 0) << 16 | digit
+    return torch.tensor(prefix, dtype=ints).view(floats).to(tensors[0].device)
 
 
-def _histogram(floats, shift, prefix, tensors):
-    """Counts (65536) of the 16 bits from `shift` on, of |x| whose bits above those are `prefix`."""
-    ints = _BITS[floats]
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensors[0].device)
-    for where in _batches(tensors):
-        x = _joined([_piece(*at) for at in where])
-        x = x.abs() if x.is_complex() else x
-        digits = (x.to(floats).view(ints) & torch.iinfo(ints).max) >> shift  # without the sign
-        if prefix is not None:
-            digits = digits[digits >> 16 == prefix] & 0xFFFF
-        counts += _bincount(digits).to(counts.device)
-    return counts
+# ------------------------------------------------------------------------ curvature
+def _gradient(p):
+    """p's gradient, laid out over the ranks as p is."""
+    layout = p.grad.layout
+    _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
+    return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _bincount(digits):
-    if not digits.is_cuda:
-        return torch.bincount(digits, minlength=1 << 16)
-    # There it waits twice for the device, and the many zeros would queue for one counter.
-    live = digits[digits != 0]
-    one = torch.ones((), dtype=torch.int64, device=digits.device)
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=digits.device)
-    counts.index_add_(0, live, one.expand_as(live))
-    counts[0] = len(digits) - len(live)
-    return counts
+def _adams_squares(ire, params):
+    """{p: the base's running mean of squared gradients}. None if the base does not keep one for
+    each coordinate of all params, or if IRE began to keep its own: their scales differ."""
+    squares = {}
+    weights = {}
+    wanted = set(params)
+    for group in ire.param_groups:
+        for p in [p for p in group["params"] if p in wanted]:
+            entry = ire.state.get(p, {})
+            if not entry and p.grad is None:
+                continue
+            v = entry.get("exp_avg_sq")
+            rotated = "Q" in entry  # SOAP keeps it in another basis
+            if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
+                return None
+            squares[p] = v
+            if ire._due() and "betas" in group and "step" in entry:
+                weights[p] = 1 - float(group["betas"][1]) ** float(entry["step"])
+    return _corrected(squares, weights)
 
 
-# ------------------------------------------------------------------------------------ the probe
-_SET_ASIDE = set()  # the parameters whose gradients an open probe brings back
+def _corrected(squares, weights):
+    """squares / weights, where weights are 1 - beta^t: a mean that began at 0 later than the
+    others would look flat. The same weight for all changes neither mask nor factor."""
+    if len({weights.get(p, 1.0) for p in squares}) > 1:
+        return {p: v / weights.get(p, 1.0) for p, v in squares.items() if weights.get(p) != 0}
+    return squares
+
+
+def _is_usable(ire, threshold, curvature):
+    _check_agreement(threshold, curvature)
+    dead = threshold == 0 and _nonzero(curvature.values()) == 0
+    if dead or not threshold.isfinite():
+        _warn(ire, f"the curvature is {float(threshold)}, so the last mask stays")
+    return not dead and bool(threshold.isfinite())
+
+
+def _described(ire):
+    source = f"exp_avg_sq of {type(ire.base).__name__}" if ire.masks else "not known yet"
+    source = "kept by IRE" if ire.squares else source
+    source = source if ire.curvature == "squares" else "probe()"
+    every = f"every {ire.interval} steps from step {ire.warmup} on"
+    return f"curvature: {ire.curvature} ({source}), {every}"
+
+
+def _warn_of_miss(ire):
+    ire._missed += 1
+    if math.log10(ire._missed).is_integer():  # the 1st, 10th, 100th, ...
+        t = ire.param_groups[0]["ire_step"]
+        missing = "no gradient in p.grad" if ire.curvature == "squares" else "no probe()"
+        times = f"({ire._missed} times so far)"
+        _warn(ire, f"{missing} at step {t} {times}, so the last mask stays, or there is none")
+
+
+def _warn(ire, text):
+    warnings.warn(f"{type(ire).__name__}: {text}", stacklevel=4)
+
+
+def _nonzero(tensors):
+    return int(_total(torch.count_nonzero, tensors))
+
+
+def _wide(x):
+    """x's dtype, or float32 if x has fewer bits."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _random_direction(sam):
+    """For Average SAM: standard normal directions, and the root of the number of coordinates. The
+    parts of a sharded parameter differ, copies on several ranks are alike."""
+    direction = {p: torch.empty_like(_values(p)) for p in sam._params() if p.requires_grad}
+    seed = torch.randint(2**62, (), device=next(iter(direction.values())).device)
+    if _several_ranks():
+        dist.broadcast(seed, 0)
+    for i, (p, x) in enumerate(direction.items()):
+        ranks = [dist.get_rank(group) for group in _shard_groups(p)]
+        key = hash((int(seed), i, *ranks)) % 2**63
+        x.normal_(generator=torch.Generator(x.device).manual_seed(key))
+    return direction, sum(p.numel() for p in direction) ** 0.5
+
+
+# ------------------------------------------------------------------------ the probe leaves no trace
+_OPEN = set()  # the parameters whose gradients an open probe will put back
 
 
 @contextmanager
-def _gradients_set_aside(own, modules):
-    """An inner probe leaves alone what an outer one brings back, beside its own parameters."""
-    others = [p for m in modules for p in m.parameters() if p not in _SET_ASIDE]
-    before = {p: p.grad for p in [*own, *others]}
-    copies = {}
-    if _several_ranks():  # DDP's gradients may be views that it uses again
-        copies = {p: grad.clone() for p, grad in before.items() if grad is not None}
-    begun = before.keys() - _SET_ASIDE
-    _SET_ASIDE.update(begun)
-    for p in before:
+def _put_back(params, models, seed):
+    """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
+    and the random streams begin at `seed`. An inner probe leaves alone what an outer one puts
+    back, except its own params."""
+    good = all(isinstance(m, nn.Module) for m in models)
+    _require(good, "probe()", models, "torch.nn.Modules, as in probe(model)")
+    others = [p for m in models for p in m.parameters() if p not in _OPEN]
+    grads = {p: p.grad for p in [*params, *others]}
+    # DDP uses the memory of its gradients again, so under DDP the values are kept as well.
+    copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
+    buffers = [
+        (owner, name, x, x.clone())
+        for m in models
+        for owner in m.modules()
+        for name, x in owner._buffers.items()
+        if x is not None and not nn.parameter.is_lazy(x)
+    ]
+    used = [p.device.type for p in params if p.device.type in ("cuda", "xpu")]
+    kind = used[0] if used else "cuda"
+    devices = range(torch.get_device_module(kind).device_count()) if used else []
+    opened = grads.keys() - _OPEN
+    _OPEN.update(opened)
+    for p in grads:
         p.grad = None
     try:
-        yield
+        with torch.random.fork_rng(devices, device_type=kind):
+            torch.manual_seed(seed % 2**63)
+            yield
     finally:
-        _SET_ASIDE.difference_update(begun)
-        for p, grad in before.items():
+        _OPEN.difference_update(opened)
+        for p, grad in grads.items():
             p.grad = grad.copy_(copies[p]) if p in copies else grad
+        for owner, name, x, values in buffers:
+            x.data.copy_(values)  # .data, as a graph from before the probe may hold x
+            owner._buffers[name] = x
 
 
-@contextmanager
-def _buffers_kept(modules):
-    kept = [
-        (owner, name, buffer, buffer.clone())
-        for m in modules
-        for owner in m.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and not torch.nn.parameter.is_lazy(buffer)
-    ]
+# ------------------------------------------------------------------------ saving and loading
+# In a saved state, ours stands in the entry of each parameter beside the base's. The base never
+# sees ours: Adam takes an entry that is not empty for a complete one. So ours is added right after
+# the base has made its state, before hooks on the base run, and is taken out right before the base
+# reads the state, after hooks on the base ran. Such hooks may match parameters by name.
+_OURS = ("flat", "soft_factor", "ire_square", "ire_count")
+
+
+def _kept(ire):
+    """{name in a saved state: {p: tensor}}"""
+    return {ire._mask[0]: ire.masks, "ire_square": ire.squares, "ire_count": ire.counts}
+
+
+def _keys(ire, saved):
+    """[(p, its key in a saved state)]"""
+    name = type(ire.base).__name__
+    allowed = "an optimizer whose state_dict has state and param_groups"
+    _require({"state", "param_groups"} <= saved.keys(), "base", name, allowed)
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    params = [p for group in ire.param_groups for p in group["params"]]
+    return list(zip(params, keys, strict=False))  # torch refuses what does not fit
+
+
+def _with_ours(ire, saved):
+    state = dict(saved["state"])
+    for p, key in _keys(ire, saved):
+        own = {name: kept[p] for name, kept in _kept(ire).items() if p in kept}
+        if own:
+            state[key] = {**state.get(key, {}), **own}
+    return {**saved, "state": state}
+
+
+def _without_ours(ire, saved):
+    """(a state for the base, copies of ours as {name: {p: tensor}})"""
+    own = {name: {} for name in _kept(ire)}
+    for p, key in _keys(ire, saved):
+        entry = saved["state"].get(key, {})
+        for name in own.keys() & entry.keys():
+            like = torch.zeros(()) if name == "ire_count" else p
+            x = entry[name]
+            _require(x.shape == like.shape, name, tuple(x.shape), f"{tuple(like.shape)} as here")
+            own[name][p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    state = {}
+    for key, entry in saved["state"].items():
+        if isinstance(entry, dict):
+            entry = {name: x for name, x in entry.items() if name not in _OURS}
+        if entry != {}:  # a base takes an empty entry for a complete one
+            state[key] = entry
+    return {**saved, "state": state}, own
+
+
+def _save(ire):
+    """The base's state_dict with ours in it."""
+    hooked = []
+
+    def add(_, saved):
+        hooked.append(True)
+        return _with_ours(ire, saved)
+
+    handle = ire.base.register_state_dict_post_hook(add, prepend=True)
+    saved = ire.base.state_dict()
+    handle.remove()
+    return saved if hooked else _with_ours(ire, saved)  # some bases call no hooks
+
+
+def _load(ire, saved):
+    """Loads the base and ours. What does not fit changes nothing."""
+    before = [dict(group) for group in ire.param_groups]
+    taken = []
+
+    def take(_, saved):
+        rest, own = _without_ours(ire, saved)
+        taken.append(own)
+        return rest
+
+    handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
-        yield
+        ire.base.load_state_dict(saved)
+    except Exception:
+        if taken:
+            raise
     finally:
-        for owner, name, buffer, values in kept:
-            buffer.data.copy_(values)  # .data: a graph from before the probe may hold the buffer
-            owner._buffers[name] = buffer
+        handle.remove()
+    if not taken:  # some bases call no hooks
+        ire.base.load_state_dict(take(None, saved))
+    for name, kept in _kept(ire).items():
+        kept.clear()
+        kept.update(taken[-1][name])
+    for group, old in zip(ire.base.param_groups, before, strict=True):
+        for name in ire.settings.keys() - group.keys() - {"ire_step", "ire_probed"}:
+            group[name] = old[name]  # a bare base's state has none
 
 
-@contextmanager
-def _random_streams_kept(seed):
-    """Inside, the CPU's and those of all devices in use are seeded by `seed`."""
-    seed = seed % 2**63
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would wake up devices
-        for kind in ("cuda", "xpu", "mps"):
-            module = getattr(torch, kind, None)
-            awake = getattr(module, "is_initialized", getattr(module, "is_available", bool))
-            if awake():
-                devices = range(module.device_count())
-                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-                seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed
-                seed_all(seed)
-        yield
+def _is_rehearsal(wrapper):
+    """True in the step at lr 0 with gradients of 0 by which torch.distributed.checkpoint fills a
+    fresh optimizer's state. That step is not one of training: it must not count or warn."""
+    grads = [p.grad for p in wrapper._params() if p.grad is not None]
+    still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
+    return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
 
 
-def _modules(model, more):
-    if model is None:
-        return []
-    modules = list(model) if isinstance(model, (list, tuple)) else [model]
-    modules.extend(more)
-    good = all(isinstance(m, torch.nn.Module) for m in modules)
-    _require(good, "model", model, "a torch.nn.Module or several")
-    return modules
-
-
-# ------------------------------------------------------------------------------------ states
-def _taken_over(name, x, p):
-    """A copy of what was saved under `name` for p, laid out as p is; a count is one number."""
-    count = name == "soft_count"
-    shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-    wanted = () if count else tuple(p.shape)
-    _require(shape == wanted, name, shape, f"of {wanted}, as p is")
-    return torch.empty_like(x if count else p, dtype=x.dtype).copy_(x)
-
-
-# ------------------------------------------------------------------------------------ memory
-_BATCH = {"cpu": 1 << 19}  # elements that fit a CPU's cache; elsewhere 2^24, to save launches
-
-
-def _batches(tensors):
-    """Lists of pieces (tensor, start, stop) of one device and dtype, of about so many elements:
-    large tensors are cut, small ones go together."""
-    alike = {}
-    for x in tensors:
-        alike.setdefault((x.device, x.dtype), []).append(x)
-    for (device, _), group in alike.items():
-        size = _BATCH.get(device.type, 1 << 24)
-        batch = []
-        count = 0
-        for x in group:
-            n = _local(x).numel()
-            length = size if _in_a_line(_local(x)) is not None else max(n, 1)
-            for start in range(0, n, length):
-                stop = min(start + length, n)
-                batch.append((x, start, stop))
-                count += stop - start
-                if count >= size:
-                    yield batch
-                    batch = []
-                    count = 0
-        if batch:
-            yield batch
-
-
-def _piece(x, start, stop):
-    """A view of a piece of x, or all of an x with gaps in its memory."""
-    x = _local(x)
-    line = _in_a_line(x)
-    return x if line is None else line[start:stop]
-
-
-def _joined(pieces):
-    """Pieces in one dimension; a view where there is but one."""
-    lines = [x.reshape(-1) for x in pieces]
-    return torch.cat(lines) if len(lines) > 1 else lines[0]
-
-
-def _in_a_line(x):
-    """A view of x in one dimension, in the order of its memory; None where that has gaps."""
-    if x.is_contiguous():
-        return x.view(-1)
-    if torch.empty_like(x, device="meta").stride() == x.stride():
-        return x.as_strided((x.numel(),), (1,))
-    return None
-
-
-def _added(values):
-    """The sum of 0-dim tensors that may be on several devices."""
-    values = list(values)
-    return sum(x.to(values[0].device) for x in values)
-
-
-def _real(x):
-    """The dtype of |x|, float32 at least."""
-    return torch.promote_types(x.dtype.to_real(), torch.float32)
-
-
-def _square(x, dtype=torch.float32):
-    """|x|^2 in `dtype` at least: squares of float16 overflow."""
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)) ** 2
-
-
-# ------------------------------------------------------------------------------------ ranks
-def _several_ranks():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _local(x):
+# ------------------------------------------------------------------------ ranks
+def _values(x):
     """This rank's part of x, without its history."""
     return (x.to_local() if hasattr(x, "to_local") else x).detach()
 
 
-def _laid_out_as(x, p):
-    """A gradient laid out over the ranks as its parameter is."""
-    return x.redistribute(placements=p.placements) if hasattr(p, "placements") else x
+def _several_ranks():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _shard_groups(x):
@@ -1083,62 +774,93 @@ def _shard_groups(x):
 
 
 def _total(measure, tensors, group=None):
-    """The sum over all ranks of measure(local parts); replicas, which are alike, count once."""
-    by_groups = {}
+    """The sum of measure(x) over all tensors and ranks. Replicas are alike and count once."""
+    totals = {}
     for x in tensors:
         groups = tuple(_shard_groups(x)) or (group,)
-        by_groups.setdefault(groups, []).append(_local(x))
-    values = []
-    for groups, parts in by_groups.items():
-        values.append(measure(parts))
+        value = measure(_values(x))
+        totals[groups] = (
+            value.to(totals[groups].device) + totals[groups] if groups in totals else value
+        )
+    for groups, total in totals.items():
         for each in groups:
             if each is not None:
-                dist.all_reduce(values[-1], group=each)
-    return _added(values)
+                dist.all_reduce(total, group=each)
+    return sum(total.cpu() for total in totals.values())
 
 
-def _plain(tensors):
-    return [x for x in tensors if not hasattr(x, "placements")]
+def _check_agreement(threshold, params):
+    """Raises RuntimeError if ranks with the same parameters found different thresholds."""
+    plain = any(not hasattr(p, "placements") for p in params)
+    if plain and _several_ranks():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, repr(float(threshold)))
+        if len(set(found)) > 1:
+            raise RuntimeError(
+                "IRE: the ranks differ in their curvature. Their gradients must be averaged as in "
+                "training: not under no_sync(), and not through model.module"
+            )
 
 
-@torch.no_grad()
-def _check_replicas(params, problem):
-    """Raises RuntimeError where ranks do not hold the same plain parameters."""
-    plain = [p for p in _plain(params) if p.is_floating_point()]
-    if not plain or not _several_ranks():
-        return
-    n = sum(p.numel() for p in plain)
-    total = float(_added(p.sum(dtype=torch.float64) for p in plain))
-    square = float(_added(_square(p, torch.float64) for p in plain))
-    # Rounding on unlike devices moves them by less, a step of other gradients by more.
-    spreads = [0, 1e-5 * square**0.5, 1e-5 * square / n**0.5]
-    _check_alike([n, total, square], spreads, plain[0].device, f"weights {problem}")
+# ------------------------------------------------------------------------ settings
+def _give_settings(wrapper, base, settings):
+    """Puts the settings into the base's groups, except where the user has put one already."""
+    allowed = "a torch.optim.Optimizer, except LBFGS and a second wrapper of the same kind"
+    fits = isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(wrapper)))
+    _require(fits, "base", type(base).__name__, allowed)
+    for name in settings:
+        _require(name not in base.defaults, name, type(base).__name__, f"a base without a {name}")
+    for p in [p for group in base.param_groups for p in group["params"]]:
+        flattened = getattr(p, "_fsdp_flattened", False)
+        _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
+    typed = vars(base).setdefault("_typed", {})  # a notebook cell may be run again
+    for i, group in enumerate(base.param_groups):
+        wrapped = "ire_step" in group
+        for name, value in settings.items():
+            if not typed.setdefault((i, name), name in group and not wrapped):
+                group[name] = value
 
 
-def _check_thresholds(curvature, thresholds):
-    if not _plain(curvature) or not _several_ranks():
-        return
-    n = sum(p.numel() for p in curvature)
-    total = sum(-2.0 if x is None else float(x) for x in thresholds)
-    problem = "curvature: reduce it as in training (not under no_sync, not through model.module)"
-    _check_alike([n, total], [0, 0], next(iter(curvature)).device, problem)
+def _arguments_of_ire(kwargs):
+    """Takes them out of kwargs."""
+    names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-def _check_alike(values, spreads, device, problem):
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    ends = torch.stack((values, -values))
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    spread = ends.sum(0).cpu()
-    if (spread > torch.tensor(spreads, dtype=torch.float64)).any():
-        raise RuntimeError(f"IRE: ranks differ in their {problem}")
+_ALLOWED = {
+    "interval": (lambda x: x >= 1 and x == int(x), "a whole number >= 1"),
+    "warmup": (lambda x: x >= 0 and x == int(x), "a whole number >= 0"),
+    "beta": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "limit": (lambda x: x >= 1, "a finite number >= 1"),
+    "kappa": (lambda x: x >= 0, "a finite number >= 0"),
+    "gamma": (lambda x: 0 < x < 1, "a number in (0, 1)"),
+    "rho": (lambda x: x >= 0, "a finite number >= 0"),
+}
 
 
-# ------------------------------------------------------------------------------------ arguments
-def _is_finite(x):
-    return isinstance(x, (numbers.Real, torch.Tensor)) and math.isfinite(x)
+def _check_settings(wrapper):
+    """Raises ValueError for a setting out of range, also for one that was changed later."""
+    if isinstance(wrapper, IRE):
+        kinds = ("squares", "fisher")
+        _require(wrapper.curvature in kinds, "curvature", wrapper.curvature, " or ".join(kinds))
+        if wrapper._probing:
+            raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
+    else:
+        both = wrapper.adaptive and wrapper.average
+        _require(not both, "adaptive", wrapper.adaptive, "False where average is True")
+    found = [vars(wrapper), *wrapper.param_groups]
+    soft = {"kappa": (lambda x: 0 <= x <= 1, "a number in [0, 1]")}
+    allowed = _ALLOWED | (soft if isinstance(wrapper, SoftIRE) else {})
+    for settings in found:
+        for name in allowed.keys() & settings.keys() - wrapper.defaults.keys():
+            fits, words = allowed[name]
+            value = settings[name]
+            number = isinstance(value, (numbers.Real, torch.Tensor)) and math.isfinite(value)
+            _require(number and fits(value), name, value, words)
 
 
-def _require(good, name, value, allowed):
-    if not good:
+def _require(fits, name, value, allowed):
+    if not fits:
         shown = value if isinstance(value, str) and " " in value else repr(value)
         raise ValueError(f"{name}: got {shown}, allowed is {allowed}")

@@ -156,7 +156,7 @@ class Config:
     ire_epoch: int = setting(None, "first epoch with IRE, from 0 (default 0.6 of --epochs)", STEPS)
     ire_warmup: int = setting(None, "steps before IRE (default those before --ire-epoch)", STEPS)
     curvature: str = setting(
-        "fisher", "source of the mask; AdamW has a second_moment", ("fisher", "second_moment")
+        "fisher", "source of the mask", ("fisher", "squares")
     )
     probe: str = setting(
         "fixed", "pictures for fisher: the first ones or the step's own", ("fixed", "fresh")
@@ -345,8 +345,6 @@ def check_settings(c):
     for name in ("adaptive", "average"):
         check(c, name, has_sam(c) or not getattr(c, name), f"--no-{name} without SAM")
     check(c, "average", not (c.average and c.adaptive), "one of --adaptive and --average")
-    fits = c.curvature == "fisher" or c.base == "adamw"
-    check(c, "curvature", fits, "fisher over sgd, which has no second moment")
     for name in ("warmup", "ire_epoch"):
         check(c, name, getattr(c, name) < c.epochs, f"0 to --epochs - 1, {c.epochs - 1}")
     for name in ("out", "data_dir"):
