@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import train_gpt
+import common
 from ire import IRE
 
 STEPS = 30
@@ -192,7 +192,7 @@ def main():
             print(f"{name:20} {rows[name][0]:20} {rows[name][1]}")
     counts = dict(collections.Counter(kind for kind, _ in rows.values()))
     print(f"\n{len(rows)} optimizers: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
-    report = {"command": "python benchmarks/bases.py", **train_gpt.environment()}
+    report = {"command": "python benchmarks/bases.py", **common.environment()}
     report["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
     report["counts"] = counts
     report["optimizers"] = {name: " ".join(row).strip() for name, row in rows.items()}
