@@ -216,6 +216,7 @@ class IRE(_Wrapper):
     @property
     def probe_due(self):
         """True if this step wants a new mask from `probe()`."""
+        _check_settings(self)
         group = self.param_groups[0]
         fisher = self.curvature == "fisher"
         return fisher and self._due() and group["ire_probed"] != group["ire_step"]
