@@ -127,18 +127,20 @@ class Settings:
     home: ClassVar[str] = "runs/run"  # the default folder of a script's runs
 
     out: str = setting(None, "folder of the run (default: a free name in runs)", command=True)
-    resume: bool = setting(False, "go on with the run in --out", command=True)
+    resume: bool = setting(
+        False, "go on with the run in --out, or with the only unfinished run", command=True
+    )
     overwrite: bool = setting(False, "replace the run in --out", command=True)
     config: str = setting(None, "a JSON file with settings, as config.json of a run", command=True)
-    seed: int = setting(0, "of weights, batches and drawn labels", SEED)
+    seed: int = setting(0, "of weights, batches and sampled labels", SEED)
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     dtype: str = setting(
         None,
-        "numbers in the passes (default: what the device is fast at)",
+        "of the forward and backward passes (default: what the device is fast at)",
         ("float32", "bfloat16", "float16"),
     )
     compile: bool = setting(None, "torch.compile (default: on GPUs that can)", resume=True)
-    deterministic: bool = setting(False, "the same bits in each run on a GPU; slower")
+    deterministic: bool = setting(False, "bit for bit the same runs on a GPU; slower")
     log_interval: int = setting(20, "steps between lines of the log", COUNT, resume=True)
     wandb: bool = setting(False, "send the log to Weights & Biases too", resume=True)
     given: list = dataclasses.field(default_factory=list)  # names that the user has set

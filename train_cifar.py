@@ -66,11 +66,11 @@ class Config(common.Settings):
     # the network and its pictures
     preset: str = setting("paper", "quick trains a small network in minutes", tuple(PRESETS))
     data: str = setting("cifar10", "pictures; digits come with scikit-learn", DATA)
-    limit_train: int = setting(None, "train on the first so many pictures (default all)", COUNT)
-    holdout: int = setting(0, "keep the last so many training pictures for val_acc", STEPS)
+    limit_train: int = setting(None, "train on the first N pictures (default all)", COUNT)
+    holdout: int = setting(0, "keep the last N training pictures for val_acc", STEPS)
     model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
     augment: str = setting(
-        None, "changes of the pictures (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
+        None, "data augmentation (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
     )
     # the schedule
     epochs: int = setting(
@@ -86,7 +86,7 @@ class Config(common.Settings):
         None, "peak learning rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE
     )
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
-    label_smoothing: float = setting(0.1, "share of the other classes in a label", DECAY)
+    label_smoothing: float = setting(0.1, "share of a label that all classes get alike", DECAY)
     # the optimizer
     optimizer: str = setting(
         None, "admire is IRE on top of AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
@@ -99,31 +99,35 @@ class Config(common.Settings):
     )
     decay_norms: bool = setting(True, "weight decay on biases and norms too")
     momentum: float = setting(0.9, "momentum of SGD", DECAY, of=("sgd",))
-    rho: float = setting(0.05, "length of SAM's climb", NOT_NEGATIVE, of=("sam",))
-    adaptive: bool = setting(False, "ASAM: large weights climb further", of=("sam",))
-    average: bool = setting(False, "Average SAM: climb in a random direction", of=("sam",))
+    rho: float = setting(0.05, "radius of SAM's perturbation", NOT_NEGATIVE, of=("sam",))
+    adaptive: bool = setting(False, "ASAM: large weights are perturbed more", of=("sam",))
+    average: bool = setting(False, "Average SAM: perturb in a random direction", of=("sam",))
     # IRE on top of the optimizer
     kappa: float = setting(1.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE, of=("ire",))
     gamma: float = setting(0.9, "flat fraction of the coordinates", FRACTION, of=("ire",))
-    interval: int = setting(10, "steps from one mask to the next", COUNT, of=("ire",))
+    interval: int = setting(10, "steps until IRE looks again where it is flat", COUNT, of=("ire",))
     ire_epoch: int = setting(
         None, "first epoch with IRE, from 0 (default 0.6 of --epochs)", STEPS, of=("ire",)
     )
     ire_warmup: int = setting(None, "steps before IRE, instead of --ire-epoch", STEPS, of=("ire",))
     curvature: str = setting(
         "fisher",
-        "what finds flat coordinates: mean squared gradients, or a probe with drawn labels",
+        "it is flat where these are small: squared gradients of training, or (the paper's) of "
+        "labels sampled from the model",
         ("squares", "fisher"),
         of=("ire",),
     )
     probe: str = setting(
-        "fixed", "its pictures: the first ones or the step's", ("fixed", "fresh"), of=("fisher",)
+        "fixed",
+        "pictures for fisher: the first ones, or those of the step",
+        ("fixed", "fresh"),
+        of=("fisher",),
     )
     kappa_decay: bool = setting(False, "kappa follows the learning rate down", of=("ire",))
     # files and reports
-    data_dir: str = setting("data", "folder of the pictures, fetched if missing", resume=True)
+    data_dir: str = setting("data", "folder of the pictures, downloaded if missing", resume=True)
     limit_test: int = setting(
-        None, "test on the first so many pictures (default all)", COUNT, resume=True
+        None, "test on the first N pictures (default all)", COUNT, resume=True
     )
     tta: bool = setting(False, "test on each picture and its mirror image", resume=True)
     eval_interval: int = setting(1, "epochs between tests", COUNT, resume=True)
@@ -137,7 +141,9 @@ class Config(common.Settings):
         None, "training pictures for this (default 1024; on a CPU: 128)", COUNT, resume=True
     )
     sharpness_probes: int = setting(16, "random vectors for the trace", SOME, resume=True)
-    sharpness_products: int = setting(60, "most products for lambda_max", SOME, resume=True)
+    sharpness_products: int = setting(
+        60, "Hessian-vector products for lambda_max, at most", SOME, resume=True
+    )
     seeds: int = setting(1, "runs with --seed, --seed + 1, ...", COUNT, command=True)
 
     def __post_init__(self):

@@ -1,4 +1,5 @@
-"""Pre-train a Llama with AdamW or Muon, each alone or with IRE, on a laptop or on eight GPUs:
+"""Pre-train a Llama with IRE on top of AdamW, or with AdamW or Muon alone, on a laptop or on eight
+GPUs. IRE takes longer steps where the loss is flat, coordinate by coordinate.
 
     python train_gpt.py                              # about 1M parameters on Python's own source
     python train_gpt.py --compare                    # AdamW, then AdmIRE, on the same batches
@@ -6,11 +7,12 @@
     python train_gpt.py --resume                     # go on after Ctrl-C
     python train_gpt.py --sample runs/gpt --prompt "def "
     python train_gpt.py --init runs/gpt --data my.txt    # its weights, your text
-    python train_gpt.py --preset baby                # the size of nanoGPT, for one GPU
+    python train_gpt.py --preset baby                # about 10M parameters, for one GPU
     lm_eval --model hf --model_args pretrained=runs/gpt/hf,prefix_token_id=10 --tasks lambada_openai
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 1b --fsdp
 
-A resumed run ends with the same bits on a CPU, and on CUDA with --deterministic.
+A resumed run ends bit for bit like a run that was not stopped: on a CPU, and on CUDA with
+--deterministic. A preset changes other defaults too: config.json in the folder of a run has all.
 The model is in llama.py, the texts are in text.py, settings and files of a run in common.py.
 Top to bottom: settings, optimizers, training, files, comparison, sampling, command line.
 """
@@ -35,7 +37,7 @@ from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
 
 # ------------------------------------------------------------------------------------ settings
 # The three rows of the paper as Llamas, close to its models (its 60M has width 410 and 10 heads),
-# with its own form of IRE. "baby" has the size of nanoGPT; "1b" wants several GPUs and --fsdp.
+# with its own form of IRE. "baby" has about 10M parameters; "1b" wants several GPUs and --fsdp.
 PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
     "tiny": dict(embedding_lr=4.0, head_lr=4.0),
@@ -75,61 +77,80 @@ class Config(common.Settings):
     data: str = setting(
         "stdlib",
         "stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile, "
-        "openwebtext, a text file, a folder of them, or one with train.bin, val.bin, meta.json",
+        "openwebtext, a text file, a folder of text files, or a folder with train.bin, val.bin "
+        "and meta.json",
         resume=True,  # from another place; the text must be the same
     )
     data_dir: str = setting("data", "folder for prepared data", resume=True)
     tokenizer: str = setting("bytes", "what a token is", ("bytes", "gpt2"))
     layers: int = setting(4, "transformer blocks", common.Range(1, 1000, "1 to 1,000"))
-    width: int = setting(128, "numbers for a token", common.Range(2, 2**16, "2 to 65,536"))
+    width: int = setting(128, "size of an embedding", common.Range(2, 2**16, "2 to 65,536"))
     heads: int = setting(4, "attention heads; width / heads is even", COUNT)
     ffn: int = setting(336, "width inside the feed-forward", common.Range(1, 2**18, "1 to 2^18"))
     context: int = setting(128, "tokens in a sequence", common.Range(1, 2**20, "1 to 2^20"))
-    init: str = setting(None, "begin with the weights of the run in this folder")
+    init: str = setting(None, "begin with the weights, and so the sizes, of the run in this folder")
     # the schedule
     batch_size: int = setting(
         16, "sequences in a step, over all GPUs", common.Range(1, 2**20, "1 to 2^20")
     )
     steps: int = setting(1000, "optimizer steps", COUNT, resume=True)
-    warmup: int = setting(None, "steps up to the peak (default 250 or --steps / 4)", STEPS)
+    warmup: int = setting(
+        None, "steps up to the peak (default 250, or --steps / 4 if that is less)", STEPS
+    )
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    embedding_lr: float = setting(1.0, "the embedding's multiple of --lr; tiny has 4", POSITIVE)
-    head_lr: float = setting(1.0, "the last matrix's multiple of --lr; tiny has 4", POSITIVE)
+    embedding_lr: float = setting(
+        1.0, "the embedding's rate, as a multiple of --lr; 4 in preset tiny", POSITIVE
+    )
+    head_lr: float = setting(
+        1.0, "the rate of lm_head, as a multiple of --lr; 4 in preset tiny", POSITIVE
+    )
     schedule: str = setting(
         "cosine", "after the peak; wsd falls in the last fifth", ("cosine", "wsd", "constant")
     )
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", UNIT)
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
     # the optimizer
-    optimizer: str = setting("admire", "admire is IRE on top of AdamW", tuple(OPTIMIZERS))
-    beta1: float = setting(0.9, "AdamW's decay of the mean", DECAY)
+    optimizer: str = setting(
+        "admire",
+        "admire and muon-ire are IRE on top of AdamW and Muon; -soft is IRE without a threshold",
+        tuple(OPTIMIZERS),
+    )
+    beta1: float = setting(0.9, "AdamW's decay of the mean, also beside Muon", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
     eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
     weight_decay: float = setting(0.1, "on matrices only", NOT_NEGATIVE)
     # IRE on top of it
     kappa: float = setting(2.0, "flat steps are 1 + kappa times as long", NOT_NEGATIVE, of=("ire",))
     gamma: float = setting(0.7, "flat fraction of the coordinates", FRACTION, of=("ire",))
-    alpha: float = setting(0.3, "how much longer flat steps are, in -soft", UNIT, of=("soft",))
-    interval: int = setting(10, "steps from one mask to the next", COUNT, of=ANY_IRE)
+    alpha: float = setting(0.3, "strength of -soft; 0 is the base alone", UNIT, of=("soft",))
+    interval: int = setting(10, "steps until IRE looks again where it is flat", COUNT, of=ANY_IRE)
     ire_warmup: int = setting(0, "steps before IRE switches on", STEPS, of=ANY_IRE)
     curvature: str = setting(
         "squares",
-        "where it is flat: by squared gradients of training, or of labels that the model draws",
+        "it is flat where these are small: squared gradients of training, or (the paper's) of "
+        "labels sampled from the model",
         ("squares", "fisher"),
         of=ANY_IRE,
     )
     probe_batches: int = setting(
-        None, "micro-batches for drawn labels (default: a quarter)", COUNT, of=("fisher",)
+        None,
+        "micro-batches with sampled labels (default: a quarter of a step's)",
+        COUNT,
+        of=("fisher",),
     )
     # how to compute it
-    micro_batch: int = setting(None, "sequences in a pass (default: what fits)", COUNT)
+    micro_batch: int = setting(None, "sequences in one forward pass (default: what fits)", COUNT)
     fsdp: bool = setting(False, "shard over torchrun's GPUs (FSDP2), not DDP", resume=True)
     # reports
-    log_interval: int = setting(None, "steps between lines (default 20)", COUNT, resume=True)
+    log_interval: int = setting(
+        None, "steps between lines of the log (default 20, fewer in short runs)", COUNT, resume=True
+    )
     eval_interval: int = setting(
         None, "steps between validations (default: a tenth of --steps)", COUNT, resume=True
     )
-    eval_sequences: int = setting(512, "validation: so many, whole batches", COUNT, resume=True)
+    eval_sequences: int = setting(
+        512, "sequences in a validation, in whole batches", COUNT, resume=True
+    )
     checkpoint_interval: int = setting(
         None, "steps between checkpoints (default: a tenth of --steps)", COUNT, resume=True
     )
@@ -141,7 +162,8 @@ class Config(common.Settings):
     # what to do
     compare: str = setting(
         None,
-        "train with these optimizers in turn; the first is the base (default adamw,admire)",
+        "train with these optimizers in turn and compare them with the first (adamw,admire if "
+        "none is named)",
         command=True,
         alone="adamw,admire",
     )
@@ -149,7 +171,7 @@ class Config(common.Settings):
     sample: str = setting(None, "print text from the run in this folder", command=True)
     prompt: str = setting("", "how the text begins", command=True)
     num_samples: int = setting(1, "how many texts", COUNT, command=True)
-    tokens: int = setting(300, "how long they are", COUNT, command=True)
+    tokens: int = setting(300, "how many tokens follow the prompt", COUNT, command=True)
     temperature: float = setting(0.8, "0 takes the likeliest token", NOT_NEGATIVE, command=True)
     top_k: int = setting(50, "choose among so many tokens", COUNT, command=True)
 
@@ -501,7 +523,8 @@ def banner(run, job):
     """The first lines: what will be trained, with what, and what to expect."""
     c, data = job.c, job.data
     count = sum(p.numel() for p in job.model.parameters())
-    epochs = c.steps * c.batch_size * c.context / len(data.train)
+    tokens = c.batch_size * c.context
+    share = c.steps * tokens / len(data.train)
     place = f"{common.RANKS} x {c.device}, {c.dtype}"
     place += ", FSDP" if c.fsdp else ""
     place += ", compiled" if c.compile else ""
@@ -514,17 +537,17 @@ def banner(run, job):
         method += f", alpha {c.alpha:g}"
     if rule(c) and c.ire_warmup:
         method += f", on from step {c.ire_warmup}"
-    times = f"{c.embedding_lr:g} times that for the embedding, {c.head_lr:g} for the head"
+    times = f"embedding {c.embedding_lr:g} times, head {c.head_lr:g} times as much"
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
         device=place,
         optimizer=method,
-        rate=f"{c.lr:g} after {c.warmup} steps, then {c.schedule}; {times}",
-        run=f"{c.steps} steps of {c.batch_size * c.context:,} tokens, {epochs:.2f} epochs",
+        lr=f"up to {c.lr:g} in {c.warmup} steps, then {c.schedule}; {times}",
+        run=f"{c.steps} steps of {tokens:,} tokens, {share:.0%} of the data",
         folder=str(run.out),
     )
-    chance = f"a loss near {math.log(data.vocab):.2f}, by guessing among {data.vocab} tokens"
+    chance = f"guessing among {data.vocab} tokens has the loss {math.log(data.vocab):.2f}"
     start = f"the weights of {c.init}" if c.init else chance
     common.say(start=f"step {job.step} of {c.steps}" if job.step else start)
 
