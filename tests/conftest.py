@@ -6,6 +6,7 @@ from pathlib import Path
 # The suite is of the CPU, also where there is a GPU; test_cuda.py wants DEVICE=cuda.
 if os.environ.get("DEVICE") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, two at a time
 
 import pytest
 import torch
