@@ -176,7 +176,7 @@ class IRE(_Wrapper):
         """{p: running mean of the squared gradient}: all of the base, or all kept here."""
         squares = _adams_squares(self, params, new)
         if squares is not None:
-            return squares
+            return _corrected(self, squares) if self._due() else squares
         for p, square in new.items():
             if p not in self.squares or self.squares[p].shape != p.shape:
                 self.squares[p] = torch.zeros_like(p, dtype=_wide(p))
@@ -564,7 +564,6 @@ def _adams_squares(ire, params, new):
     each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
     together."""
     squares = {}
-    corrections = {}  # 1 - beta2^t, which differ if some of the means began later than others
     active = set(params)
     for group in ire.param_groups:
         for p in [p for p in group["params"] if p in active]:
@@ -576,12 +575,21 @@ def _adams_squares(ire, params, new):
             if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
                 return None
             squares[p] = v
-            corrections[p] = 1.0
-            if ire._due() and "betas" in group and "step" in entry:
-                corrections[p] -= float(group["betas"][1]) ** float(entry["step"])
-    if len(set(corrections.values())) > 1:
-        squares = {p: v / corrections[p] for p, v in squares.items() if corrections[p] > 0}
     return squares
+
+
+def _corrected(ire, squares):
+    """Adam's means divided by 1 - beta2^t, if some of them began later than others: those would
+    look flat."""
+    weights = {}
+    for group in ire.param_groups:
+        for p in [p for p in group["params"] if p in squares]:
+            weights[p] = 1.0
+            if "betas" in group and "step" in ire.state[p]:
+                weights[p] -= float(group["betas"][1]) ** float(ire.state[p]["step"])
+    if len(set(weights.values())) == 1:
+        return squares
+    return {p: v / weights[p] for p, v in squares.items() if weights[p] > 0}
 
 
 def _is_usable(ire, threshold, curvature):
