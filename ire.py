@@ -30,6 +30,7 @@ def _of_base(name):
 class _Wrapper(Optimizer):
     """An optimizer around another one, `base`. What it does not do itself is the base's own."""
 
+    _ranges = {}  # of settings, where they differ from those below
     state = _of_base("state")
     defaults = _of_base("defaults")
     add_param_group = _of_base("add_param_group")
@@ -39,9 +40,9 @@ class _Wrapper(Optimizer):
     state_dict = _of_base("state_dict")
     load_state_dict = _of_base("load_state_dict")
 
-    def __init__(self, base, settings):
-        """settings: {name: value}, stored in every parameter group beside the base's own."""
-        _give_settings(self, base, settings)
+    def __init__(self, base, **settings):
+        """settings: stand in every parameter group beside the base's own."""
+        _check_base(self, base, settings)
         # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
 
@@ -49,6 +50,9 @@ class _Wrapper(Optimizer):
         super().__setstate__(state)
         hooks = {name: x for name, x in vars(self.base).items() if "state_dict" in name}
         vars(self).update(hooks)  # hooks on saving and loading are the base's
+
+    def __getstate__(self):  # for copy and pickle, without what schedulers put in place of step
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
     @property
     def param_groups(self):
@@ -58,10 +62,8 @@ class _Wrapper(Optimizer):
         return self.base.param_groups
 
     def _params(self):
-        return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
-
-    def __getstate__(self):  # for copy and pickle, without what schedulers put in place of step
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
+        """{parameter: its group}"""
+        return {p: group for group in self.param_groups for p in group["params"]}
 
 
 class IRE(_Wrapper):
@@ -90,7 +92,6 @@ class IRE(_Wrapper):
     """
 
     _saved_as = "flat"
-    _mask_dtype = torch.bool
     _probing = False
     _missed = 0
 
@@ -99,9 +100,8 @@ class IRE(_Wrapper):
     ):
         self._set_up(base, {"kappa": kappa, "gamma": gamma}, interval, warmup, curvature, beta)
 
-    def _set_up(self, base, settings, interval, warmup, curvature, beta):
-        # The counters: this step, and the last step with a probe.
-        super().__init__(base, settings | {"ire_step": 0, "ire_probed": -1})
+    def _set_up(self, base, settings, interval=10, warmup=0, curvature="squares", beta=0.98):
+        super().__init__(base, **settings, ire_step=0)
         self.interval = interval
         self.warmup = warmup
         self.curvature = curvature
@@ -109,13 +109,8 @@ class IRE(_Wrapper):
         self.masks = {}
         self.squares = {}  # running means of squared gradients that are kept here
         self.counts = {}  # how many gradients are in each
+        self.probed = None  # the last step with a probe
         _check_settings(self)
-
-    def state_dict(self):
-        return _save(self)
-
-    def load_state_dict(self, state_dict):
-        _load(self, state_dict)
 
     @torch.compiler.disable
     def step(self, closure=None):
@@ -125,74 +120,67 @@ class IRE(_Wrapper):
         _check_settings(self)
         if self._probing:
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
+        if _is_rehearsal(self):
+            return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
-        training = not _is_rehearsal(self)
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
         new, closure = self._new_squares(params, closure)
 
         loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
-        squares = self._squares(params, new, training) if self.curvature == "squares" else {}
-        self._begin_masks(p for p in params if p in squares or p.grad is not None)
-        if not training:
-            return loss
+        squares = self._running_means(params, new)
         if self._due() and squares:
             self._update_masks(squares)
-        elif self._due() and params and self.param_groups[0]["ire_probed"] != t:
+        elif self._due() and params and self.probed != t:
             _warn_of_miss(self)
-        for group in self.param_groups:
-            for p in [p for p in group["params"] if p in old and p in self.masks]:
-                step = torch.sub(_values(p), old[p], out=old[p])  # theta_base - theta
+        for p, theta in old.items():
+            if _fits(self.masks, p):
+                step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
                 step.nan_to_num_(0, 0, 0)  # a step that is not finite is not lengthened
-                _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(group["kappa"]))
+                _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(params[p]["kappa"]))
+        for group in self.param_groups:
             group["ire_step"] = t + 1
         return loss
 
     def _new_squares(self, params, closure):
-        """({p: the squared gradient of this step}, closure), unless the base is known to keep their
-        mean. Squares are taken before the base's step, as Muon and others change p.grad in place.
-        Of several calls of a closure, the last makes the step."""
-        squares = {}
+        """({p: the squared gradient of this step}, closure), unless the base keeps their mean.
+        Squares are taken before the base's step, as Muon and others change p.grad in place. Of
+        several calls of a closure, the last makes the step."""
+        new = {}
 
         def look():
-            for p in [p for p in params if p.grad is not None]:
-                g = _values(_gradient(p)).to(_wide(p))
-                squares[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
+            for p in params:
+                if p.grad is not None:
+                    g = _values(_gradient(p)).to(_wide(p))
+                    new[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
 
         def watched():
             loss = closure()
             look()
             return loss
 
-        has_gradient = {p for p in params if p.grad is not None}
-        if self.curvature != "squares" or _adams_squares(self, params, has_gradient):
-            return {}, closure
-        if closure is None:
-            look()
-        return squares, watched if closure else None
+        if self.curvature == "fisher" or _adams_squares(self, params) is not None:
+            return new, closure
+        if closure is not None:
+            return new, watched
+        look()
+        return new, None
 
-    def _squares(self, params, new, training):
+    def _running_means(self, params, new):
         """{p: running mean of the squared gradient}: all of the base, or all kept here."""
-        squares = _adams_squares(self, params, new)
+        if self.curvature == "fisher":
+            return {}
+        squares = _adams_squares(self, params)
         if squares is not None:
-            return _corrected(self, squares) if self._due() else squares
+            return _corrected(squares, params, self.state) if self._due() else squares
         for p, square in new.items():
-            if p not in self.squares or self.squares[p].shape != p.shape:
-                self.squares[p] = torch.zeros_like(p, dtype=_wide(p))
-                self.counts[p] = torch.zeros(())
-            if training:
-                self.counts[p] += 1
-                # Without the denominator, a mean that began later than others would look flat.
-                weight = (1 - self.beta) / (1 - self.beta ** float(self.counts[p]))
-                _values(self.squares[p]).lerp_(square, weight)
+            mean = _begin(self.squares, p, _wide(p))
+            self.counts[p] = self.counts.get(p, torch.zeros(())) + 1
+            # Without the denominator, a mean that began later than others would look flat.
+            weight = (1 - self.beta) / (1 - self.beta ** float(self.counts[p]))
+            mean.lerp_(square, weight)
         return {p: self.squares[p] for p in params if p in self.squares}
-
-    def _begin_masks(self, params):
-        """Nothing is flat at first, and in a parameter whose shape has changed."""
-        for p in params:
-            if p not in self.masks or self.masks[p].shape != p.shape:
-                self.masks[p] = torch.zeros_like(p, dtype=self._mask_dtype or _wide(p))
 
     def _update_masks(self, curvature):
         """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
@@ -200,26 +188,24 @@ class IRE(_Wrapper):
         curvature: {p: a tensor of p's shape}, squares, or the probe's gradients: these are ranked
         without squaring, as their squares might be too small for float32."""
         by_gamma = {}
-        for group in self.param_groups:
-            ranked = [p for p in group["params"] if p in curvature]
-            by_gamma.setdefault(float(group["gamma"]), []).extend(ranked)
-        for gamma, params in by_gamma.items():
-            n = sum(p.numel() for p in params)
+        for p, group in self._params().items():
+            if p in curvature:
+                by_gamma.setdefault(float(group["gamma"]), {})[p] = curvature[p]
+        for gamma, h in by_gamma.items():
+            n = sum(p.numel() for p in h)
             k = math.floor(Fraction(str(gamma)) * n)  # int(0.29 * 100) is 28
-            h = {p: curvature[p] for p in params}
             threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
                     flat = _values(x).abs().to(threshold.dtype) <= threshold.to(x.device)
-                    _values(self.masks[p]).copy_(flat)
+                    _begin(self.masks, p, torch.bool).copy_(flat)
 
     @property
     def probe_due(self):
         """True if this step wants a new mask from `probe()`."""
         _check_settings(self)
-        group = self.param_groups[0]
-        fisher = self.curvature == "fisher"
-        return fisher and self._due() and group["ire_probed"] != group["ire_step"]
+        is_probed = self.probed == self.param_groups[0]["ire_step"]
+        return self.curvature == "fisher" and self._due() and not is_probed
 
     @contextmanager
     def probe(self, *models):
@@ -235,14 +221,14 @@ class IRE(_Wrapper):
 
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
         of `models` (batch norm's statistics) and torch's random streams are as before; those of
-        numpy and `random` are not put back. If two optimizers share a model, nest their probes.
+        numpy and `random` are not. If two optimizers share a model, nest their probes.
         DDP needs a forward pass for the probe alone, through the DDP module.
         Raises ValueError: curvature "squares", no gradient."""
         _check_settings(self)
         wanted = 'curvature="fisher", as curvature="squares" needs no probe'
         _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
-        group = self.param_groups[0]
-        with _put_back(self._params(), models, torch.initial_seed() + group["ire_step"]):
+        t = self.param_groups[0]["ire_step"]
+        with _put_back(self._params(), models, torch.initial_seed() + t):
             self._probing = True
             try:
                 yield
@@ -252,11 +238,8 @@ class IRE(_Wrapper):
             gradients = {p: _gradient(p) for p in params if p.grad is not None}
             if params and not gradients:
                 raise ValueError("probe(): there was no backward pass inside")
-            self._begin_masks(gradients)
-            if gradients:
-                self._update_masks(gradients)
-        for group in self.param_groups:
-            group["ire_probed"] = group["ire_step"]
+            self._update_masks(gradients)
+        self.probed = t
 
     def flat_share(self):
         """{"flat": the share of the coordinates that is flat}; {} if there is no mask."""
@@ -268,8 +251,14 @@ class IRE(_Wrapper):
         return since >= 0 and since % self.interval == 0
 
     def _active(self):
-        """The parameters that are ranked and lengthened."""
-        return [p for group in self.param_groups if group["kappa"] != 0 for p in group["params"]]
+        """{p: its group}, of the parameters that are ranked and lengthened"""
+        return {p: group for p, group in self._params().items() if group["kappa"] != 0}
+
+    def state_dict(self):
+        return _save(self)
+
+    def load_state_dict(self, state_dict):
+        _load(self, state_dict)
 
     def __repr__(self):
         return f"{super().__repr__()}\n{_described(self)}"
@@ -284,12 +273,12 @@ class SGDIRE(IRE):
 
 
 class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, by default the fused one. The keyword arguments are those of
-    both. AdmIRE is the paper's name."""
+    """IRE on top of torch.optim.AdamW. The keyword arguments are those of both. AdmIRE is the
+    paper's name."""
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
+        super().__init__(AdamW(params, lr, **kwargs), **ire)
 
 
 class SAMIRE(IRE):
@@ -318,36 +307,24 @@ class SoftIRE(IRE):
     kappa: strength in a parameter group, in [0, 1]: theta_base + kappa * (factor - 1) *
         (theta_base - theta). A group with kappa 0 is left out.
 
-    The other arguments are IRE's. `masks[p]` is factor - 1, in 4 bytes per parameter.
+    The other arguments are IRE's, except gamma. `masks[p]` is factor - 1, in 4 bytes per parameter.
     """
 
     _saved_as = "soft_factor"
-    _mask_dtype = None  # float32 at least
+    _ranges = {"kappa": (lambda x: 0 <= x <= 1, "a number in [0, 1]")}
 
-    def __init__(
-        self,
-        base,
-        *,
-        params=None,
-        alpha=0.3,
-        limit=4.0,
-        kappa=1.0,
-        interval=10,
-        warmup=0,
-        curvature="squares",
-        beta=0.98,
-    ):
+    def __init__(self, base, *, params=None, alpha=0.3, limit=4.0, kappa=1.0, **others):
         self.params = None if params is None else list(params)
         self.alpha = alpha
         self.limit = limit
-        self._set_up(base, {"kappa": kappa}, interval, warmup, curvature, beta)
-        if self.params == [] or set(self.params or ()) - set(self._params()):
+        self._set_up(base, {"kappa": kappa}, **others)
+        if self.params == [] or set(self.params or ()) - self._params().keys():
             raise ValueError("params: some are not in the base, or there are none")
 
     def _active(self):
-        wanted = None if self.params is None else set(self.params)
-        every = super()._active()
-        return [p for p in every if (p.dim() >= 2 if wanted is None else p in wanted)]
+        active = super()._active()
+        wanted = [p for p in active if p.dim() >= 2] if self.params is None else self.params
+        return {p: active[p] for p in wanted if p in active}
 
     def _update_masks(self, curvature):
         """In place of Eq. 5: masks = factor - 1."""
@@ -358,15 +335,16 @@ class SoftIRE(IRE):
         if not _is_usable(self, median, curvature):
             return
         power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
-        factors = [self.masks[p] for p in curvature]
-        for factor, x in zip(map(_values, factors), h, strict=True):
+        for p, x in curvature.items():
+            factor = _begin(self.masks, p, _wide(p))
             factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
             factor.clamp_(1 / self.limit, self.limit)
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
+        factors = [self.masks[p] for p in curvature]
         total = _total(lambda parts: sum(x.sum(dtype=torch.float64) for x in parts), factors)
-        for factor, x in zip(map(_values, factors), h, strict=True):
-            factor.div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
+        for factor, x in zip(factors, h, strict=True):
+            _values(factor).div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
 
 
 class SAM(_Wrapper):
@@ -382,9 +360,10 @@ class SAM(_Wrapper):
     """
 
     def __init__(self, base, *, rho=0.05, adaptive=False, average=False):
-        super().__init__(base, {"rho": rho})
+        super().__init__(base, rho=rho)
         self.adaptive = adaptive
         self.average = average
+        _require(not (adaptive and average), "adaptive", adaptive, "False where average is True")
         _check_settings(self)
 
     def step(self, closure=None):
@@ -405,8 +384,8 @@ class SAM(_Wrapper):
             return here
         old = {p: _values(p).clone() for p in direction}
         try:
-            for group in self.param_groups:
-                for p in [p for p in group["params"] if p in direction]:
+            for p, group in self._params().items():
+                if p in direction:
                     _values(p).add_(direction[p], alpha=float(group["rho"]) / max(length, 1e-30))
             there = torch.enable_grad()(closure)()
         finally:
@@ -476,9 +455,7 @@ def frozen_batch_norm(model):
     layers = [
         m
         for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        and m.track_running_stats
-        and not nn.parameter.is_lazy(m.running_mean)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     for layer in layers:
         layer.track_running_stats = False
@@ -490,61 +467,51 @@ def frozen_batch_norm(model):
 
 
 def hidden_matrices(model):
-    """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`: parameters of
-    two dimensions inside an nn.ModuleList or nn.Sequential, except embeddings, and except a head:
-    the last layer of an nn.Sequential if that has the last matrix of the model.
+    """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. A block is a
+    module of several layers inside an nn.ModuleList or nn.Sequential. A single layer there, such as
+    an embedding or a head, is not a block.
     Raises ValueError: there are none."""
-    matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
-    inside, apart = set(), set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            apart.add(module.weight)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            inside.update(module.parameters())
-        if isinstance(module, nn.Sequential) and len(module) and matrices:
-            apart.update({*module[-1].parameters(recurse=False)} & {matrices[-1]})
-    found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
-    if not found:
-        raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
-    return found
+    stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    blocks = [block for stack in stacks for block in stack if list(block.children())]
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = dict.fromkeys(p for block in blocks for p in block.parameters() if p not in tables)
+    matrices = [p for p in params if p.dim() == 2]
+    if not matrices:
+        raise ValueError(f"model: {type(model).__name__} has no blocks in an nn.ModuleList")
+    return matrices
 
 
 # ------------------------------------------------------------------------ the k-th smallest
-def kth_smallest(tensors, k, group=None):
+def kth_smallest(tensors, k):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
     float32 tensor (float64 if one of them is). NaN is largest; signs are ignored. Shards of
-    DTensors count over their ranks, other tensors over the process group, if one is passed.
-    Raises ValueError: k is not in 1 .. n, tensors that are not floating.
+    DTensors count over their ranks.
+    Raises ValueError: k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
     do. So a histogram of 65,536 bins for every 16 bits finds the element, without a copy of all
     tensors."""
     tensors = list(tensors) or [torch.empty(0)]
-    fits = all(x.is_floating_point() for x in tensors)
-    _require(fits, "tensors", sorted({str(x.dtype) for x in tensors}), "floating dtypes")
     wide = any(x.dtype == torch.float64 for x in tensors)
     floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     prefix = None  # the bits that are known
 
     def histogram(parts):  # of the next 16 bits of the elements that begin with `prefix`
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
-        small = [x.flatten() for x in parts if x.numel() < 1 << 18]
-        large = [x.flatten() for x in parts if x.numel() >= 1 << 18]
-        for x in [torch.cat(small), *large] if small else large:
-            for piece in x.split(1 << 20):
-                digits = piece.to(floats).abs().view(ints) >> shift
-                if prefix is not None:
-                    digits = digits[digits >> 16 == prefix] & 0xFFFF
-                counts += torch.bincount(digits, minlength=1 << 16)
+        for piece in [piece for x in parts for piece in x.flatten().split(1 << 20)]:
+            digits = piece.to(floats).abs().view(ints) >> shift
+            if prefix is not None:
+                digits = digits[digits >> 16 == prefix] & 0xFFFF
+            counts += torch.bincount(digits, minlength=1 << 16)
         return counts
 
     shift = torch.finfo(floats).bits
     while shift > 0:
         shift -= 16
-        counts = _total(histogram, tensors, group)
+        counts = _total(histogram, tensors)
         if prefix is None:
             n = int(counts.sum())
-            _require(isinstance(k, numbers.Integral) and 1 <= k <= n, "k", k, f"1 to n = {n}")
+            _require(1 <= k <= n, "k", k, f"1 to n = {n}")
         digit = int(torch.searchsorted(counts.cumsum(0), k))
         k -= int(counts[:digit].sum())
         prefix = (prefix or 0) << 16 | digit
@@ -559,37 +526,27 @@ def _gradient(p):
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _adams_squares(ire, params, new):
+def _adams_squares(ire, params):
     """{p: the base's running mean of squared gradients}. None if the base does not keep one for
-    each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
-    together."""
-    squares = {}
-    active = set(params)
-    for group in ire.param_groups:
-        for p in [p for p in group["params"] if p in active]:
-            entry = ire.state.get(p, {})
-            if not entry and p not in new:
-                continue
-            v = entry.get("exp_avg_sq")
-            rotated = "Q" in entry  # SOAP keeps it in another basis
-            if ire.squares or rotated or not torch.is_tensor(v) or v.shape != p.shape:
-                return None
-            squares[p] = v
-    return squares
+    each coordinate of all params as Adam does, or if IRE has begun to keep its own: both must not
+    be ranked together."""
+    entries = {p: ire.state.get(p, {}) for p in params}
+    entries = {p: entry for p, entry in entries.items() if entry or p.grad is not None}
+    squares = {p: entry.get("exp_avg_sq") for p, entry in entries.items()}
+    fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
+    counted = all("step" in entry and "betas" in params[p] for p, entry in entries.items())
+    rotated = any("Q" in entry for entry in entries.values())  # SOAP keeps it in another basis
+    return squares if entries and fits and counted and not rotated and not ire.squares else None
 
 
-def _corrected(ire, squares):
+def _corrected(squares, params, state):
     """Adam's means divided by 1 - beta2^t, if some of them began later than others: those would
     look flat."""
-    weights = {}
-    for group in ire.param_groups:
-        for p in [p for p in group["params"] if p in squares]:
-            weights[p] = 1.0
-            if "betas" in group and "step" in ire.state[p]:
-                weights[p] -= float(group["betas"][1]) ** float(ire.state[p]["step"])
+    beta2 = {p: float(params[p]["betas"][1]) for p in squares}
+    weights = {p: 1 - beta2[p] ** float(state[p]["step"]) for p in squares}
     if len(set(weights.values())) == 1:
         return squares
-    return {p: v / weights[p] for p, v in squares.items() if weights[p] > 0}
+    return {p: v / weights[p] for p, v in squares.items()}
 
 
 def _is_usable(ire, threshold, curvature):
@@ -625,6 +582,17 @@ def _warn(ire, text):
     warnings.warn(f"{type(ire).__name__}: {text}", stacklevel=4)
 
 
+def _fits(kept, p):
+    return p in kept and kept[p].shape == p.shape
+
+
+def _begin(kept, p, dtype):
+    """This rank's part of kept[p]: zeros at first, and if p's shape has changed."""
+    if not _fits(kept, p):
+        kept[p] = torch.zeros_like(p, dtype=dtype)
+    return _values(kept[p])
+
+
 def _nonzero(tensors):
     return int(_total(lambda parts: sum(x.count_nonzero() for x in parts), tensors))
 
@@ -642,12 +610,11 @@ def _random_direction(sam):
     """For Average SAM: standard normal directions, and the root of the number of coordinates. The
     parts of a sharded parameter differ, copies on several ranks are alike."""
     direction = {p: torch.empty_like(_values(p)) for p in sam._params() if p.requires_grad}
-    seed = torch.randint(2**62, (), device=next(iter(direction.values())).device)
+    seed = torch.randint(2**62, (), device=next(iter(direction)).device)
     if _several_ranks():
         dist.broadcast(seed, 0)
     for i, (p, x) in enumerate(direction.items()):
-        ranks = [dist.get_rank(group) for group in _shard_groups(p)]
-        key = hash((int(seed), i, *ranks)) % 2**63
+        key = hash((int(seed), i, *map(dist.get_rank, _shard_groups(p)))) % 2**63
         x.normal_(generator=torch.Generator(x.device).manual_seed(key))
     return direction, sum(p.numel() for p in direction) ** 0.5
 
@@ -661,32 +628,24 @@ def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
     and the random streams begin at `seed`, so that labels are drawn anew in every probe. A nested
     probe puts back its own params only; the outer one puts back the rest."""
-    good = all(isinstance(m, nn.Module) for m in models)
-    _require(good, "probe()", models, "torch.nn.Modules, as in probe(model)")
     others = [p for m in models for p in m.parameters() if p not in _OPEN]
     grads = {p: p.grad for p in [*params, *others]}
     # DDP uses the memory of its gradients again, so under DDP the values are kept as well.
     copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
-    buffers = [
-        (owner, name, x, x.clone())
-        for m in models
-        for owner in m.modules()
-        for name, x in owner._buffers.items()
-        if x is not None and not nn.parameter.is_lazy(x)
-    ]
-    used = [p.device.type for p in params if p.device.type in ("cuda", "xpu")]
-    kind = used[0] if used else "cuda"
-    devices = range(torch.get_device_module(kind).device_count()) if used else []
+    owners = [owner for m in models for owner in m.modules()]
+    buffers = [(owner, *item) for owner in owners for item in owner._buffers.items()]
+    buffers = [(owner, name, x, x.clone()) for owner, name, x in buffers if x is not None]
+    devices = {p.device.index for p in params if p.is_cuda}
+    used = [torch.cuda.default_generators[i] for i in devices]
     opened = grads.keys() - _OPEN
     _OPEN.update(opened)
     for p in grads:
         p.grad = None
     try:
-        with torch.random.fork_rng(devices, device_type=kind):
+        with torch.random.fork_rng(devices):
             # torch.manual_seed would also seed devices that are not in use.
-            torch.default_generator.manual_seed(seed % 2**63)
-            if used:
-                torch.get_device_module(kind).manual_seed_all(seed % 2**63)
+            for generator in [torch.default_generator, *used]:
+                generator.manual_seed(seed % 2**63)
             yield
     finally:
         _OPEN.difference_update(opened)
@@ -698,11 +657,10 @@ def _put_back(params, models, seed):
 
 
 # ------------------------------------------------------------------------ saving and loading
-# In a saved state, ours stands in the entry of each parameter beside the base's. The base must not
-# see ours: Adam does not initialise an entry that is not empty. So ours is added right after the
-# base has made its state, before hooks on the base run, and is taken out right before the base
-# reads the state, after hooks on the base ran. Such hooks may match parameters by name.
-_OURS = ("flat", "soft_factor", "ire_square", "ire_count")
+# In a saved state, our tensors stand in the entry of each parameter beside the base's own. They are
+# looked up after hooks on the base have run, as such hooks may match parameters by name. The base
+# must not train with our tensors in its state: Adam does not initialise an entry that is not empty.
+_OURS = {"flat", "soft_factor", "ire_square", "ire_count"}
 
 
 def _kept(ire):
@@ -710,90 +668,58 @@ def _kept(ire):
     return {ire._saved_as: ire.masks, "ire_square": ire.squares, "ire_count": ire.counts}
 
 
-def _pairs(ire, saved):
+def _keys(ire, saved):
     """[(p, its key in a saved state)]"""
-    name = type(ire.base).__name__
-    allowed = "an optimizer whose state_dict has state and param_groups"
-    _require({"state", "param_groups"} <= saved.keys(), "base", name, allowed)
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     params = [p for group in ire.param_groups for p in group["params"]]
-    return list(zip(params, keys, strict=False))  # torch refuses what does not fit
+    return zip(params, keys, strict=False)  # torch refuses what does not fit
 
 
-def _with_ours(ire, saved):
+def _save(ire):
+    """The base's state_dict with ours in it."""
+    saved = ire.base.state_dict()
     state = dict(saved["state"])
-    for p, key in _pairs(ire, saved):
+    for p, key in _keys(ire, saved):
         own = {name: kept[p] for name, kept in _kept(ire).items() if p in kept}
         if own:
             state[key] = {**state.get(key, {}), **own}
     return {**saved, "state": state}
 
 
-def _without_ours(saved):
-    state = {}
-    for key, entry in saved["state"].items():
-        if isinstance(entry, dict):
-            entry = {name: x for name, x in entry.items() if name not in _OURS}
-        if entry != {}:  # a base takes an empty entry for a complete one
-            state[key] = entry
-    return {**saved, "state": state}
-
-
-def _ours_in(ire, saved):
-    """Copies of ours in a saved state, {name: {p: tensor}}."""
-    own = {name: {} for name in _kept(ire)}
-    for p, key in _pairs(ire, saved):
-        entry = saved["state"].get(key, {})
-        for name in own.keys() & entry.keys():
-            like = torch.zeros(()) if name == "ire_count" else p
-            x = entry[name]
-            _require(x.shape == like.shape, name, tuple(x.shape), f"the shape {tuple(like.shape)}")
-            own[name][p] = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return own
-
-
-def _save(ire):
-    """The base's state_dict with ours in it."""
-    handle = ire.base.register_state_dict_post_hook(lambda _, x: _with_ours(ire, x), prepend=True)
-    try:
-        saved = ire.base.state_dict()
-    finally:
-        handle.remove()
-    entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
-    if any(ire._saved_as in entry for entry in entries):
-        return saved
-    return _with_ours(ire, saved)  # of a base that calls no hooks, or makes its state after them
-
-
 def _load(ire, saved):
-    """Loads the base and ours. What does not fit changes nothing."""
+    """Loads the base and ours. What the base refuses changes nothing."""
     before = [dict(group) for group in ire.param_groups]
-    taken = []
+    found = {}
 
-    def take(_, state):
-        taken.append(None)
-        taken[0] = _ours_in(ire, state)
-        return _without_ours(state)
+    def look(_, state):
+        entries = state["state"]
+        for p, key in _keys(ire, state):
+            found[p] = {k: x for k, x in (entries.get(key) or {}).items() if k in _OURS}
+        # Adam takes an entry that is not empty for one of its own.
+        empty = [key for key, x in entries.items() if isinstance(x, dict) and not x.keys() - _OURS]
+        return {**state, "state": {key: x for key, x in entries.items() if key not in empty}}
 
-    handle = ire.base.register_load_state_dict_pre_hook(take)
+    handle = ire.base.register_load_state_dict_pre_hook(look)
     try:
         ire.base.load_state_dict(saved)
-        loaded = bool(taken)
-    except Exception:
-        if taken == [None]:  # ours does not fit
-            raise
-        loaded = False
     finally:
         handle.remove()
-    own = taken[0] if taken else _ours_in(ire, saved)
-    if not loaded:  # some bases call no hooks, or read again what was taken out
-        ire.base.load_state_dict(_without_ours(saved))
+    if not found:  # the base calls no hooks
+        look(ire, saved)
+    for p in found.keys() & ire.state.keys():
+        for name in _OURS:
+            ire.state[p].pop(name, None)
+        if not ire.state[p]:
+            del ire.state[p]
     for name, kept in _kept(ire).items():
         kept.clear()
-        kept.update(own[name])
+        for p in [p for p in found if name in found[p]]:
+            device = "cpu" if name == "ire_count" else p.device
+            kept[p] = found[p][name].to(device, copy=True)
     for group, old in zip(ire.base.param_groups, before, strict=True):
-        for name in ire.settings.keys() - group.keys() - {"ire_step", "ire_probed"}:
-            group[name] = old[name]  # a bare base's state has none
+        for name in ire.settings:  # a bare base's state has none
+            group.setdefault(name, old[name])
+    ire.probed = None
 
 
 def _is_rehearsal(wrapper):
@@ -802,6 +728,19 @@ def _is_rehearsal(wrapper):
     grads = [p.grad for p in wrapper._params() if p.grad is not None]
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
     return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
+
+
+def _rehearse(ire):
+    """Makes what a saved state holds, with zeros in it."""
+    params = ire._active()
+    new, _ = ire._new_squares(params, None)
+    loss = ire.base.step()
+    ire._running_means(params, new)
+    ire.counts.update((p, torch.zeros(())) for p in ire.squares)
+    for p in params:
+        if p.grad is not None:
+            _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
+    return loss
 
 
 # ------------------------------------------------------------------------ ranks
@@ -820,19 +759,17 @@ def _shard_groups(x):
     return [x.device_mesh.get_group(i) for i, place in places if place.is_shard()]
 
 
-def _total(measure, tensors, group=None):
+def _total(measure, tensors):
     """The sum of measure([tensors of one device]) over all devices and ranks. Replicas are alike
     and count once."""
     by_place = {}
     for x in tensors:
-        groups = tuple(_shard_groups(x)) or (group,)
-        by_place.setdefault((x.device, groups), []).append(_values(x))
+        by_place.setdefault((x.device, tuple(_shard_groups(x))), []).append(_values(x))
     totals = []
     for (_, groups), parts in by_place.items():
         total = measure(parts)
-        for each in groups:
-            if each is not None:
-                dist.all_reduce(total, group=each)
+        for group in groups:
+            dist.all_reduce(total, group=group)
         totals.append(total.cpu())
     return sum(totals)
 
@@ -851,23 +788,17 @@ def _check_agreement(threshold, params):
 
 
 # ------------------------------------------------------------------------ settings
-def _give_settings(wrapper, base, settings):
-    """Puts the settings into the base's groups, except where the user has put one already."""
+def _check_base(wrapper, base, settings):
+    name = type(base).__name__
     allowed = "a torch.optim.Optimizer except LBFGS, IRE, and SAM inside SAM"
     fits = isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(wrapper)))
-    _require(fits, "base", type(base).__name__, allowed)
-    for name in settings:
-        _require(name not in base.defaults, name, type(base).__name__, f"a base without a {name}")
-    for p in [p for group in base.param_groups for p in group["params"]]:
-        flattened = getattr(p, "_fsdp_flattened", False)
-        _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
-    # A notebook cell may wrap the base again: that replaces our values, but not the user's.
-    users = vars(base).setdefault("_set_by_user", {})
-    for i, group in enumerate(base.param_groups):
-        wrapped = "ire_step" in group
-        for name, value in settings.items():
-            if not users.setdefault((i, name), name in group and not wrapped):
-                group[name] = value
+    _require(fits, "base", name, allowed)
+    for setting in settings:
+        _require(setting not in base.defaults, setting, name, f"a base without a {setting}")
+    # Its groups would hold the settings of another wrapper, which would win in silence.
+    again = hasattr(base, "_is_wrapped") or "ire_step" in base.param_groups[0]
+    _require(not again, "base", name, "a new optimizer; wrap it before you load its state")
+    base._is_wrapped = True
 
 
 def _arguments_of_ire(kwargs):
@@ -876,35 +807,29 @@ def _arguments_of_ire(kwargs):
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-_ALLOWED = {
-    "interval": (lambda x: x >= 1 and x == int(x), "a whole number >= 1"),
-    "warmup": (lambda x: x >= 0 and x == int(x), "a whole number >= 0"),
+_RANGES = {
+    "curvature": (lambda x: x in ("squares", "fisher"), "squares or fisher"),
+    "interval": (lambda x: x >= 1 and x % 1 == 0, "a whole number >= 1"),
+    "warmup": (lambda x: x >= 0 and x % 1 == 0, "a whole number >= 0"),
     "beta": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-    "limit": (lambda x: x >= 1, "a finite number >= 1"),
-    "kappa": (lambda x: x >= 0, "a finite number >= 0"),
+    "limit": (lambda x: 1 <= x < math.inf, "a finite number >= 1"),
+    "kappa": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     "gamma": (lambda x: 0 < x < 1, "a number in (0, 1)"),
-    "rho": (lambda x: x >= 0, "a finite number >= 0"),
+    "rho": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
 }
 
 
 def _check_settings(wrapper):
     """Raises ValueError for a setting out of range, also for one that was changed later."""
-    if isinstance(wrapper, IRE):
-        kinds = ("squares", "fisher")
-        _require(wrapper.curvature in kinds, "curvature", wrapper.curvature, " or ".join(kinds))
-    else:
-        both = wrapper.adaptive and wrapper.average
-        _require(not both, "adaptive", wrapper.adaptive, "False where average is True")
+    ranges = _RANGES | wrapper._ranges
     groups = [{name: group[name] for name in wrapper.settings} for group in wrapper.param_groups]
-    soft = {"kappa": (lambda x: 0 <= x <= 1, "a number in [0, 1]")}
-    allowed = _ALLOWED | (soft if isinstance(wrapper, SoftIRE) else {})
     for settings in [vars(wrapper), *groups]:
-        for name in allowed.keys() & settings.keys():
-            fits, words = allowed[name]
+        for name in ranges.keys() & settings.keys():
+            fits, allowed = ranges[name]
             value = settings[name]
-            number = isinstance(value, (numbers.Real, torch.Tensor)) and math.isfinite(value)
-            _require(number and fits(value), name, value, words)
+            number = isinstance(value, (numbers.Real, torch.Tensor)) or name == "curvature"
+            _require(number and fits(value), name, value, allowed)
 
 
 def _require(fits, name, value, allowed):

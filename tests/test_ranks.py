@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ire import IRE, SAM, SoftIRE, kth_smallest
+from ire import IRE, SAM, SoftIRE
 
 STEPS = 8
 BASES = {
@@ -289,19 +289,6 @@ def tensor_parallel(folder):
         check(result(many, opts[1]), result(one, opts[0]))
 
 
-def kth(folder):
-    rank, world = ranks()
-    values = torch.rand(100, generator=torch.Generator().manual_seed(1)) ** 9
-    values[20:50] = 0
-    mine = list(values[:90].chunk(world)[rank].split(7))
-    if rank == world - 1:
-        mine.append(values[90:])
-    ordered = values.sort().values
-    for k in (1, 30, 31, 57, 100):
-        assert kth_smallest(mine, k, dist.group.WORLD) == ordered[k - 1]
-    assert kth_smallest([values] if rank == 0 else [], 57, dist.group.WORLD) == ordered[56]
-
-
 def average(folder):
     """Replicas climb alike and shards apart, though the ranks' random streams differ."""
     rank, world = ranks()
@@ -377,7 +364,7 @@ def load(folder):
 
 # ---------------------------------------------------------------------------- the tests
 def start(case, n, folder):
-    if torch.__version__ < "2.7" and case not in ("ddp", "accumulation", "not_averaged", "kth"):
+    if torch.__version__ < "2.7" and case not in ("ddp", "accumulation", "not_averaged"):
         pytest.skip(
             "torch 2.6: FSDP2 does not run on a CPU, and DTensor's caches mix up the masks' dtype"
         )
@@ -407,7 +394,6 @@ def start(case, n, folder):
                 ("fsdp", 3),
                 ("hybrid", 4),
                 ("tensor_parallel", 2),
-                ("kth", 3),
                 ("average", 2),
             )
         ),

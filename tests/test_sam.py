@@ -70,11 +70,6 @@ def test_rho_by_group_and_changed_later():
         opt.step(closure)
 
 
-def test_a_cell_that_is_run_again_takes_the_new_rho():
-    first = SAM(SGD(make_model().parameters(), 0.1), rho=0.1)
-    assert SAM(first.base, rho=0.3).param_groups[0]["rho"] == 0.3
-
-
 def test_average_sam_draws_xi_of_unit_mean_square_length():
     p = nn.Parameter(torch.zeros(20000))
     opt = SAM(SGD([p], 0.0), rho=0.5, average=True)
