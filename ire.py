@@ -125,11 +125,11 @@ class IRE(_Wrapper):
         t = self.param_groups[0]["ire_step"]
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
-        new, closure = self._new_squares(params, closure)
+        new, closure = _new_squares(self, params, closure)
 
         loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
-        squares = self._running_means(params, new)
+        squares = _running_means(self, params, new)
         if self._due() and squares:
             self._update_masks(squares)
         elif self._due() and params and self.probed != t:
@@ -142,45 +142,6 @@ class IRE(_Wrapper):
         for group in self.param_groups:
             group["ire_step"] = t + 1
         return loss
-
-    def _new_squares(self, params, closure):
-        """({p: the squared gradient of this step}, closure), unless the base keeps their mean.
-        Squares are taken before the base's step, as Muon and others change p.grad in place. Of
-        several calls of a closure, the last makes the step."""
-        new = {}
-
-        def look():
-            for p in params:
-                if p.grad is not None:
-                    g = _values(_gradient(p)).to(_wide(p))
-                    new[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
-
-        def watched():
-            loss = closure()
-            look()
-            return loss
-
-        if self.curvature == "fisher" or _adams_squares(self, params) is not None:
-            return new, closure
-        if closure is not None:
-            return new, watched
-        look()
-        return new, None
-
-    def _running_means(self, params, new):
-        """{p: running mean of the squared gradient}: all of the base, or all kept here."""
-        if self.curvature == "fisher":
-            return {}
-        squares = _adams_squares(self, params)
-        if squares is not None:
-            return _corrected(squares, params, self.state) if self._due() else squares
-        for p, square in new.items():
-            mean = _begin(self.squares, p, _wide(p))
-            self.counts[p] = self.counts.get(p, torch.zeros(())) + 1
-            # Without the denominator, a mean that began later than others would look flat.
-            weight = (1 - self.beta) / (1 - self.beta ** float(self.counts[p]))
-            mean.lerp_(square, weight)
-        return {p: self.squares[p] for p in params if p in self.squares}
 
     def _update_masks(self, curvature):
         """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
@@ -526,6 +487,47 @@ def _gradient(p):
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
+def _new_squares(ire, params, closure):
+    """({p: the squared gradient of this step}, closure), unless the base keeps their mean.
+    Squares are taken before the base's step, as Muon and others change p.grad in place. Of
+    several calls of a closure, the last makes the step."""
+    new = {}
+
+    def look():
+        for p in params:
+            if p.grad is not None:
+                g = _values(_gradient(p)).to(_wide(p))
+                new[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
+
+    def watched():
+        loss = closure()
+        look()
+        return loss
+
+    if ire.curvature == "fisher" or _adams_squares(ire, params) is not None:
+        return new, closure
+    if closure is not None:
+        return new, watched
+    look()
+    return new, None
+
+
+def _running_means(ire, params, new):
+    """{p: running mean of the squared gradient}: all of the base, or all kept here."""
+    if ire.curvature == "fisher":
+        return {}
+    squares = _adams_squares(ire, params)
+    if squares is not None:
+        return _corrected(squares, params, ire.state) if ire._due() else squares
+    for p, square in new.items():
+        mean = _begin(ire.squares, p, _wide(p))
+        ire.counts[p] = ire.counts.get(p, torch.zeros(())) + 1
+        # Without the denominator, a mean that began later than others would look flat.
+        weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
+        mean.lerp_(square, weight)
+    return {p: ire.squares[p] for p in params if p in ire.squares}
+
+
 def _adams_squares(ire, params):
     """{p: the base's running mean of squared gradients}. None if the base does not keep one for
     each coordinate of all params as Adam does, or if IRE has begun to keep its own: both must not
@@ -733,9 +735,9 @@ def _is_rehearsal(wrapper):
 def _rehearse(ire):
     """Makes what a saved state holds, with zeros in it."""
     params = ire._active()
-    new, _ = ire._new_squares(params, None)
+    new, _ = _new_squares(ire, params, None)
     loss = ire.base.step()
-    ire._running_means(params, new)
+    _running_means(ire, params, new)
     ire.counts.update((p, torch.zeros(())) for p in ire.squares)
     for p in params:
         if p.grad is not None:
