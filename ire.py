@@ -234,12 +234,12 @@ class SGDIRE(IRE):
 
 
 class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW. The keyword arguments are those of both. AdmIRE is the
-    paper's name."""
+    """IRE on top of torch.optim.AdamW, by default the fused one. The keyword arguments are those of
+    both. AdmIRE is the paper's name."""
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **kwargs), **ire)
+        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
 
 
 class SAMIRE(IRE):

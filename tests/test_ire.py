@@ -674,7 +674,7 @@ def test_a_group_added_later(curvature, on_base, given):
     (opt.base if on_base else opt).add_param_group({"params": [*model[2].parameters()], **given})
     assert opt.param_groups[1]["kappa"] == given.get("kappa", 2)
     twin = copy.deepcopy(model)
-    plain = AdamW(twin[2].parameters(), 0.01)
+    plain = AdamW(twin[2].parameters(), 0.01, fused=True)
     for net, o in ((model, opt), (twin, plain)):
         o.zero_grad()
         backward(net, 6)
@@ -925,7 +925,8 @@ def test_named_optimizers_pass_their_settings_on():
     assert SGDIRE(params, 0.1, momentum=0.9, nesterov=True, **SETTINGS).param_groups[0]["nesterov"]
     adam = dict(betas=(0.8, 0.9), eps=1e-16, weight_decay=0.2)
     group = AdmIRE(params, 0.1, curvature="fisher", **adam, **SETTINGS).param_groups[0]
-    assert {name: group[name] for name in adam} == adam
+    assert {name: group[name] for name in adam} == adam and group["fused"]
+    assert not AdmIRE(params, 0.1, foreach=True, **SETTINGS).param_groups[0]["fused"]
     opt = SAMIRE(params, AdamW, rho=0.2, adaptive=True, lr=0.3, **SETTINGS)
     assert type(opt.base.base) is AdamW and opt.base.adaptive
     assert opt.param_groups[0]["rho"] == 0.2 and opt.param_groups[0]["lr"] == 0.3
