@@ -696,18 +696,19 @@ def _load(ire, saved):
     def look(_, state):
         entries = state["state"]
         for p, key in _keys(ire, state):
-            found[p] = {k: x for k, x in (entries.get(key) or {}).items() if k in _OURS}
+            entry = entries.get(key, {})
+            if entry is not None:  # ZeRO has put None where another rank has the parameter
+                found[p] = {name: x for name, x in entry.items() if name in _OURS}
         # Adam takes an entry that is not empty for one of its own.
         empty = [key for key, x in entries.items() if isinstance(x, dict) and not x.keys() - _OURS]
         return {**state, "state": {key: x for key, x in entries.items() if key not in empty}}
 
+    look(ire, saved)  # in case that the base calls no hooks
     handle = ire.base.register_load_state_dict_pre_hook(look)
     try:
         ire.base.load_state_dict(saved)
     finally:
         handle.remove()
-    if not found:  # the base calls no hooks
-        look(ire, saved)
     for p in found.keys() & ire.state.keys():
         for name in _OURS:
             ire.state[p].pop(name, None)
@@ -797,6 +798,10 @@ def _check_base(wrapper, base, settings):
     _require(fits, "base", name, allowed)
     for setting in settings:
         _require(setting not in base.defaults, setting, name, f"a base without a {setting}")
+    flattened = any(
+        getattr(p, "_fsdp_flattened", False) for group in base.param_groups for p in group["params"]
+    )
+    _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
     # Its groups would hold the settings of another wrapper, which would win in silence.
     again = hasattr(base, "_is_wrapped") or "ire_step" in base.param_groups[0]
     _require(not again, "base", name, "a new optimizer; wrap it before you load its state")
