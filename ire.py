@@ -530,22 +530,22 @@ def _running_means(ire, params, new):
 
 def _adams_squares(ire, params):
     """{p: the base's running mean of squared gradients}. None if the base does not keep one for
-    each coordinate of all params as Adam does, or if IRE has begun to keep its own: both must not
-    be ranked together."""
+    each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
+    together."""
     entries = {p: ire.state.get(p, {}) for p in params}
-    entries = {p: entry for p, entry in entries.items() if entry or p.grad is not None}
-    squares = {p: entry.get("exp_avg_sq") for p, entry in entries.items()}
+    squares = {p: x.get("exp_avg_sq") for p, x in entries.items() if x or p.grad is not None}
     fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
-    counted = all("step" in entry and "betas" in params[p] for p, entry in entries.items())
     rotated = any("Q" in entry for entry in entries.values())  # SOAP keeps it in another basis
-    return squares if entries and fits and counted and not rotated and not ire.squares else None
+    return squares if squares and fits and not rotated and not ire.squares else None
 
 
 def _corrected(squares, params, state):
     """Adam's means divided by 1 - beta2^t, if some of them began later than others: those would
     look flat."""
-    beta2 = {p: float(params[p]["betas"][1]) for p in squares}
-    weights = {p: 1 - beta2[p] ** float(state[p]["step"]) for p in squares}
+    weights = dict.fromkeys(squares, 1.0)
+    for p in squares:
+        if "betas" in params[p] and "step" in state[p]:
+            weights[p] -= float(params[p]["betas"][1]) ** float(state[p]["step"])
     if len(set(weights.values())) == 1:
         return squares
     return {p: v / weights[p] for p, v in squares.items()}
@@ -699,9 +699,9 @@ def _load(ire, saved):
             entry = entries.get(key, {})
             if entry is not None:  # ZeRO has put None where another rank has the parameter
                 found[p] = {name: x for name, x in entry.items() if name in _OURS}
-        # Adam takes an entry that is not empty for one of its own.
-        empty = [key for key, x in entries.items() if isinstance(x, dict) and not x.keys() - _OURS]
-        return {**state, "state": {key: x for key, x in entries.items() if key not in empty}}
+        # Adam takes an entry that is not empty for one of its own. SGD has none of its own at all.
+        kept = {k: x for k, x in entries.items() if not isinstance(x, dict) or x.keys() - _OURS}
+        return {**state, "state": kept or entries}
 
     look(ire, saved)  # in case that the base calls no hooks
     handle = ire.base.register_load_state_dict_pre_hook(look)

@@ -103,20 +103,18 @@ def written_out(model, base, steps, *, kappa, gamma, interval, warmup, beta):
 
 
 class Keeps(SGD):
-    """SGD that keeps `entry(p)` in its state, as other optimizers do, and Adam's step beside it."""
+    """SGD that keeps `entry(p)` in its state, as other optimizers do."""
 
     def __init__(self, params, entry):
         super().__init__(params, 0.1)
         self.entry = entry
-        for group in self.param_groups:
-            group["betas"] = (0.9, 0.95)
 
     def step(self, closure=None):
         super().step(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p].update(self.entry(p), step=torch.tensor(1.0))
+                    self.state[p].update(self.entry(p))
 
 
 def of_vectors(p):
