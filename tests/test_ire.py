@@ -465,6 +465,18 @@ def test_what_another_optimizer_saved_loads_and_the_masks_begin_anew(make, befor
     assert {mask.dtype for mask in opt.masks.values()} == {kind}
 
 
+def test_a_group_keeps_its_kappa_when_a_bare_state_is_loaded():
+    model = make_model()
+
+    def base():
+        return SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], 0.1)
+
+    opt = IRE(base(), **SETTINGS)
+    opt.param_groups[1]["kappa"] = 0
+    opt.load_state_dict(base().state_dict())
+    assert [group["kappa"] for group in opt.param_groups] == [2, 0]
+
+
 class InItsOwnWay(SGD):
     """Saves and loads as bases do that were met in public:
     - a number beside its state, and another under a name in its state, as MADGRAD does;
