@@ -125,10 +125,14 @@ matrices. It gained most of that. | {gain["SoftIRE"]}; mask {gain["mask"]} |
 {on_muon("2000x16")} in 2,000 steps |
 | images with SGD | IRE's mask, as in the paper | {accuracy("cifar-quick", "sgd-ire")} points |
 
-Lines 1 and 2: {steps:,} steps, a vocabulary of 4,096 tokens (`python benchmarks/study.py results/baseline.json \
---summary`). Line 3: bytes (`results/map.json`). Line 4: {images["limit_train"]:,} pictures of \
-CIFAR-10 (`python benchmarks/cifar.py quick`). IRE adds 1 byte per parameter, `SoftIRE` 4, and no \
-backward pass: IRE on AdamW kept {speed()} of AdamW's speed (`python benchmarks/speed.py train`).
+Lines 1 and 2: {steps:,} steps, a vocabulary of 4,096 tokens \
+(`python benchmarks/study.py results/baseline.json --summary`). \
+Line 3: bytes (the same with `results/map.json`). \
+Line 4: {images["limit_train"]:,} pictures of CIFAR-10; IRE had \
+five trials more than SGD (`python benchmarks/cifar.py quick`).
+
+**Cost:** on top of AdamW, IRE keeps 1 byte per parameter and `SoftIRE` 4. Neither needs a \
+backward pass of its own. IRE kept {speed()} of AdamW's speed (`python benchmarks/speed.py train`).
 """
 
 
