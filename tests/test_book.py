@@ -220,7 +220,7 @@ def test_the_results_page_says_what_the_files_say(book):
     """The command of each file, and for some files the numbers as they are shown."""
     text = Page(book / "book/results.html").text
     assert "{{" not in text
-    for name in "map speedup-tiny speedup-nano sweep-tiny step-cpu train-cpu cifar-map".split():
+    for name in "speedup-tiny speedup-nano sweep-tiny step-cpu train-cpu cifar-map".split():
         assert " ".join(pages.load(name)["command"].split()) in text, name
     for run in pages.load("speedup-tiny")["runs"]:
         assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
@@ -231,8 +231,7 @@ def test_the_results_page_says_what_the_files_say(book):
 
 def test_the_results_page_without_results(tmp_path):
     page = (ROOT / "book/results.md").read_text()
-    text = pages.results(page, tmp_path)
-    assert text.count(pages.MISSING) == page.count("{{") > 6 and "|" not in text
+    assert pages.results(page, tmp_path).count(pages.MISSING) == page.count("{{") > 0
 
 
 def test_the_api_page_has_every_public_name(book):

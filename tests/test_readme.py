@@ -83,14 +83,14 @@ def judged(study, form):
 
 
 def longest():
-    """(steps, {form: gain}) of the longest runs with 4,096 tokens in which all forms are judged."""
+    """(place, {form: gain}) of the longest runs with 4,096 tokens in which all forms are judged."""
     report = load("baseline")
     by_form = {form: judged("baseline", form) for form in FORMS}
     places = set.intersection(*map(set, by_form.values()))
     steps = {x: report["places"][x]["steps"] for x in places if x.startswith("bpe")}
     place = max(steps, key=steps.get)
     rows = {form: rows[place] for form, rows in by_form.items()}
-    return steps[place], {f: number(r["gain"], r["gain_stderr"]) for f, r in rows.items()}
+    return place, {f: number(r["gain"], r["gain_stderr"]) for f, r in rows.items()}
 
 
 def on_muon(place):
@@ -110,7 +110,8 @@ def accuracy(study, name):
 
 def evidence():
     """The table of the README, and what it stands on."""
-    steps, gain = longest()
+    place, gain = longest()
+    steps = load("baseline")["places"][place]["steps"]
     images = load("cifar-quick")["settings"]
     rows = [
         ("You train", "What to do", "Gain"),
@@ -143,8 +144,8 @@ def evidence():
     lines += [
         "",
         f"Lines 1 and 2: {steps:,} steps, a vocabulary of 4,096 tokens "
-        "(`python benchmarks/study.py results/baseline.json --summary`).",
-        "Line 3: bytes (the same with `results/map.json`).",
+        f'(`python benchmarks/report.py results/baseline.json "{place}"`).',
+        'Line 3: bytes (`python benchmarks/report.py results/map.json "SoftIRE on Muon"`).',
         f"Line 4: {images['limit_train']:,} pictures of CIFAR-10; IRE had more trials "
         "(`python benchmarks/cifar.py quick`).",
         "",
