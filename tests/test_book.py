@@ -292,7 +292,7 @@ PHONE = """<script>
 @pytest.mark.slow
 def test_pages_open_without_errors_and_fit_a_phone(book, tmp_path):
     """All pages in frames of 390 pixels; a script writes what it measures into the title."""
-    names = [f"book/{name}" for name in ("intro", "api", "results")]
+    names = [f"book/{name}" for name in ("intro", "claims", "api", "results")]
     names += [f"tutorials/{path.stem}" for path in NOTEBOOKS]
     frames = [f'<iframe width=390 height=800 src="{name}.html"></iframe>' for name in names]
     (book / "phone.html").write_text("<title></title>" + "".join(frames) + PHONE)
