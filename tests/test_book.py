@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT / "book"))
 import pages  # noqa: E402
 
 ADDRESS = pages.address()
-BOOT = pages.FIRST_CELL.format(address=ADDRESS)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -48,7 +47,6 @@ def test_the_contents_list_every_chapter_once():
     files = [c["file"] for part in parts for c in part["chapters"]]
     chapters = [file for file in files if file.startswith("tutorials/")]
     assert sorted(chapters) == [f"tutorials/{path.stem}" for path in NOTEBOOKS]
-    assert len(NOTEBOOKS) == 13
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -61,11 +59,10 @@ def test_notebooks_are_stored_as_they_ran(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cells_fit_a_screen_and_the_first_fetches_the_repository(path):
+def test_cells_fit_a_screen(path):
     code = [source(c) for c in cells(path, "code")]
     text = [source(c) for c in cells(path, "markdown")]
-    assert code[0] == BOOT
-    for cell in code:
+    for cell in code[1:]:  # the first is folded, and the same in all
         assert cell.count("\n") < 25 and max(map(len, cell.split("\n"))) <= 88, cell
         assert not re.search(r"^\s*[!%]", cell, re.M), "shell and magic lines do not lex"
     assert [t[:2] for t in text if re.search(r"^# ", t, re.M)] == ["# "]
@@ -80,51 +77,6 @@ def test_the_optimizer_of_chapter_2_has_twenty_lines():
     code = map(source, cells(ROOT / "tutorials/02_ire_in_twenty_lines.ipynb", "code"))
     (cell,) = [c for c in code if c.startswith("class ")]
     assert len([line for line in cell.split("\n") if line.strip()]) == 20
-
-
-def test_the_first_cell_fetches_once_and_only_on_colab(tmp_path):
-    origin = tmp_path / "origin"
-    colab = tmp_path / "content"
-    (origin / "tutorials").mkdir(parents=True)
-    (origin / "tutorials/here").touch()
-    (origin / "ire.py").write_text("fetched = True")
-    git = ["git", "-C", origin, "-c", "user.name=x", "-c", "user.email=x"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *command], check=True)
-    colab.mkdir()
-
-    def run(modules, folder):
-        code = (
-            f"import sys\nfor name in {modules}: sys.modules[name] = sys\n{BOOT}\n"
-            "import ire; print(ire.fetched, os.getcwd())"
-        )
-        settings = {
-            "GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_VALUE_0": ADDRESS,
-            "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf",
-        }
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            text=True,
-            capture_output=True,
-            env={"PATH": "/usr/bin:/bin:/usr/local/bin", **settings},
-        )
-
-    assert run([], origin / "tutorials").stdout == f"True {origin / 'tutorials'}\n"  # as it is
-    assert "No module named 'ire'" in run([], colab).stderr and not list(
-        colab.iterdir()
-    )  # nothing is fetched
-    first, again = (
-        run(["google.colab"], colab) for _ in range(2)
-    )  # a runtime that starts again finds the clone
-    assert first.stdout == again.stdout == f"True {colab / 'ire-book/tutorials'}\n"
-    assert "Cloning" in first.stderr and not again.stderr
-    shutil.rmtree(origin)
-    shutil.rmtree(colab / "ire-book")
-    lost = run(["google.colab"], colab)  # one line says what to do
-    assert lost.returncode == 1 and "upload the repository as ire-book/" in lost.stderr
-    assert "Traceback" not in lost.stderr
 
 
 SLIDERS = """
@@ -175,22 +127,16 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
 
 
 def test_one_command_sets_the_address(tmp_path):
-    for name in ("book", "tutorials"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    """In texts; tests/test_colab.py has the notebooks."""
+    shutil.copytree(ROOT / "book", tmp_path / "book")
     for name in ("README.md", "CITATION.cff", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     new = "https://github.com/somebody/something"
     pages.set_address(new, tmp_path)
-    for path in tmp_path.rglob("*"):
-        if path.suffix in (".md", ".yml", ".ipynb", ".toml", ".cff"):
-            assert ADDRESS not in path.read_text(), path
-    for path in (tmp_path / "tutorials").glob("*.ipynb"):
-        assert source(cells(path, "code")[0]) == pages.FIRST_CELL.format(address=new)
+    files = [x for x in tmp_path.rglob("*") if x.suffix in (".md", ".yml", ".toml", ".cff")]
+    texts = [path.read_text() for path in files]
+    assert len(files) > 8 and ADDRESS not in "".join(texts)
     assert new in (tmp_path / "book/intro.md").read_text()
-    pages.set_address(ADDRESS, tmp_path)
-    for path in [*NOTEBOOKS, ROOT / "book/_config.yml"]:
-        there = (tmp_path / path.relative_to(ROOT)).read_text()
-        assert there == path.read_text() or json.loads(there) == json.loads(path.read_text())
 
 
 def test_works_that_notebooks_cite_are_in_the_references():
@@ -258,9 +204,6 @@ class Page(HTMLParser):
 
 def test_links_and_images_resolve_and_nothing_needs_a_network(book):
     shown = {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
-    assert {f"tutorials/{path.stem}.html" for path in NOTEBOOKS} <= {
-        str(path.relative_to(book)) for path in shown
-    }
     for path, page in shown.items():
         for link in page.links + page.loaded:
             url = urlsplit(link)
@@ -274,44 +217,22 @@ def test_links_and_images_resolve_and_nothing_needs_a_network(book):
 
 
 def test_the_results_page_says_what_the_files_say(book):
+    """The command of each file, and for some files the numbers as they are shown."""
     text = Page(book / "book/results.html").text
-    for path in (ROOT / "results").glob("compare-tiny-*.json"):
-        run = json.loads(path.read_text())
-        assert (
-            f"{run['adamw']['val_loss']:.4f} {run['admire']['val_loss']:.4f}" in text
-            and run["command"] in text
-        )
-    for run in json.loads((ROOT / "results/sweep-tiny.json").read_text())["runs"]:
-        assert re.search(
-            rf"{run['optimizer']} {run['lr']:g} {run['warmup']} [\d. ]+ {run['val_loss']:.4f}", text
-        ), run
-    for name in ("step-cpu", "step-cpu-kept"):
-        row = pages.load(name)["sizes"]["60M"]["rows"]["IRE, refresh"]
-        assert f"IRE, refresh {row['ms']:.4g}" in text
-    row = json.loads((ROOT / "results/train-cpu.json").read_text())["rows"]["AdmIRE, full probe"]
-    assert f"AdmIRE, full probe {row['tokens_per_second']:,.0f} {row['of_adamw']:.4g}" in text
-    for report in (pages.load(f"speedup-{row}") for row in ("tiny", "nano")):
-        for run in report["runs"]:
-            assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
-    for study in ("cifar-quick", "cifar-jpeg"):
-        for name, row in pages.load(study)["table"].items():
-            assert re.search(
-                rf"{name} [^±]+ {row['test_acc'][0]:.2f} ± {row['test_acc'][1]:.2f}", text
-            ), name
-    for run in pages.load("cifar-map")["runs"]:
-        assert f"{run['train_loss']:.4g} {run['test_acc']:.4g}" in text or "diverged" in run, run
-    files = ["speedup-tiny", "speedup-nano"]
-    files += [f"cifar-{name}" for name in ("quick", "jpeg", "map", "probe", "speed-cpu")]
-    assert text.count("Not measured yet") == sum(
-        not (ROOT / f"results/{name}.json").exists() for name in files
-    )
     assert "{{" not in text
+    for name in "speedup-tiny speedup-nano sweep-tiny step-cpu train-cpu cifar-map".split():
+        assert " ".join(pages.load(name)["command"].split()) in text, name
+    for run in pages.load("speedup-tiny")["runs"]:
+        assert f"{run['steps']} {run['val_loss']:.4f}" in text, run
+    for name, row in pages.load("cifar-quick")["table"].items():
+        mean, error = row["test_acc"]
+        assert re.search(rf"{name} [^±]+ {mean:.2f} ± {error:.2f}", text), name
 
 
 def test_the_results_page_without_results(tmp_path):
     page = (ROOT / "book/results.md").read_text()
     text = pages.results(page, tmp_path)
-    assert text.count(pages.MISSING) == page.count("{{") > 6 and "|" not in text
+    assert text.count(pages.MISSING) == page.count("{{") > 6
 
 
 def test_the_api_page_has_every_public_name(book):
@@ -371,7 +292,7 @@ PHONE = """<script>
 @pytest.mark.slow
 def test_pages_open_without_errors_and_fit_a_phone(book, tmp_path):
     """All pages in frames of 390 pixels; a script writes what it measures into the title."""
-    names = [f"book/{name}" for name in ("intro", "api", "results")]
+    names = [f"book/{name}" for name in ("intro", "claims", "api", "results")]
     names += [f"tutorials/{path.stem}" for path in NOTEBOOKS]
     frames = [f'<iframe width=390 height=800 src="{name}.html"></iframe>' for name in names]
     (book / "phone.html").write_text("<title></title>" + "".join(frames) + PHONE)
