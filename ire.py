@@ -28,9 +28,9 @@ def _of_base(name):
 
 
 class _Wrapper(Optimizer):
-    """An optimizer around another one, `base`. What it does not do itself is the base's own."""
+    """An optimizer around another one, `base`. Whatever is not defined here is the base's own."""
 
-    _ranges = {}  # of settings, where they differ from those below
+    _ranges = {}  # allowed values that differ from _RANGES
     state = _of_base("state")
     defaults = _of_base("defaults")
     add_param_group = _of_base("add_param_group")
@@ -41,7 +41,7 @@ class _Wrapper(Optimizer):
     load_state_dict = _of_base("load_state_dict")
 
     def __init__(self, base, **settings):
-        """settings: stand in every parameter group beside the base's own."""
+        """settings: entries that are added to every parameter group."""
         _check_base(self, base, settings)
         # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
@@ -51,7 +51,7 @@ class _Wrapper(Optimizer):
         hooks = {name: x for name, x in vars(self.base).items() if "state_dict" in name}
         vars(self).update(hooks)  # hooks on saving and loading are the base's
 
-    def __getstate__(self):  # for copy and pickle, without what schedulers put in place of step
+    def __getstate__(self):  # for copy and pickle, without the step that a scheduler has replaced
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
     @property
@@ -71,8 +71,8 @@ class IRE(_Wrapper):
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. Embedding rows that no batch has used count as flat first, as their curvature is 0.
-        So do branches that begin at zero; for those, set warmup to one interval.
+        flat. An embedding row that no batch has used has curvature 0, so it counts as flat. A
+        branch that begins at zero also looks flat at first: then set warmup to one interval.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
     curvature: what tells where the loss is flat.
@@ -87,8 +87,8 @@ class IRE(_Wrapper):
     group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
     are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
     If you move the state to another device, move `masks` and `squares` too. To set an attribute of
-    the base, set it on `opt.base`. A base that keeps its own copy of the weights undoes the longer
-    steps. Raises ValueError if an argument is out of range.
+    the base, set it on `opt.base`. If the base keeps its own copy of the weights, it undoes the
+    longer steps. Raises ValueError if an argument is out of range.
     """
 
     _saved_as = "flat"
@@ -107,8 +107,8 @@ class IRE(_Wrapper):
         self.curvature = curvature
         self.beta = beta
         self.masks = {}
-        self.squares = {}  # running means of squared gradients that are kept here
-        self.counts = {}  # how many gradients are in each
+        self.squares = {}  # {p: running mean of the squared gradient}, if IRE keeps it
+        self.counts = {}  # {p: number of gradients in that mean}
         self.probed = None  # the last step with a probe
         _check_settings(self)
 
@@ -146,8 +146,8 @@ class IRE(_Wrapper):
     def _update_masks(self, curvature):
         """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
 
-        curvature: {p: a tensor of p's shape}, squares, or the probe's gradients: these are ranked
-        without squaring, as their squares might be too small for float32."""
+        curvature: {p: a tensor of p's shape}. It holds squares, or the probe's gradients. Gradients
+        are not squared, as small squares are 0 in float32."""
         by_gamma = {}
         for p, group in self._params().items():
             if p in curvature:
@@ -180,11 +180,12 @@ class IRE(_Wrapper):
                 cross_entropy(model(x), y).backward()
                 opt.step()
 
-        Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
-        of `models` (batch norm's statistics) and torch's random streams are as before; those of
+        Several backward passes add up, and the loss may be scaled. Pass every module whose buffers
+        must stay, such as those of batch norm. Afterwards `.grad`, the buffers
+        of `models` and torch's random streams are as before; those of
         numpy and `random` are not. If two optimizers share a model, nest their probes.
         DDP needs a forward pass for the probe alone, through the DDP module.
-        Raises ValueError: curvature "squares", no gradient."""
+        Raises ValueError if `curvature` is "squares", or if no gradient was made."""
         _check_settings(self)
         wanted = 'curvature="fisher", as curvature="squares" needs no probe'
         _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
@@ -203,7 +204,7 @@ class IRE(_Wrapper):
         self.probed = t
 
     def flat_share(self):
-        """{"flat": the share of the coordinates that is flat}; {} if there is no mask."""
+        """{"flat": the share of the coordinates that is flat}. {} for SoftIRE or without masks."""
         masks = [x for x in self.masks.values() if x.dtype == torch.bool]
         return {"flat": _nonzero(masks) / sum(x.numel() for x in masks)} if masks else {}
 
@@ -226,7 +227,7 @@ class IRE(_Wrapper):
 
 
 class SGDIRE(IRE):
-    """IRE on top of torch.optim.SGD. The keyword arguments are those of both."""
+    """IRE on top of torch.optim.SGD. Takes the keyword arguments of IRE and of SGD."""
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
@@ -234,8 +235,8 @@ class SGDIRE(IRE):
 
 
 class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, by default the fused one. The keyword arguments are those of
-    both. AdmIRE is the paper's name."""
+    """IRE on top of torch.optim.AdamW, by default the fused one. AdmIRE is the paper's name. Takes
+    the keyword arguments of IRE and of AdamW."""
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
@@ -243,7 +244,7 @@ class AdmIRE(IRE):
 
 
 class SAMIRE(IRE):
-    """IRE on top of SAM on top of `base_cls(params)`. The keyword arguments are those of all."""
+    """IRE on top of SAM on top of `base_cls(params)`. Takes the keyword arguments of all three."""
 
     def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
         ire = _arguments_of_ire(kwargs)
@@ -261,12 +262,12 @@ class SoftIRE(IRE):
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
     its meaning. Coordinates with v = 0 are left out and move as the base moves them.
 
-    params: the parameters that it is for; all others move as the base moves them. It was measured
-        with `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
+    params: the parameters that get factors; the base moves all others. This was measured with
+        `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
     alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
-    kappa: strength in a parameter group, in [0, 1]: theta_base + kappa * (factor - 1) *
-        (theta_base - theta). A group with kappa 0 is left out.
+    kappa: strength in a parameter group, in [0, 1]. The new weights are
+        theta_base + kappa * (factor - 1) * (theta_base - theta). 0 leaves the group out.
 
     The other arguments are IRE's, except gamma. `masks[p]` is factor - 1, in 4 bytes per parameter.
     """
@@ -303,7 +304,7 @@ class SoftIRE(IRE):
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
         factors = [self.masks[p] for p in curvature]
-        total = _total(lambda parts: sum(x.sum(dtype=torch.float64) for x in parts), factors)
+        total = _total(lambda x: x.sum(dtype=torch.float64), factors)
         for factor, x in zip(factors, h, strict=True):
             _values(factor).div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
 
@@ -313,11 +314,11 @@ class SAM(_Wrapper):
 
     rho: length of the climb, over all parameters together; >= 0. It stands in every group.
     adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
-    average: climb along a random xi ~ N(0, I/p), where p is the number of parameters (Average SAM).
+    average: climb along a random xi ~ N(0, I/n) of n coordinates (Average SAM).
 
     For batch norm in the second pass see `frozen_batch_norm`. GradScaler refuses closures: use
     bfloat16, or scale the loss and divide the gradients by a constant in the closure.
-    Raises ValueError: an argument out of range, no closure.
+    Raises ValueError if an argument is out of range, or if there is no closure.
     """
 
     def __init__(self, base, *, rho=0.05, adaptive=False, average=False):
@@ -328,10 +329,10 @@ class SAM(_Wrapper):
         _check_settings(self)
 
     def step(self, closure=None):
-        """Gradient here, climb, gradient there, exactly back, the base's step. `closure` does
-        zero_grad, forward and backward and returns the loss. Returns the loss here (Average SAM
-        makes no pass here, so it returns the loss there). If the gradient here is not finite, the
-        step is skipped with a warning."""
+        """Takes the gradient, climbs, takes the gradient there, goes back exactly, and lets the
+        base step. `closure` does zero_grad, forward and backward and returns the loss. Returns the
+        loss before the climb. Average SAM needs no gradient there, and returns the loss after the
+        climb. If the first gradient is not finite, the step is skipped with a warning."""
         if _is_rehearsal(self):
             return self.base.step()
         what = "a function that does zero_grad, forward and backward and returns the loss"
@@ -343,11 +344,12 @@ class SAM(_Wrapper):
             text = f"SAM: skipped a step, since the norm of the gradient is {length}"
             warnings.warn(text, stacklevel=2)
             return here
+        groups = self._params()
         old = {p: _values(p).clone() for p in direction}
         try:
-            for p, group in self._params().items():
-                if p in direction:
-                    _values(p).add_(direction[p], alpha=float(group["rho"]) / max(length, 1e-30))
+            for p, x in direction.items():
+                rho = float(groups[p]["rho"])
+                _values(p).add_(x, alpha=rho / length if length > 0 else 0)
             there = torch.enable_grad()(closure)()
         finally:
             for p, values in old.items():
@@ -356,12 +358,12 @@ class SAM(_Wrapper):
         return there if self.average else here
 
     def _uphill(self):
-        """Direction and length: the climb is rho * direction / length. They are g and |g| or, with
-        T = |theta|, T * T * g and |T * g|."""
+        """Direction and length: the climb is rho * direction / length. SAM has g and |g|, ASAM has
+        T * T * g and |T * g| with T = |theta|."""
         params = [p for p in self._params() if p.grad is not None]
         scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
-        square = _total(lambda parts: sum(map(_squared_norm, parts)), scaled.values())
+        square = _total(_squared_norm, scaled.values())
         return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
 
@@ -371,7 +373,7 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
     dim: where the classes are. Logits of two and three dimensions have them last by default;
         others must say it, such as images (batch, classes, height, width) with dim=1.
-    Raises ValueError: no dim where it is needed, a single class."""
+    Raises ValueError if dim is needed and missing, or if there is a single class."""
     shape = tuple(logits.shape)
     known = dim is not None or logits.dim() in (2, 3)
     _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
@@ -384,7 +386,7 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
         if ignore is not None:
             labels = labels.masked_fill(ignore, -100)
     logits = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(logits, labels.reshape(-1), ignore_index=-100)
+    return F.cross_entropy(logits, labels.reshape(-1))  # -100 is ignored
 
 
 def sampled_binary_cross_entropy(logits, *, generator=None):
@@ -431,10 +433,10 @@ def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. A block is a
     module of several layers inside an nn.ModuleList or nn.Sequential. A single layer there, such as
     an embedding or a head, is not a block.
-    Raises ValueError: there are none."""
+    Raises ValueError if there are none."""
     stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     blocks = [block for stack in stacks for block in stack if list(block.children())]
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     params = dict.fromkeys(p for block in blocks for p in block.parameters() if p not in tables)
     matrices = [p for p in params if p.dim() == 2]
     if not matrices:
@@ -447,19 +449,21 @@ def kth_smallest(tensors, k):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
     float32 tensor (float64 if one of them is). NaN is largest; signs are ignored. Shards of
     DTensors count over their ranks.
-    Raises ValueError: k is not in 1 .. n.
+    Raises ValueError if k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
     do. So a histogram of 65,536 bins for every 16 bits finds the element, without a copy of all
     tensors."""
-    tensors = list(tensors) or [torch.empty(0)]
+    tensors = list(tensors)
+    n = sum(x.numel() for x in tensors)
+    _require(1 <= k <= n, "k", k, f"1 to n = {n}")
     wide = any(x.dtype == torch.float64 for x in tensors)
     floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     prefix = None  # the bits that are known
 
-    def histogram(parts):  # of the next 16 bits of the elements that begin with `prefix`
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
-        for piece in [piece for x in parts for piece in x.flatten().split(1 << 20)]:
+    def histogram(x):  # of the next 16 bits of the elements that begin with `prefix`
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+        for piece in x.flatten().split(1 << 20):
             digits = piece.to(floats).abs().view(ints) >> shift
             if prefix is not None:
                 digits = digits[digits >> 16 == prefix] & 0xFFFF
@@ -470,9 +474,6 @@ def kth_smallest(tensors, k):
     while shift > 0:
         shift -= 16
         counts = _total(histogram, tensors)
-        if prefix is None:
-            n = int(counts.sum())
-            _require(1 <= k <= n, "k", k, f"1 to n = {n}")
         digit = int(torch.searchsorted(counts.cumsum(0), k))
         k -= int(counts[:digit].sum())
         prefix = (prefix or 0) << 16 | digit
@@ -488,9 +489,9 @@ def _gradient(p):
 
 
 def _new_squares(ire, params, closure):
-    """({p: the squared gradient of this step}, closure), unless the base keeps their mean.
-    Squares are taken before the base's step, as Muon and others change p.grad in place. Of
-    several calls of a closure, the last makes the step."""
+    """Returns {p: the squared gradient of this step} and the closure. The dict stays empty if the
+    base keeps the mean. Squares are taken before the base's step, as Muon and others change p.grad
+    in place. If a closure is called several times, its last gradients count."""
     new = {}
 
     def look():
@@ -513,15 +514,17 @@ def _new_squares(ire, params, closure):
 
 
 def _running_means(ire, params, new):
-    """{p: running mean of the squared gradient}: all of the base, or all kept here."""
+    """{p: running mean of the squared gradient}. All come from the base, or all are kept here."""
     if ire.curvature == "fisher":
         return {}
     squares = _adams_squares(ire, params)
     if squares is not None:
         return _corrected(squares, params, ire.state) if ire._due() else squares
     for p, square in new.items():
+        if not _fits(ire.squares, p):
+            ire.counts[p] = torch.zeros(())
         mean = _begin(ire.squares, p, _wide(p))
-        ire.counts[p] = ire.counts.get(p, torch.zeros(())) + 1
+        ire.counts[p] += 1
         # Without the denominator, a mean that began later than others would look flat.
         weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
         mean.lerp_(square, weight)
@@ -529,9 +532,8 @@ def _running_means(ire, params, new):
 
 
 def _adams_squares(ire, params):
-    """{p: the base's running mean of squared gradients}. None if the base does not keep one for
-    each coordinate of all params, or if IRE has begun to keep its own: both must not be ranked
-    together."""
+    """{p: the base's running mean of squared gradients}. None if the base lacks the mean of some
+    parameter, or if IRE already keeps its own means. The two are on different scales."""
     entries = {p: ire.state.get(p, {}) for p in params}
     squares = {p: x.get("exp_avg_sq") for p, x in entries.items() if x or p.grad is not None}
     fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
@@ -540,8 +542,8 @@ def _adams_squares(ire, params):
 
 
 def _corrected(squares, params, state):
-    """Adam's means divided by 1 - beta2^t, if some of them began later than others: those would
-    look flat."""
+    """Adam's means, divided by 1 - beta2^t if some of them began later than others. A mean that
+    began later is smaller and would look flat."""
     weights = dict.fromkeys(squares, 1.0)
     for p in squares:
         if "betas" in params[p] and "step" in state[p]:
@@ -556,7 +558,7 @@ def _is_usable(ire, threshold, curvature):
     dead = threshold == 0 and _nonzero(curvature.values()) == 0
     usable = bool(threshold.isfinite()) and not dead
     if not usable:
-        _warn(ire, f"the curvature is {float(threshold)}, so the last mask stays")
+        _warn(ire, f"the threshold of the curvature is {float(threshold)}, so the last mask stays")
     return usable
 
 
@@ -596,7 +598,7 @@ def _begin(kept, p, dtype):
 
 
 def _nonzero(tensors):
-    return int(_total(lambda parts: sum(x.count_nonzero() for x in parts), tensors))
+    return int(_total(torch.count_nonzero, tensors))
 
 
 def _squared_norm(x):
@@ -609,8 +611,8 @@ def _wide(x):
 
 
 def _random_direction(sam):
-    """For Average SAM: standard normal directions, and the root of the number of coordinates. The
-    parts of a sharded parameter differ, copies on several ranks are alike."""
+    """For Average SAM: standard normal directions, and the root of the number of coordinates.
+    Shards draw different numbers, replicas the same."""
     direction = {p: torch.empty_like(_values(p)) for p in sam._params() if p.requires_grad}
     seed = torch.randint(2**62, (), device=next(iter(direction)).device)
     if _several_ranks():
@@ -632,7 +634,7 @@ def _put_back(params, models, seed):
     probe puts back its own params only; the outer one puts back the rest."""
     others = [p for m in models for p in m.parameters() if p not in _OPEN]
     grads = {p: p.grad for p in [*params, *others]}
-    # DDP uses the memory of its gradients again, so under DDP the values are kept as well.
+    # DDP uses the memory of its gradients again, so there the values are copied.
     copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
     owners = [owner for m in models for owner in m.modules()]
     buffers = [(owner, *item) for owner in owners for item in owner._buffers.items()]
@@ -654,7 +656,9 @@ def _put_back(params, models, seed):
         for p, grad in grads.items():
             p.grad = grad.copy_(copies[p]) if p in copies else grad
         for owner, name, x, values in buffers:
-            x.data.copy_(values)  # .data, as a graph from before the probe may hold x
+            x.data.copy_(
+                values
+            )  # .data hides this from a graph that holds x since before the probe
             owner._buffers[name] = x
 
 
@@ -674,7 +678,7 @@ def _keys(ire, saved):
     """[(p, its key in a saved state)]"""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     params = [p for group in ire.param_groups for p in group["params"]]
-    return zip(params, keys, strict=False)  # torch refuses what does not fit
+    return zip(params, keys, strict=False)  # the base refuses a mismatch
 
 
 def _save(ire):
@@ -689,7 +693,7 @@ def _save(ire):
 
 
 def _load(ire, saved):
-    """Loads the base and ours. What the base refuses changes nothing."""
+    """Loads the base's state and our tensors. If the base raises, ours stay as they are."""
     before = [dict(group) for group in ire.param_groups]
     found = {}
 
@@ -720,29 +724,29 @@ def _load(ire, saved):
             device = "cpu" if name == "ire_count" else p.device
             kept[p] = found[p][name].to(device, copy=True)
     for group, old in zip(ire.base.param_groups, before, strict=True):
-        for name in ire.settings:  # a bare base's state has none
+        for name in ire.settings:  # a bare base's state lacks them
             group.setdefault(name, old[name])
     ire.probed = None
 
 
 def _is_rehearsal(wrapper):
-    """True in the step at lr 0 with gradients of 0 by which torch.distributed.checkpoint fills a
-    fresh optimizer's state. That step is not one of training: it must not count or warn."""
+    """torch.distributed.checkpoint fills a fresh optimizer's state by a step with lr 0 and
+    gradients of 0. Returns True in that step. It must not count or warn."""
     grads = [p.grad for p in wrapper._params() if p.grad is not None]
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
     return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
 
 
 def _rehearse(ire):
-    """Makes what a saved state holds, with zeros in it."""
-    params = ire._active()
-    new, _ = _new_squares(ire, params, None)
+    """Creates what a saved state holds, with zeros in it."""
+    params = [p for p in ire._active() if p.grad is not None]
     loss = ire.base.step()
-    _running_means(ire, params, new)
-    ire.counts.update((p, torch.zeros(())) for p in ire.squares)
+    own = ire.curvature == "squares" and _adams_squares(ire, params) is None
     for p in params:
-        if p.grad is not None:
-            _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
+        _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
+        if own:
+            _begin(ire.squares, p, _wide(p))
+            ire.counts.setdefault(p, torch.zeros(()))
     return loss
 
 
@@ -763,14 +767,14 @@ def _shard_groups(x):
 
 
 def _total(measure, tensors):
-    """The sum of measure([tensors of one device]) over all devices and ranks. Replicas are alike
-    and count once."""
+    """The sum of measure(x) over all tensors, devices and ranks. Replicas are alike and count
+    once."""
     by_place = {}
     for x in tensors:
         by_place.setdefault((x.device, tuple(_shard_groups(x))), []).append(_values(x))
     totals = []
     for (_, groups), parts in by_place.items():
-        total = measure(parts)
+        total = sum(map(measure, parts))
         for group in groups:
             dist.all_reduce(total, group=group)
         totals.append(total.cpu())
@@ -798,13 +802,14 @@ def _check_base(wrapper, base, settings):
     _require(fits, "base", name, allowed)
     for setting in settings:
         _require(setting not in base.defaults, setting, name, f"a base without a {setting}")
-    flattened = any(
-        getattr(p, "_fsdp_flattened", False) for group in base.param_groups for p in group["params"]
-    )
-    _require(not flattened, "base", "parameters of FSDP1", "those of DDP, or FSDP2's")
+    params = [p for group in base.param_groups for p in group["params"]]
+    odd = any(p.is_complex() or getattr(p, "_fsdp_flattened", False) for p in params)
+    _require(not odd, "base", "complex parameters or those of FSDP1", "real ones, of DDP or FSDP2")
     # Its groups would hold the settings of another wrapper, which would win in silence.
     again = hasattr(base, "_is_wrapped") or "ire_step" in base.param_groups[0]
-    _require(not again, "base", name, "a new optimizer; wrap it before you load its state")
+    _require(
+        not again, "base", name, "one that was never wrapped and has not loaded a state of IRE"
+    )
     base._is_wrapped = True
 
 

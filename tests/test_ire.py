@@ -324,7 +324,7 @@ def test_a_curvature_that_says_nothing_warns_and_the_last_mask_goes_on(wrong):
     for p in model.parameters():
         opt.state[p]["exp_avg_sq"].fill_(wrong)
         p.grad.zero_()
-    with pytest.warns(UserWarning, match="IRE: the curvature .* last mask stays"):
+    with pytest.warns(UserWarning, match="IRE: the threshold of .* last mask stays"):
         opt.step()
     assert equal(before, masks(opt)) and sum(flat_counts(opt)) == 33
 
@@ -338,6 +338,18 @@ def test_a_sharp_coordinate_at_infinity_stays_what_the_base_made_of_it(kappa):
     opt.step()
     far = 0.9 - 0.1 * kappa
     torch.testing.assert_close(p.detach(), torch.tensor([far, far, math.inf, 0.9]))
+
+
+def test_a_mean_begins_anew_when_the_shape_changes():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = SGDIRE([p, q], 0.1, kappa=1, gamma=0.5, interval=1)
+    for step in range(40):
+        if step == 39:
+            p.data = torch.ones(2)
+        p.grad = torch.full_like(p, 2)
+        q.grad = torch.ones_like(q)
+        opt.step()
+    assert opt.squares[p].tolist() == [4, 4] and opt.masks[q].all() and not opt.masks[p].any()
 
 
 def test_gradients_that_are_not_in_p_grad_are_said():
@@ -737,7 +749,9 @@ def test_a_base_is_wrapped_once_and_before_it_loads():
     climbing = SAM(SGD(model.parameters(), 0.1)).base
     for base in (loaded, wrapped, climbing):
         for wrap in (lambda: IRE(base, **SETTINGS), lambda: SAM(base)):
-            with pytest.raises(ValueError, match="base: got .*, allowed is a new optimizer"):
+            with pytest.raises(
+                ValueError, match="base: got .*, allowed is one that was never wrapped"
+            ):
                 wrap()
 
 

@@ -122,7 +122,7 @@ def test_a_curvature_that_says_nothing_warns_and_lengthens_nothing(factor):
     one, two = make_model(), make_model()
     plain = train(one, SGD(one.parameters(), 0.1), range(3))
     opt = SGDIRE(two.parameters(), kappa=5, interval=1)
-    with pytest.warns(UserWarning, match="IRE: the curvature .* last mask stays"):
+    with pytest.warns(UserWarning, match="IRE: the threshold of .* last mask stays"):
         for step in range(3):
             with opt.probe(two):
                 (sampled_cross_entropy(two(batch(0)[0])) * factor).backward()

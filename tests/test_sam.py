@@ -87,13 +87,16 @@ def test_average_sam_draws_xi_of_unit_mean_square_length():
         assert x.norm().item() == pytest.approx(0.5, rel=0.02) and abs(x.mean().item()) < 1e-4
 
 
-@pytest.mark.parametrize("gradient", [[math.nan, 1.0, 0.0], [math.inf, 1.0, 0.0], [0.0] * 3])
+@pytest.mark.parametrize(
+    "gradient", [[math.nan, 1.0, 0.0], [math.inf, 1.0, 0.0], [0.0] * 3, [1e-24] * 3]
+)
 def test_bad_gradients(gradient):
-    """What is not finite skips the step with a warning; 0 has no direction and steps."""
+    """What is not finite skips the step with a warning. 0, also by underflow, does not climb."""
     p = nn.Parameter(torch.ones(3))
     opt = SAM(AdamW([p], 0.1))
 
     def closure():
+        assert p.tolist() == [1, 1, 1]
         p.grad = torch.tensor(gradient)
         return torch.tensor(1.0)
 

@@ -259,7 +259,7 @@ def test_squares_that_say_nothing_are_said_and_the_last_factors_go_on(wrong):
     for x in (p, q):
         opt.state[x]["exp_avg_sq"].fill_(wrong)
     zero = torch.zeros(5, 1)
-    with pytest.warns(UserWarning, match="SoftIRE: the curvature .* last mask stays"):
+    with pytest.warns(UserWarning, match="SoftIRE: the threshold of .* last mask stays"):
         factor = factors_after(opt, [{p: zero, q: zero}])
     assert equal(factor.values(), expected.values())
 
