@@ -1,6 +1,6 @@
 """What the book computes while Sphinx builds it: ire.py's docstrings as reStructuredText, and
 results/*.json as tables. As a script it sets the repository's address, in book/_config.yml and
-wherever it is used, and renews the first cell of each notebook:
+wherever it is used, and renews the first cells of each notebook, with its link to Colab:
 
     python book/pages.py https://github.com/OWNER/REPOSITORY
 """
@@ -353,26 +353,57 @@ def results(text, folder=None):
 CONFIG = ROOT / "book/_config.yml"
 PLACEHOLDER = "example.org"  # reserved: nobody can register it
 FIRST_CELL = """\
-# On Colab this fetches the repository, once. Elsewhere there is nothing to fetch.
+# @title Colab only
+# Fetches the repository, unless its folder is here already.
 import os
 import subprocess
 import sys
+from glob import glob
 
-if "google.colab" in sys.modules and not os.path.exists("../ire.py"):
-    address = "{address}"
-    clone = ["git", "clone", "--depth=1", address, "ire-book"]
-    if not os.path.exists("ire-book") and subprocess.run(clone).returncode:
-        raise SystemExit(f"{{address}} is not there: upload the repository as ire-book/")
-    os.chdir("ire-book/tutorials")
+address = "{address}"
+near = "../toy", "toy", "*/toy", "../*/toy"
+found = [path for toy in near for path in glob(toy + "/valley.py")]
+if not found and "google.colab" in sys.modules:
+    subprocess.run(["git", "clone", "--depth=1", address])
+    found = glob("*/toy/valley.py")
+if not found:
+    raise SystemExit("Upload the repository's folder beside this notebook, then run again.")
+os.chdir(os.path.dirname(found[0]) + "/../tutorials")
 sys.path.insert(0, os.path.abspath(".."))"""
+FOLDED = {
+    "cellView": "form",
+    "mystnb": {"code_prompt_hide": "Colab only", "code_prompt_show": "Colab only"},
+    "tags": ["hide-cell"],
+}
 
 
 def address():
     return re.search(r"url: (https://\S+)", CONFIG.read_text())[1]
 
 
+def on_colab(address, name):
+    """The line of a notebook that says how to open it on Colab, which opens what is on GitHub."""
+    repository = address.removeprefix("https://github.com/")
+    if repository == address:
+        text = "the repository has no public address yet, so upload its folder first."
+    else:
+        colab = "https://colab.research.google.com/github"
+        text = f"[open this chapter]({colab}/{repository}/blob/main/tutorials/{name})."
+    return f"*On Colab:* {text}"
+
+
+def renew(cells, address, name):
+    """The line about Colab at the end of the first text, and the first cell of code."""
+    first = {cell["cell_type"]: cell for cell in reversed(cells)}
+    text = "".join(first["markdown"]["source"]).split("\n*On Colab:*")[0].rstrip()
+    text += f"\n\n{on_colab(address, name)}"
+    first["markdown"]["source"] = text.splitlines(keepends=True)
+    first["code"]["metadata"] = FOLDED
+    first["code"]["source"] = FIRST_CELL.format(address=address).splitlines(keepends=True)
+
+
 def set_address(new, root=ROOT):
-    """Writes the address wherever the old one stands, and the first cell of each notebook."""
+    """Writes the address wherever the old one stands, and the first cells of each notebook."""
     old = re.search(r"url: (https://\S+)", (root / "book/_config.yml").read_text())[1]
     files = [root / name for name in ("README.md", "CITATION.cff", "pyproject.toml")]
     files += [root / "book/_config.yml", *(root / "book").glob("*.md")]
@@ -380,8 +411,7 @@ def set_address(new, root=ROOT):
         path.write_text(path.read_text().replace(old, new))
     for path in (root / "tutorials").glob("*.ipynb"):
         notebook = json.loads(path.read_text().replace(old, new))
-        first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-        first["source"] = FIRST_CELL.format(address=new).splitlines(keepends=True)
+        renew(notebook["cells"], new, path.name)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
