@@ -54,10 +54,10 @@ def output_path(doc, name, seconds, argv=None):
 def why_not(path):
     """Why no figure can be written to this path, or None. Makes the folder that the path names."""
     if path.suffix.lower() not in ENDINGS:
-        return f"the name must end in {', '.join(ENDINGS)}"
-    is_new = not path.exists()
+        return f"the name must end in {' or '.join(ENDINGS)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         path.open("ab").close()
     except OSError as error:
         return f"cannot be written: {error}"
