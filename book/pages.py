@@ -391,5 +391,7 @@ def setup(app):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not re.fullmatch(r"https://\S+[^\s/]", sys.argv[1]):
-        sys.exit(f"address: {sys.argv[1:]}, want one such as https://github.com/OWNER/REPOSITORY")
+        got = " ".join(sys.argv[1:])
+        print(f"address: got {got!r}, want https://github.com/OWNER/REPOSITORY", file=sys.stderr)
+        sys.exit(2)
     set_address(sys.argv[1])
