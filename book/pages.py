@@ -50,9 +50,8 @@ def prose(line, before):
 
 
 # -------------------------------------------------------------------------------- the results page
-# what the page shows of a run of the speed-up studies
-RUN = "optimizer ablation lr warmup_fraction beta2 weight_decay ratio kappa gamma interval".split()
-RUN += ["curvature", "seed", "steps", "val_loss"]
+# what the page shows of a run of the speed-up studies; the file has all settings
+RUN = ("optimizer", "ablation", "lr", "kappa", "gamma", "seed", "steps", "val_loss")
 SOURCES = {  # of the mask: the row of `compared` in the Fisher, second moment and random column
     "from the warm-up's end": ("AdmIRE", "second moment", "random mask"),
     "from step 0": ("on from step 0", "second moment from step 0", "random mask from step 0"),
