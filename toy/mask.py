@@ -1,13 +1,16 @@
-"""How good is the diagonal-Fisher mask? Compared with exact curvature on a network that allows it.
+"""How good is the mask of a probe? Compared with the exact curvature of a network that allows it.
 
-    python toy/mask.py                    # results/toy-mask.png
+    python toy/mask.py                    # draws results/toy-mask.png
 
-A probe (Eq. 6) squares one gradient g of a batch with sampled labels. Over the labels g_i has mean
-0 and variance G_i / B, G being the diagonal of the Gauss-Newton matrix; in large batches it is
-normal, so that B g_i^2 follows G_i chi^2_1: right on average, but with relative noise sqrt(2) at
-any batch size. Averaging m probes gives G_i chi^2_m / m. Seen: the overlap of the probes' flat sets
-with the exact one is what this predicts; more draws sharpen it, larger batches do not; and the
-exact mask changes far more slowly than sampling makes the probe's jump.
+A probe (Eq. 6) squares one gradient g of a batch of B samples with labels drawn from the model. On
+average B g_i^2 is G_i, the diagonal of the Gauss-Newton matrix. In a large batch g_i is normal, so
+B g_i^2 is G_i times a chi^2_1 variable: its relative noise is sqrt(2) at any batch size. The mean
+of m probes is G_i chi^2_m / m.
+
+The flat sets of the probes overlap with the exact flat set as much as this predicts. More draws
+make them better, and larger batches do not. The exact flat set changes slowly during training:
+another draw changes the flat set of a probe far more than 200 steps of training change the exact
+one.
 """
 
 import sys
@@ -21,26 +24,14 @@ from torch.func import grad, hessian, jacrev, vmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ire import SGDIRE, AdmIRE, sampled_cross_entropy
-from toy.common import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    STYLE,
-    network,
-    output_path,
-    save,
-)
+from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, network, output_path, save
 
 GAMMA = 0.6
 SAMPLES = 256
 CLASSES = 4
 STEPS = 600  # of the training, halfway to its end
 EVERY = 5  # steps between two exact flat sets
-REPEATS = 16  # draws behind a mean
+REPEATS = 16  # draws that a mean is over
 # what is scanned: batch sizes, averaged probes, steps between two masks
 BATCHES = (1, 16, SAMPLES)
 DRAWS = (1, 4, 16, 64)
@@ -57,7 +48,7 @@ def flat_set(h):
 
 
 def overlap(flat, true):
-    """The part of the true flat set that is found; GAMMA by chance."""
+    """The part of the true flat set that is found. By chance it is GAMMA."""
     return ((flat & true).sum() / true.sum()).item()
 
 
@@ -77,15 +68,15 @@ def mean_quality(draw, exact):
 
 
 def gauss_newton(predict, theta, x):
-    """The diagonal of J^T (diag(p) - p p^T) J, mean over x: also that of the Fisher matrix."""
+    """The diagonal of J^T (diag(p) - p p^T) J, mean over x. The Fisher matrix has the same one."""
     J = jacrev(predict)(theta, x)  # (samples, classes, parameters)
     p = predict(theta, x).softmax(-1)[..., None]  # (samples, classes, 1)
     return ((p * J**2).sum(1) - (p * J).sum(1) ** 2).mean(0)
 
 
 def train():
-    """The network, halfway through its training by AdmIRE, and the exact flat set each EVERY steps
-    on the way: x, y, predict, theta, Adam's second moment, the flat sets."""
+    """A network halfway through its training by AdmIRE: x, y, predict, theta, Adam's second moment,
+    and the exact flat set at every EVERY-th step so far."""
     teacher, weights = network(8, 16, CLASSES)
     x = torch.randn(SAMPLES, 8, dtype=torch.float64) * torch.logspace(0, -1, 8)
     y = (teacher(3 * weights, x) + 0.3 * torch.randn(SAMPLES, CLASSES)).argmax(-1)
@@ -107,7 +98,7 @@ def train():
 
 
 def draws(predict, theta, x, batch, m):
-    """h of Eq. 6, averaged over m batches."""
+    """h of Eq. 6: the mean over m batches."""
 
     def sampled_loss(theta, x):
         return sampled_cross_entropy(predict(theta, x))
@@ -118,12 +109,12 @@ def draws(predict, theta, x, batch, m):
 
 
 def chi2(G, m):
-    """What theory says that m averaged probes look like."""
+    """The mean of m probes in theory."""
     return G * torch.randn(m, len(G)).square().mean(0)
 
 
 def probed(predict, theta, x, seed):
-    """The mask of one of ire.py's own probes."""
+    """The mask of one probe of ire.py."""
     torch.manual_seed(seed)
     opt = SGDIRE([theta], lr=0, kappa=1, gamma=GAMMA, curvature="fisher")
     with opt.probe():
@@ -132,7 +123,8 @@ def probed(predict, theta, x, seed):
 
 
 def kinds_of_curvature(x, y, predict, here, second_moment, G):
-    """Several diagonals beside the Gauss-Newton matrix's and the Hessian's."""
+    """For each kind, the quality of its flat set: against the diagonal of the Gauss-Newton matrix,
+    and against that of the Hessian."""
 
     def loss(theta, x, y):
         return F.cross_entropy(predict(theta, x), y)
@@ -186,66 +178,49 @@ def draw_sampling(numbers, ax):
         ax.plot(DRAWS, found, f"{marker}-", color=color, linewidth=1, label=f"batch {batch}")
     theory = [numbers["theory"][m][0] for m in DRAWS]
     ax.plot(DRAWS, theory, ":", color=BLACK, label="theory, χ²")
-    ax.set(xscale="log", xlabel="averaged probes", ylabel="overlap of two flat sets")
-    ax.set_title("Sampling: with the exact set")
+    ax.set(xscale="log", xlabel="averaged probes", ylim=(0.57, 1.02), ylabel="overlap")
+    ax.set(xticks=DRAWS, xticklabels=DRAWS, title="Sampling: probes and the exact flat set")
+    ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1, label="chance")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 0.07))
+    ax.minorticks_off()
 
 
 def draw_ageing(numbers, ax):
     ax.plot(LAGS, list(numbers["lags"].values()), "s-", color=PINK, label="exact, K steps later")
-    ax.axhline(numbers["probe"][1], color=BLUE, label="two probes, same step")
-    ax.axhline(numbers["theory, two probes"], color=BLACK, linestyle=":", label="theory, χ²")
-    ax.set(xscale="log", xlabel="K", title="Time: with itself")
-    ax.legend(loc="center right", bbox_to_anchor=(1, 0.6))
-
-
-def draw_kinds(numbers, ax):
-    names = list(numbers["estimates"])[::-1]
-    with_G, with_H = zip(*(numbers["estimates"][name] for name in names), strict=True)
-    overlap_G, rank_G = zip(*with_G, strict=True)
-    overlap_H, _ = zip(*with_H, strict=True)
-    ax.plot(overlap_G, names, "o", color=BLUE, markersize=9, label="overlap, Gauss-Newton")
-    ax.plot(overlap_H, names, "D", color=RED, markersize=5, label="overlap, Hessian")
-    line = {"color": BLACK, "markersize": 13, "markeredgewidth": 2}
-    ax.plot(rank_G, names, "|", label="rank correlation, Gauss-Newton", **line)
-    ax.set(xlim=(0.55, 1.02), xlabel="agreement with the exact diagonal")
-    ax.set_title("Kinds of curvature")
-    ax.legend(loc="lower left", labelspacing=0.3)
+    ax.axhline(numbers["probe"][1], color=BLUE, label="two probes at one step")
+    ax.set(xscale="log", xlabel="K", ylim=(0.57, 1.02), ylabel="overlap")
+    ax.set(xticks=LAGS, xticklabels=LAGS, title="Time: two flat sets")
+    ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1, label="chance")
+    ax.legend(loc="center right")
+    ax.minorticks_off()
 
 
 def draw(numbers):
     plt.rcParams.update(STYLE)
-    figure = plt.figure(figsize=(7, 6.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    sampling, ageing = top.subplots(1, 2, sharey=True)
+    figure, (sampling, ageing) = plt.subplots(2, 1, figsize=(5, 6.5), layout="constrained")
     draw_sampling(numbers, sampling)
     draw_ageing(numbers, ageing)
-    for ax, left in ((sampling, DRAWS[0]), (ageing, LAGS[0])):
-        ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1)
-        ax.set_ylim(0.57, 1.02)
-        ax.text(left, GAMMA + 0.008, "chance", color=GREY)
-    draw_kinds(numbers, bottom.subplots())
     return figure
 
 
 def main(argv=None):
-    out = output_path(__doc__, "mask", argv)
+    out = output_path(__doc__, "mask", 10, argv)
     numbers = measure()
-    print("overlap with the exact flat set, rank correlation")
+    print("overlap with the exact flat set, and rank correlation with the exact curvature")
     for m in DRAWS:
         columns = {f"batch {batch}": numbers["draws"][batch, m] for batch in BATCHES}
         columns["theory"] = numbers["theory"][m]
         cells = [f"{name} {found:.3f} {rank:.3f}" for name, (found, rank) in columns.items()]
-        print(f"{m:4} probes: {'   '.join(cells)}")
-    row = "{:22} with Gauss-Newton {:.3f} {:.3f}   with the Hessian {:.3f} {:.3f}"
+        print(f"{m:2} probes: {'   '.join(cells)}")
+    row = "{:21} Gauss-Newton {:.3f} {:.3f}   Hessian {:.3f} {:.3f}"
     for name, (with_G, with_H) in numbers["estimates"].items():
         print(row.format(name, *with_G, *with_H))
     aged = [f"{lag}: {same:.3f}" for lag, same in numbers["lags"].items()]
-    print(f"the exact flat set, K steps later: {', '.join(aged)}")
+    print(f"overlap of the exact flat set with itself K steps later: {', '.join(aged)}")
     found, twice = numbers["probe"]
     both = numbers["theory, two probes"]
-    print(f"two of ire.py's probes, same step: {twice:.3f} (theory {both:.3f})")
-    print(f"one of ire.py's probes, exact set: {found:.3f} (theory {numbers['theory'][1][0]:.3f})")
+    print(f"two probes of ire.py at one step: {twice:.3f} (theory {both:.3f})")
+    print(f"one probe of ire.py and the exact flat set: {found:.3f}")
     save(draw(numbers), out)
     return numbers
 

@@ -187,7 +187,7 @@ function drawMap(canvas, loss, runs, color) {
   }
   context.fillStyle = color;
   context.fillText("★", x(0), y(0) + 5);
-  context.fillText(loss.star, x(0), y(0) + 24);
+  context.fillText(loss.star, x(0), y(0) - 12);
   dots(context, [[x(start[0]), y(start[1])]], HANDLE, 9);
 }
 
@@ -200,7 +200,7 @@ function drawChart(canvas, { name, value, log }, runs, color) {
   const top = Math.min(Math.max(...curves.flat()), first + (log ? 2 : first)) + 0.1;
   const v = [(log ? Math.min(...curves.flat()) : 1) - 0.1, top];
   const plot = prepare(canvas, { u: [0, Math.log1p(STEPS)], v }, color);
-  const yTicks = ticks(v, log ? Math.ceil((v[1] - v[0]) / 4) : 0.5);
+  const yTicks = ticks(v, log ? Math.ceil((v[1] - v[0]) / 4) : v[1] < 2.5 ? 0.5 : 1);
   drawAxes(plot, "step (log)", name, [0, 1, 10, 100].map(z => [Math.log1p(z), z]),
     yTicks.map(z => [z, log ? `1e${z}` : z]));
   curves.forEach((curve, i) => {
@@ -273,7 +273,9 @@ function build(box) {
     const loss = LOSSES[state.loss];
     const color = getComputedStyle(widget).color;
     const colors = [color, ...COLORS.slice(0, state.others.length), HANDLE];
-    const runs = [0, ...state.others, state.kappa].map((k, i) => ({
+    // with κ = 0 the run of the slider would hide that of gradient descent
+    const kappas = state.kappa > 0 ? [0, ...state.others, state.kappa] : [0];
+    const runs = kappas.map((k, i) => ({
       name: i ? `IRE, κ = ${number(k)}` : "gradient descent",
       path: run(state.loss, state.start, state.eta, k),
       color: colors[i],
