@@ -71,11 +71,9 @@ def number(value, error, sign="", digits=4):
 
 def saved(row):
     """Share of the base's steps, in per cent; ~ beyond the lengths that were run."""
-    share, error = row["steps_saved"], row["steps_saved_stderr"]
-    if share is None or row["form"] == row["base"]:
+    if row["steps_saved"] is None or row["form"] == row["base"]:
         return ""
-    about = "~" if row["extrapolated_on"] else ""
-    return f"{about}{100 * share:.0f}%" + ("" if error is None else f" ± {100 * error:.0f}%")
+    return f"{'~' if row['extrapolated_on'] else ''}{100 * row['steps_saved']:.0f}%"
 
 
 def source(report):
@@ -181,7 +179,7 @@ def renewed(page):
         words = shlex.split(found[2])[2:]
         report = read(ROOT / words[0])
         shown = shown_of(report, *words[1:])
-        return f"{found[1]}{shown}\n\n`{found[2]}`: {source(report)}\n{found[3]}"
+        return f"{found[1]}\n{shown}\n\n`{found[2]}`: {source(report)}\n\n{found[3]}"
 
     return MARKED.sub(said, page)
 
@@ -208,18 +206,8 @@ def shown_of(report, *wanted):
 def draw(report, path):
     """The map at `path`; beside it the gains, and the losses over the learning rate. A study that
     has nothing for a figure has no such file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     for name, figure in {"": the_map, "-forms": the_forms, "-rates": the_rates}.items():
         keep(figure(report), path.with_stem(f"{path.stem}{name}"))
-
-
-def draw_flat(found, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    keep(the_flat(found), path)
 
 
 def keep(figure, path):

@@ -24,7 +24,8 @@ where there is none, at those of the same form, or of its base, at the place `ne
 gain is the validation loss of the form `against` minus the form's, seed by seed: positive is
 better.
 
-A run is saved as soon as it is made; a signal ends the script without loss.
+A run is saved as soon as it is made; a signal ends the script without loss. Each run names its
+commit, and the table marks a gain between runs of two commits.
 """
 
 import argparse
@@ -49,7 +50,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import optimizers
-from report import draw, draw_flat, number, tables
+from report import draw, keep, number, tables, the_flat
 from speed import environment
 
 import common
@@ -609,14 +610,15 @@ def replicate(study, place, seeds=FRESH_SEEDS):
 
 # --------------------------------------------------------------------------- what is flat
 def flat_shares(study, place, curvature):
-    """{step: {tensor: flat share}} along a run of AdamW as tuned there, on seed 0: the mask is
-    made, and the steps stay AdamW's (kappa 0), so that all curvatures see the same weights."""
+    """{step: {tensor: flat share}} along a run of AdamW as tuned there, on seed 0: masks are made,
+    and the steps stay AdamW's to nine digits, so that all curvatures see the same weights."""
     settings = {**tuned(study.only_held(), place, "AdamW")[0], "seed": 0}
     c = config(study, settings, ROOT / "runs" / "study" / "flat")
     shares = {}
 
     def make_optimizer(model, c):
-        opt = IRE(train_gpt.make_optimizer(model, c), kappa=0.0, gamma=0.7, curvature=curvature)
+        base = train_gpt.make_optimizer(model, c)
+        opt = IRE(base, kappa=1e-9, gamma=0.7, curvature=curvature)  # kappa 0 would make no mask
         names = {p: name for name, p in model.named_parameters()}
 
         def record(opt, args, kwargs):
@@ -639,21 +641,10 @@ def record_flat(study, place):
     found = {"command": command, "place": place, "environment": environment("cpu"), **shares}
     path = study.path.with_name("flat.json")
     common.write_json(path, found)
-    draw_flat(json.loads(path.read_text()), path.with_suffix(".png"))
+    keep(the_flat(common.read_json(path)), path.with_suffix(".png"))
 
 
 # --------------------------------------------------------------------------- command line
-def check_commit(study):
-    """All runs that are compared are of one commit."""
-    here = environment("cpu")["commit"]
-    others = ", ".join(sorted({run["commit"] for run in study.runs} - {here}))
-    if others:
-        sys.exit(
-            f"study.py: {study.path} holds runs of commit {others}, and this is {here}; go on in a "
-            "work tree of that commit (git worktree add), or add --another-commit"
-        )
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -663,11 +654,6 @@ def main():
     what.add_argument("--summary", action="store_true", help="tables and figures; run nothing")
     what.add_argument("--replicate", metavar="PLACE", help="fresh seeds of the recommended form")
     what.add_argument("--flat", metavar="PLACE", help="what IRE calls flat along a run of AdamW")
-    parser.add_argument(
-        "--another-commit",
-        action="store_true",
-        help="add runs of this commit beside those of others; each run names its own",
-    )
     args = parser.parse_args()
     study = Study.read(args.file, train)
     places = study.plan["places"]
@@ -693,11 +679,9 @@ def go_on(study, args):
     if "finished" in study.plan:
         print(f"This study is finished. To go on, take commit {study.plan['finished']}.\n")
     elif not args.summary:
-        if not args.another_commit:
-            check_commit(study)
         run_all(study)
     study.save()
-    report = json.loads(args.file.read_text())
+    report = common.read_json(args.file)
     print(tables(report))
     draw(report, args.file.with_suffix(".png"))
     return 0
