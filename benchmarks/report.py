@@ -291,11 +291,11 @@ def the_flat(found):
     """What IRE calls flat: the share of each kind of tensor over the steps, squares above the
     Fisher probe. found: results/flat.json."""
     figure, axes = panels_of([3.2] * 2)
-    titles = {"squares": "squares: Adam's mean of squared gradients", "fisher": "the Fisher probe"}
+    titles = {"squares": "% flat by the mean of squared gradients", "fisher": "% flat by the probe"}
     for (name, title), panel in zip(titles.items(), axes, strict=True):
         steps = list(found[name])
         shares = np.array([by_kind(found[name][step]) for step in steps]).T
-        image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (i, j), share in np.ndenumerate(shares):
             color = "white" if share > 0.6 else "black"
             panel.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=color)
@@ -303,7 +303,6 @@ def the_flat(found):
         panel.set_yticks(range(len(KINDS)), KINDS)
         panel.grid(False)
         panel.set(xlabel="step", title=title)
-    figure.colorbar(image, ax=axes, label="flat, in % of the coordinates", format="percent")
     return figure
 
 
