@@ -51,11 +51,12 @@ def setting_of(place):
 
 def optimizer_of(row):
     """The optimizer of a row in words."""
-    if row["form"] in BASES:
-        return BASES[row["form"]]
+    base = BASES.get(row["base"], row["base"])
+    if row["form"] == row["base"] or row["form"] in BASES:
+        return BASES.get(row["form"], row["form"])
     name = own_name(row).replace("hard mask", "IRE's mask").replace("soft factor", "SoftIRE")
     name = f"IRE's {name}" if name.startswith("mask") else name
-    return f"{name} on {BASES[row['base']]}"
+    return f"{name} on {base}"
 
 
 def own_name(row):
@@ -114,7 +115,7 @@ def cells(row, report):
     return found
 
 
-def table(report, rows, without):
+def markdown(report, rows, without):
     """Markdown. Left out: the column `without`, and each that is empty."""
     lines = [cells(row, report) for row in rows]
     heads = [head for head in lines[0] if head != without and any(x[head] for x in lines)]
@@ -122,14 +123,14 @@ def table(report, rows, without):
     return "\n".join(text + [f"| {' | '.join(x[head] for head in heads)} |" for x in lines])
 
 
-def tables(report, wanted=None):
+def table(report, wanted=None):
     """A table for each setting, and what is missing; or only the rows of the wanted optimizer or
     the wanted setting."""
     columns = {"optimizer": optimizer_of, "place": lambda row: row["place"]}
     for name, value in columns.items():
         rows = [row for row in report["gains"] if value(row) == wanted]
         if rows:
-            return table(report, rows, "setting" if name == "place" else name)
+            return markdown(report, rows, "setting" if name == "place" else name)
     if wanted in report["places"]:
         return MISSING
     if wanted:
@@ -140,7 +141,7 @@ def tables(report, wanted=None):
         rows = [row for row in report["gains"] if row["place"] == place]
         if rows:
             title = f"{place}: {setting_of(report['places'][place])}"
-            parts.append(f"{title}\n\n{table(report, rows, 'setting')}\n")
+            parts.append(f"{title}\n\n{markdown(report, rows, 'setting')}\n")
     return "\n".join([*parts, *changes(report), *missing(report)])
 
 
@@ -197,7 +198,7 @@ def read(path):
 def shown_of(report, *wanted):
     """A study's tables, or how often each answer of results/bases.json was given."""
     if "counts" not in report:
-        return tables(report, *wanted)
+        return table(report, *wanted)
     lines = [f"| {what} | {count} |" for what, count in report["counts"].items()]
     return "\n".join(["| what happened | optimizers |", "|---|---|", *lines])
 
@@ -380,7 +381,7 @@ def the_forms(report):
     figure, axes = panels_of([0.6 + 0.24 * len(held) for held in panels.values()])
     for ((place, base), held), panel in zip(panels.items(), axes, strict=True):
         draw_forms_at(panel, held, limits)
-        title = f"{setting_of(report['places'][place])}, on {BASES[base]}"
+        title = f"{setting_of(report['places'][place])}, on {BASES.get(base, base)}"
         panel.set_title(title, loc="right")
     axes[-1].set_xlabel("gain in nats per token (right is better)", loc="right")
     return figure

@@ -50,7 +50,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import optimizers
-from report import draw, keep, number, tables, the_flat
+from report import draw, keep, number, table, the_flat
 from speed import environment
 
 import common
@@ -130,7 +130,11 @@ class Study:
     def save(self):
         """Writes the file whole or not at all, each run on a line of its own."""
         command = f"python benchmarks/study.py results/{self.path.name}"
-        computed = {"command": command, "gains": gains(self), "changes": gains_of_changes(self)}
+        computed = {
+            "command": self.plan.get("command", command),
+            "gains": gains(self),
+            "changes": gains_of_changes(self),
+        }
         head = json.dumps({**self.plan, **computed, "runs": []}, indent=1)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
         content = head.replace('"runs": []', f'"runs": [\n{runs}\n ]').encode()
@@ -146,7 +150,7 @@ class Study:
     def form(self, name):
         """What is not said of a form has a default."""
         form = self.plan["forms"][name]
-        own = {"starts_at": None, "against": BASES[form["base"]]}
+        own = {"starts_at": None, "against": BASES.get(form["base"])}
         return {**own, **form, "grid": form["grid"] or self.plan["grid"]}
 
     def lines(self):
@@ -682,7 +686,7 @@ def go_on(study, args):
         run_all(study)
     study.save()
     report = common.read_json(args.file)
-    print(tables(report))
+    print(table(report))
     draw(report, args.file.with_suffix(".png"))
     return 0
 

@@ -340,7 +340,7 @@ def test_gains_on_top_of_the_better_base_and_other_lengths(two):
     assert rows["soft"]["at_edge"] == [] and rows["soft, on rates"]["at_edge"] == ["head_lr"]
     assert rows["soft"]["steps_saved"] is None
     assert rows["soft, on rates"]["steps_saved"] == pytest.approx(1 - 1.5**-0.1)
-    text = report.tables(report.read(two.path), "a")
+    text = report.table(report.read(two.path), "a")
     assert "| soft on AdamW | 2.915 ± 0.005 | +0.100 ± 0.000 | ± 0.000 | -0.200 ± 0.000 |" in text
     assert "| AdamW with own rates | 2.715 ± 0.005 | +0.300 ± 0.000 | ± 0.000 | this is the" in text
     assert "| 4% ± 0%" not in text and "| 4% | borrowed | head lr |" in text
@@ -368,7 +368,7 @@ def test_one_setting_of_a_tuned_form_is_changed(two):
     assert values == [(1.0, None, 1), (4.0, None, 1), (2.0, 0.99, 1), (2.0, 0.96, 1)]
     rows = [row for row in study.gains_of_changes(two) if row["form"] == "AdamW"]
     assert [row["gain"] for row in rows] == pytest.approx([-0.1, -0.2, 0, 0])
-    text = report.tables(report.read(two.path))
+    text = report.table(report.read(two.path))
     assert "AdamW at a: the best of 4 changes, beta2 0.99, gains +0.0000" in text
 
 
@@ -476,16 +476,16 @@ def test_tables_and_figures_of_a_part(results, tmp_path):
     path = tmp_path / "map.json"
     study.Study(path, results.plan, few).save()
     found = report.read(path)
-    text = report.tables(found)
+    text = report.table(found)
     assert "500x4: 500 steps of 4, bytes" in text and "better base" not in text
     assert "| SoftIRE on Muon |" in text and "| +0.030 ± 0.000 | ± 0.00" in text
     assert "not measured yet at 2000x64: AdamW; hard mask over AdamW" in text
     assert "not measured yet at 500x4" not in text
-    mask = report.tables(found, "IRE's mask on AdamW")
+    mask = report.table(found, "IRE's mask on AdamW")
     assert mask.count("\n") == 3 and "| 250 steps of 4, bytes |" in mask
-    assert report.tables(found, "2000x64") == report.MISSING
+    assert report.table(found, "2000x64") == report.MISSING
     with pytest.raises(common.BadInput, match="got IRE, allowed is one of: AdamW; IRE's mask on"):
-        report.tables(found, "IRE")
+        report.table(found, "IRE")
     report.draw(found, tmp_path / "map.png")
     for name in ("map.png", "map-forms.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -518,7 +518,7 @@ def test_one_seed_has_no_error(results):
 def test_nothing_is_held(tmp_path):
     study.Study(tmp_path / "map.json", dict(PLAN)).save()
     found = report.read(tmp_path / "map.json")
-    assert found["gains"] == [] and "not measured yet at 250x4: AdamW" in report.tables(found)
+    assert found["gains"] == [] and "not measured yet at 250x4: AdamW" in report.table(found)
 
 
 # --------------------------------------------------------------------------- runs
