@@ -206,6 +206,18 @@ def speedup_nano(folder):
     return speedup(folder, "nano")
 
 
+def flatness(folder):
+    """The study results/map.json."""
+    report = load("map", folder)
+    from report import source as ran
+    from report import table as summary
+
+    what = "The gain of each form over the length of the run and the size of the batch"
+    forms = "The other forms"
+    drawn = figure("map", folder, what) + figure("map-forms", folder, forms)
+    return f"{drawn}{summary(report)}\n\n{ran(report)}"
+
+
 def typed(settings):
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
