@@ -107,7 +107,7 @@ def cells(row, report):
         found["gain on its base"] = number(row["gain"], row["gain_stderr"], "+", 3)
         found["gain on its base"] += " (commits differ)" if row["commits"] > 1 else ""
         found["with tuning"] = f"± {math.hypot(row['pooled_stderr'], row['tuning_stderr']):.3f}"
-    if row["form"] == row["better"] != row["base"]:
+    if row["form"] == row["better"] and row["better"] not in FIRST:
         found["gain on the better base"] = "this is the better base"
     elif row["better"] not in (None, *FIRST):
         value, error = row["better_gain"], row["better_gain_stderr"]
