@@ -4,7 +4,8 @@ A rule makes a factor for each coordinate from the curvatures of all. The curvat
 coordinate is the running mean of its squared (clipped) gradient, so no rule costs a backward pass.
 The rule `hard` is IRE's mask, and `soft` is SoftIRE's factor; tests/test_study.py compares both
 with ire.py. The other rules and settings are controls: they spoil the mask or the factor in one
-way, and so show what the gain is due to.
+way, and so show what the gain is due to. The controls that results/map.json has and this file has
+not are in git, at the commit that the study names as finished.
 """
 
 import math
@@ -35,61 +36,28 @@ def flatten(tensors):
     return torch.cat([x.flatten() for x in tensors])
 
 
-def split_like(flat, tensors):
-    """The inverse of `flatten`."""
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
-
-
 def shuffled(tensors, generator):
-    """The values of all tensors together, in a random order; shapes stay."""
-    flat = flatten(tensors)
+    """{name: tensor}: the values of all tensors together, in a random order; shapes stay."""
+    flat = flatten(tensors.values())
     order = torch.randperm(len(flat), generator=generator)
-    return split_like(flat[order], tensors)
+    parts = flat[order].split([x.numel() for x in tensors.values()])
+    return {name: part.view_as(x) for part, (name, x) in zip(parts, tensors.items(), strict=True)}
 
 
 # --------------------------------------------------------------------------- rules
-def flat_masks(curvature, gamma, live):
-    """Eq. 5: True where v is among the floor(gamma * n) smallest. live: only v above 0 count."""
-    values = flatten(curvature)
-    values = values[values > 0] if live else values
-    count = math.floor(Fraction(str(gamma)) * len(values))
-    threshold = values.kthvalue(count).values if count else -1.0
-    return [(v <= threshold) & (v > 0) if live else v <= threshold for v in curvature]
+def hard(curvature, generator, *, kappa, gamma, random=False, only=None):
+    """IRE (Eq. 5): the floor(gamma * n) coordinates of smallest v, and ties with the last of them,
+    take 1 + kappa times as long steps.
 
-
-def hard(
-    curvature,
-    generator,
-    *,
-    kappa,
-    gamma,
-    ranked="together",
-    live=False,
-    random=False,
-    only=None,
-):
-    """IRE: flat coordinates take 1 + kappa times as long steps.
-
-    ranked: "together", "embeddings apart" (with the head) or "by tensor".
-    live: coordinates of curvature 0 (rows of unseen tokens) are neither ranked nor stretched.
     random: the same number of coordinates, anywhere in the model.
     only: "embedding and head" or "hidden" (all others): the mask counts there alone.
     """
-    group_of = {
-        "together": lambda name: "model",
-        "embeddings apart": is_table,
-        "by tensor": lambda name: name,
-    }
-    groups = {}
-    for name in curvature:
-        groups.setdefault(group_of[ranked](name), []).append(name)
-    masks = {}
-    for names in groups.values():
-        found = flat_masks([curvature[name] for name in names], gamma, live)
-        masks.update(zip(names, found, strict=True))
+    values = flatten(curvature.values())
+    count = math.floor(Fraction(str(gamma)) * len(values))
+    threshold = values.kthvalue(count).values if count else -1.0
+    masks = {name: v <= threshold for name, v in curvature.items()}
     if random:
-        masks = dict(zip(masks, shuffled(list(masks.values()), generator), strict=True))
+        masks = shuffled(masks, generator)
     if only:
         inside = only == "embedding and head"
         masks = {name: mask for name, mask in masks.items() if is_table(name) == inside}
@@ -114,40 +82,17 @@ def rows(curvature, generator, *, kappa, gamma, by, counts):
     return factors
 
 
-def soft(curvature, generator, *, alpha, limit=4.0, varies="everywhere", shuffle=False):
-    """Hidden matrices: (v / median) ** -alpha, clamped, with mean 1: the lr keeps its meaning.
-
-    varies: "everywhere", "between tensors" (one number a tensor, from its mean v) or "within
-    tensors" (each tensor has a median and a mean of its own).
-    shuffle: the same factors at other coordinates.
-    """
+def soft(curvature, generator, *, alpha, limit=4.0):
+    """Hidden matrices: (v / median) ** -alpha, clamped, with mean 1: the lr keeps its meaning."""
     hidden = {name: v for name, v in curvature.items() if is_hidden(name)}
-    if varies == "between tensors":
-        hidden = {name: v.mean().expand_as(v) for name, v in hidden.items()}
-    groups = [[name] for name in hidden] if varies == "within tensors" else [list(hidden)]
-    factors = {}
-    for names in groups:
-        reference = flatten([hidden[name] for name in names]).median().clamp_min(1e-30)
-        raw = [(hidden[n] / reference).pow(-alpha).clamp(1 / limit, limit) for n in names]
-        mean = flatten(raw).mean()
-        factors.update({name: x / mean for name, x in zip(names, raw, strict=True)})
-    if shuffle:
-        factors = dict(zip(factors, shuffled(list(factors.values()), generator), strict=True))
-    return factors
-
-
-def by_hand(curvature, generator, **multiples):
-    """Constants for qk (queries and keys), vo (values and outputs), ffn, over their mean."""
-    factors = {}
-    for name, v in curvature.items():
-        if is_hidden(name):
-            factors[name] = torch.full_like(v, multiples[kind_of(name)])
-    mean = flatten(factors.values()).mean()
-    return {name: x / mean for name, x in factors.items()}
+    median = flatten(hidden.values()).median().clamp_min(1e-30)
+    raw = {name: (v / median).pow(-alpha).clamp(1 / limit, limit) for name, v in hidden.items()}
+    mean = flatten(raw.values()).mean()
+    return {name: x / mean for name, x in raw.items()}
 
 
 def constants(curvature, generator, **multiples):
-    """The same for any kinds, without the mean: a learning rate of its own for each kind."""
+    """A learning rate of its own for each kind of parameter, as a multiple of the base's."""
     kinds = {name: kind_of(name) for name in curvature}
     return {name: multiples[kind] for name, kind in kinds.items() if kind in multiples}
 
@@ -159,17 +104,15 @@ class Stretched(torch.optim.Optimizer):
     rule: (curvature, generator, **settings) -> {name: factor}, one of the above.
     beta: decay of the running mean of squared gradients.
     interval: steps from one set of factors to the next.
-    active: the steps in which factors count, a range; None is all.
     """
 
-    def __init__(self, base, model, rule, settings, *, beta, interval=10, active=None):
+    def __init__(self, base, model, rule, settings, *, beta, interval=10):
         super().__init__(base.param_groups, {})  # the groups themselves, not copies
         self.base = base
         self.rule = rule
         self.settings = settings
         self.beta = beta
         self.interval = interval
-        self.active = active
         self.state = base.state
         self.named = dict(model.named_parameters())
         self.curvature = {name: torch.zeros_like(p) for name, p in self.named.items()}
@@ -184,77 +127,18 @@ class Stretched(torch.optim.Optimizer):
         old = {name: p.clone() for name, p in self.named.items()}
         self.base.step()
         if self.t % self.interval == 0:
-            self.refresh()
-        if self.active is None or self.t in self.active:
-            for name, p in self.named.items():
-                base_step = p - old[name]
-                p += self.stretch(name, base_step, old[name]) - base_step
+            self.factors = self.rule(self.curvature, self.generator, **self.settings)
+        for name, factor in self.factors.items():
+            base_step = self.named[name] - old[name]
+            self.named[name] += factor * base_step - base_step
         self.t += 1
 
-    def refresh(self):
-        self.factors = self.rule(self.curvature, self.generator, **self.settings)
 
-    def stretch(self, name, base_step, old):
-        return self.factors.get(name, 1.0) * base_step
-
-
-class Lite(Stretched):
-    """LITE's longer steps (arXiv 2602.22681) on top of Muon, without its change of the momentum.
-
-    Hidden matrices: the part of the step outside the top tenth of the momentum's right
-    singular directions is `chi` times as long. The rest: the 90% of a tensor's coordinates with
-    the smallest curvature take 4 times as long steps.
-    """
-
-    def refresh(self):
-        rest = {name: v for name, v in self.curvature.items() if not is_hidden(name)}
-        self.factors = hard(rest, self.generator, kappa=3.0, gamma=0.9, ranked="by tensor")
-        self.top = {}
-        for name, p in self.named.items():
-            if is_hidden(name):
-                right = torch.linalg.svd(self.state[p]["momentum_buffer"], full_matrices=False).Vh
-                self.top[name] = right[: math.ceil(len(right) / 10)]  # (directions, columns)
-
-    def stretch(self, name, base_step, old):
-        if name not in self.top:
-            return super().stretch(name, base_step, old)
-        top = self.top[name]
-        chi = self.settings["chi"]
-        return chi * base_step - (chi - 1) * base_step @ top.T @ top
-
-
-class NorMuon(Stretched):
-    """NorMuon (arXiv 2510.05491): rows of the update over their running RMS, at the same norm."""
-
-    def refresh(self):
-        """The factors are made in each step."""
-
-    def stretch(self, name, base_step, old):
-        p = self.named[name]
-        if not is_hidden(name):
-            return base_step
-        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
-        decay = -group["lr"] * group["weight_decay"] * old
-        update = (base_step - decay) / group["lr"]
-        nothing = torch.zeros(len(p), 1)
-        squares = self.factors.setdefault(name, nothing)  # running mean of each row's squares
-        squares.lerp_(update.square().mean(dim=1, keepdim=True), 1 - self.settings["beta"])
-        scaled = update / (squares.sqrt() + 1e-10)
-        scaled *= update.norm() / scaled.norm()
-        return group["lr"] * scaled + decay
-
-
-RULES = {"hard": hard, "rows": rows, "soft": soft, "by hand": by_hand, "constants": constants}
-CLASSES = {"lite": Lite, "normuon": NorMuon}
+RULES = {"hard": hard, "rows": rows, "soft": soft, "constants": constants}
 
 
 def stretched(base, model, rule, settings, *, beta, steps):
-    """The optimizer of a rule. Two settings are of any rule: `when`, "first fifth" of the run or
-    "after first fifth", and `frozen`, where the first factors stay."""
+    """The optimizer of a rule. `frozen` is a setting of any rule: the first factors stay."""
     settings = dict(settings)
-    fifth = steps // 5
-    parts = {"first fifth": range(fifth), "after first fifth": range(fifth, steps), None: None}
-    active = parts[settings.pop("when", None)]
     interval = steps if settings.pop("frozen", False) else 10
-    every = {"beta": beta, "active": active, "interval": interval}
-    return CLASSES.get(rule, Stretched)(base, model, RULES.get(rule), settings, **every)
+    return Stretched(base, model, RULES[rule], settings, beta=beta, interval=interval)

@@ -1,105 +1,148 @@
-"""Tables and figures of the studies, from their JSON files alone.
+"""Tables and figures of the studies, from their JSON files.
+
+    python benchmarks/report.py results/map.json                   # every table
+    python benchmarks/report.py results/map.json "SoftIRE on AdamW"    # that optimizer, or setting
+    python benchmarks/report.py book/results.md                    # renews the tables of the page
 
 A row of `gains` is one form at one place, as benchmarks/study.py computes it. A gain is the loss of
 the tuned base minus the form's, so that positive is better.
 """
 
 import math
+import re
+import shlex
+import sys
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import common
 
 MISSING = "not measured yet"
 PANELS = (
     "hard mask over AdamW",
-    "soft factor over AdamW",
-    "random mask over AdamW",
     "hard mask over Muon",
+    "soft factor over AdamW",
     "soft factor over Muon",
+    "random mask over AdamW",
     "random mask over Muon",
 )
-SOURCES = ("device", "threads", "torch", "commit")  # of a run
-ERRORS = (
-    "\n± is the standard error over the seeds. error: from the spread of the form's gains at all "
-    "places, with the luck of tuning on one seed. Both leave out other machines and other texts."
-)
-KINDS = ("embedding", "head", "qk", "vo", "ffn", "norm")
+TEXTS = {"stdlib": "bytes", "stdlib-bytes": "bytes", "bpe-4096": "4,096 tokens"}
+TEXTS |= {"stdlib-gpt2": "50,257 tokens", "shakespeare": "bytes of Shakespeare"}
+BASES = {"AdamW": "AdamW", "AdamW, rates": "AdamW with own rates"}
+BASES |= {"Muon": "Muon", "Muon, rates": "Muon with own rates"}
+FIRST = ("AdamW", "Muon")  # bases with one learning rate for all tensors
+KINDS = ("embedding", "q", "k", "v", "o", "feed-forward", "norms", "head")
+WIDTH = 5.5  # inches of a figure, whose type is then readable on a phone
 COLOURS = 0.1  # the gain at which colours end
 
 
-# --------------------------------------------------------------------------- table
-def number(value, error, sign=""):
+# --------------------------------------------------------------------------- words
+def setting_of(place):
+    """A place in words."""
+    model = "" if place["model"] == "nano" else f", {place['model']}"
+    text = TEXTS.get(place["data"], place["data"])
+    return f"{place['steps']:,} steps of {place['batch']}, {text}{model}"
+
+
+def optimizer_of(row):
+    """The optimizer of a row in words."""
+    base = BASES.get(row["base"], row["base"])
+    if row["form"] == row["base"] or row["form"] in BASES:
+        return BASES.get(row["form"], row["form"])
+    name = own_name(row).replace("hard mask", "IRE's mask").replace("soft factor", "SoftIRE")
+    name = f"IRE's {name}" if name.startswith("mask") else name
+    return f"{name} on {base}"
+
+
+def own_name(row):
+    """Of a form, without its base's."""
+    return re.sub(" over (AdamW|Muon)|, on rates", "", row["form"])
+
+
+def number(value, error, sign="", digits=4):
     """1.2345 ± 0.0012; without the error where there is none."""
-    text = f"{value:{sign}.4f}"
-    return text if error is None else f"{text} ± {error:.4f}"
+    text = f"{value:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 def saved(row):
-    """Share of the base's steps, in per cent."""
-    if row["steps_saved"] is None:
-        return MISSING
-    error = row["steps_saved_stderr"]
-    text = f"{100 * row['steps_saved']:.0f}%"
-    if error is not None:
-        text += f" ± {100 * error:.0f}%"
-    return f"{text}, extrapolated" if row["extrapolated_on"] else text
-
-
-def settings(row, names):
-    """The settings that were searched; (edge): a better value may lie beyond the grid."""
-    parts = []
-    for name in names:
-        if name in row:
-            edge = " (edge)" if name in row["at_edge"] else ""
-            label = name.removesuffix("_fraction").replace("_", " ")
-            parts.append(f"{label} {row[name]:g}{edge}")
-    return ", ".join(parts)
-
-
-def on_better(row):
-    """The gain on top of the best base at that place, where this is another than the form's own."""
-    if row["better"] in (None, row["base"], row["form"]):
+    """Share of the base's steps, in per cent; ~ beyond the lengths that were run."""
+    if row["steps_saved"] is None or row["form"] == row["base"]:
         return ""
-    return f"{number(row['better_gain'], row['better_gain_stderr'], '+')} on {row['better']}"
+    return f"{'~' if row['extrapolated_on'] else ''}{100 * row['steps_saved']:.0f}%"
 
 
-def cells(row, names):
-    """{column: text} of the table."""
+def source(report):
+    """How many runs, where, and of which commit."""
+    if "runs" not in report:
+        return f"commit {report['commit'][:12]}"
+    devices, torches, commits = (
+        ", ".join(sorted({run[name] for run in report["runs"]}))
+        for name in ("device", "torch", "commit")
+    )
+    return f"{len(report['runs'])} runs; {devices}; torch {torches}; commit {commits[:12]}"
+
+
+# --------------------------------------------------------------------------- tables
+def cells(row, report):
+    """{column: text} of a table."""
     found = {
-        "place": row["place"],
-        "form": row["form"],
-        "trials": str(row["trials"] or "borrowed"),
-        "settings": settings(row, names),
+        "setting": setting_of(report["places"][row["place"]]),
+        "optimizer": optimizer_of(row),
+        "loss": number(row["loss"], row["loss_stderr"], digits=3),
+        "gain on its base": "",
+        "with tuning": "",
+        "gain on the better base": "",
         "seeds": str(len(row["seeds"])),
-        "loss": number(row["loss"], row["loss_stderr"]),
-        "on top of": "",
-        "gain": "",
-        "error": "",
-        "gain on the better base": on_better(row),
-        "steps saved": "",
+        "steps saved": saved(row),
+        "trials": str(row["trials"] or "borrowed"),
+        "edge of its grid": ", ".join(row["at_edge"]).replace("_fraction", "").replace("_", " "),
     }
     if row["form"] != row["base"]:
-        found["on top of"] = row["base"]
-        found["gain"] = number(row["gain"], row["gain_stderr"], "+")
-        found["gain"] += " (commits differ)" if row["commits"] > 1 else ""
-        found["steps saved"] = saved(row)
-        found["error"] = f"{math.hypot(row['pooled_stderr'], row['tuning_stderr']):.4f}"
+        found["gain on its base"] = number(row["gain"], row["gain_stderr"], "+", 3)
+        found["gain on its base"] += " (commits differ)" if row["commits"] > 1 else ""
+        found["with tuning"] = f"± {math.hypot(row['pooled_stderr'], row['tuning_stderr']):.3f}"
+    if row["form"] == row["better"] and row["better"] not in FIRST:
+        found["gain on the better base"] = "this is the better base"
+    elif row["better"] not in (None, *FIRST):
+        value, error = row["better_gain"], row["better_gain_stderr"]
+        found["gain on the better base"] = number(value, error, "+", 3)
     return found
 
 
-def table(report):
-    """Markdown: every form at every place that was judged, then what is missing. A column that is
-    empty is left out."""
-    grids = [form["grid"] for form in report["forms"].values()] + [report.get("grid")]
-    names = list(dict.fromkeys(name for grid in grids for name in grid or ()))
-    rows = [cells(row, names) for row in report["gains"]]
-    heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    lines += [f"| {' | '.join(row[head] for head in heads)} |" for row in rows]
-    return "\n".join([*lines, ERRORS, *changes(report), *missing(report)])
+def markdown(report, rows, without):
+    """Markdown. Left out: the column `without`, and each that is empty."""
+    lines = [cells(row, report) for row in rows]
+    heads = [head for head in lines[0] if head != without and any(x[head] for x in lines)]
+    text = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join(text + [f"| {' | '.join(x[head] for head in heads)} |" for x in lines])
+
+
+def table(report, wanted=None):
+    """A table for each setting, and what is missing; or only the rows of the wanted optimizer or
+    the wanted setting."""
+    columns = {"optimizer": optimizer_of, "place": lambda row: row["place"]}
+    for name, value in columns.items():
+        rows = [row for row in report["gains"] if value(row) == wanted]
+        if rows:
+            return markdown(report, rows, "setting" if name == "place" else name)
+    if wanted in report["places"]:
+        return MISSING
+    if wanted:
+        known = {value(row): None for value in columns.values() for row in report["gains"]}
+        raise common.BadInput(f"got {wanted}, allowed is one of: {'; '.join(known)}")
+    parts = []
+    for place in report["places"]:
+        rows = [row for row in report["gains"] if row["place"] == place]
+        if rows:
+            title = f"{place}: {setting_of(report['places'][place])}"
+            parts.append(f"{title}\n\n{markdown(report, rows, 'setting')}\n")
+    return "\n".join([*parts, *changes(report), *missing(report)])
 
 
 def changes(report):
@@ -112,7 +155,7 @@ def changes(report):
         best = max(rows, key=lambda row: row["gain"])
         words = ", ".join(f"{name} {value:g}" for name, value in best["changed"].items())
         gain = number(best["gain"], best["gain_stderr"], "+")
-        yield f"\n{form} at {place}: the best of {len(rows)} changes, {words}, gains {gain}"
+        yield f"{form} at {place}: the best of {len(rows)} changes, {words}, gains {gain}"
 
 
 def missing(report):
@@ -123,166 +166,193 @@ def missing(report):
         left.setdefault(place, {}).update(dict.fromkeys(n for n in names if (place, n) not in done))
     for place, names in left.items():
         if names:
-            yield f"\n{MISSING} at {place}: {'; '.join(names)}"
+            yield f"{MISSING} at {place}: {'; '.join(names)}"
 
 
-def source(report):
-    """The command, and where and of which commit the runs are."""
-    found = {name: sorted({str(run[name]) for run in report["runs"]}) for name in SOURCES}
-    where = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
-    return f"`{report['command']}`, {len(report['runs'])} runs<br>{where}\n"
+# --------------------------------------------------------------------------- the page of results
+MARKED = re.compile(r"(<!-- (python benchmarks/report\.py .+?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def renewed(page):
+    """The text of the page with the table of each command between its two comments."""
+
+    def said(found):
+        words = shlex.split(found[2])[2:]
+        report = read(ROOT / words[0])
+        shown = shown_of(report, *words[1:])
+        return f"{found[1]}\n{shown}\n\n`{found[2]}`: {source(report)}\n\n{found[3]}"
+
+    return MARKED.sub(said, page)
+
+
+def read(path):
+    """A file of results; a study with its gains as study.py computes them now."""
+    import study  # which imports this file
+
+    report = common.read_json(path)
+    if "plan" in report:
+        report["gains"] = study.gains(study.Study.read(path))
+    return report
+
+
+def shown_of(report, *wanted):
+    """A study's tables, or how often each answer of results/bases.json was given."""
+    if "counts" not in report:
+        return table(report, *wanted)
+    lines = [f"| {what} | {count} |" for what, count in report["counts"].items()]
+    return "\n".join(["| what happened | optimizers |", "|---|---|", *lines])
 
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`; beside it the other forms, the losses over the learning rate, and what is
-    flat. A study that has nothing for a figure has no such file."""
-    import matplotlib
+    """The map at `path`; beside it the gains, and the losses over the learning rate. A study that
+    has nothing for a figure has no such file."""
+    for name, figure in {"": the_map, "-forms": the_forms, "-rates": the_rates}.items():
+        keep(figure(report), path.with_stem(f"{path.stem}{name}"))
 
-    matplotlib.use("Agg")
+
+def keep(figure, path):
     import matplotlib.pyplot as plt
 
-    figures = {"": the_map, "-forms": the_forms, "-rates": the_rates, "-flat": the_flat}
-    for name, figure in figures.items():
-        drawn = figure(report)
-        if drawn:
-            out = path.with_stem(f"{path.stem}{name}")
-            common.write_atomically(out, partial(drawn.savefig, format="png"))
-            plt.close(drawn)
+    if figure:
+        common.write_atomically(path, partial(figure.savefig, format="png"))
+        plt.close(figure)
+
+
+def panels_of(heights, columns=1):
+    """A figure and its axes, stacked in rows of these heights."""
+    import matplotlib.pyplot as plt
+
+    from toy.common import STYLE
+
+    plt.rcParams.update(STYLE)
+    figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    return figure, list(axes.flat)
 
 
 def the_rates(report):
-    """Loss over the learning rate at every place: a curve through the trials of each form with the
-    best warm-up at each rate, on seed 0, and a dot for each seed on which it was judged."""
-    import matplotlib.pyplot as plt
-
-    from toy.common import STYLE
-
+    """Loss over the learning rate: a curve through the trials of each form on seed 0 with the best
+    warm-up at each rate, and a dot for each seed on which it was judged. The tuned forms where the
+    smaller model saw 16 sequences."""
+    rows = {(row["place"], row["form"]): row for row in report["gains"]}
     curves = {}  # {place: {form: {lr: loss}}}
     for run in report["runs"]:
         at = run["settings"]
-        if at["seed"] == 0 and run["val_loss"] and "length" not in at:
+        trial = at["seed"] == 0 and run["val_loss"] and "length" not in at
+        if trial and (at["place"], at["form"]) in rows and has_curve(report, at):
             curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
             curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))
-    for place in curves:
-        curves[place] = {form: curve for form, curve in curves[place].items() if len(curve) > 2}
-    panels = [place for place in report["places"] if curves.get(place)]
-    if not panels:
+    if not curves:
         return None
-    forms = [form for form in report["forms"] if any(form in curves[place] for place in panels)]
-    colors = {form: f"C{i % 10}" for i, form in enumerate(forms)}
-    rows = -(-len(panels) // 3)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 2.7 * rows + 0.6), squeeze=False)
-        figure.set_layout_engine("constrained")
-        for place, panel in zip(panels, axes.flat, strict=False):
-            judged = {row["form"]: row for row in report["gains"] if row["place"] == place}
-            for form, curve in curves[place].items():
-                draw_curve(panel, curve, judged.get(form), colors[form])
-            panel.set(xscale="log", xlabel="learning rate", ylabel="loss", title=place)
-            rates = sorted({lr for curve in curves[place].values() for lr in curve})[::2]
-            panel.set_xticks(rates, [f"{lr:.1g}" for lr in rates])
-            panel.set_xticks([], minor=True)
-        for panel in axes.flat[len(panels) :]:
-            panel.remove()
-        lines = [plt.Line2D([], [], color=colors[form], label=form) for form in forms]
-        figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=7)
+    figure, axes = panels_of([3.2] * len(curves))
+    shown = {}  # {form: its line}
+    for (place, held), panel in zip(curves.items(), axes, strict=True):
+        for form, curve in held.items():
+            row = rows[place, form]
+            style = style_of(report, form)
+            rates = sorted(curve)
+            name = optimizer_of(row)
+            (shown[form],) = panel.plot(rates, [curve[x] for x in rates], label=name, **style)
+            dots = {"ls": "", "marker": "o", "ms": 5, "alpha": 0.6, "color": style["color"]}
+            panel.plot([row["lr"]] * len(row["losses"]), row["losses"], **dots)
+        best = [min(curve.values()) for curve in held.values()]
+        best += [loss for form in held for loss in rows[place, form]["losses"]]
+        span = max(best) - min(best)
+        title = setting_of(report["places"][place])
+        panel.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
+        panel.set_ylim(min(best) - 0.1 * span, max(best) + 0.2 * span)
+        rates = sorted({lr for curve in held.values() for lr in curve})[::2]
+        panel.set_xticks(rates, [f"{lr:.2g}" for lr in rates])
+        panel.set_xticks([], minor=True)
+    lines = [shown[form] for form in report["forms"] if form in shown]
+    figure.legend(handles=lines, loc="outside lower center", ncols=1)
     return figure
 
 
-def draw_curve(panel, curve, row, color):
-    rates = sorted(curve)
-    panel.plot(rates, [curve[lr] for lr in rates], marker=".", lw=1, color=color)
-    if row:
-        rates = [row["lr"]] * len(row["losses"])
-        panel.plot(rates, row["losses"], "o", ms=3, alpha=0.5, color=color)
+def has_curve(report, at):
+    """Whether a run belongs to a form and a place that the_rates shows."""
+    form, place = report["forms"][at["form"]], report["places"][at["place"]]
+    tuned = form["settings"].keys() <= {"kappa", "gamma", "alpha"} and not form["borrows"]
+    small = (place["model"], place["batch"]) == ("nano", 16)
+    return tuned and small and "again" not in at["form"]
 
 
-def the_flat(report):
-    """What IRE calls flat: the share of each kind of tensor over the steps, as the runs recorded
-    it, mean over seeds; a panel for each form whose mask is IRE's own."""
-    import matplotlib.pyplot as plt
+def style_of(report, form):
+    """A base is black, IRE's mask orange, SoftIRE blue; what has own rates or Muon is dashed."""
+    from toy.common import BLACK, BLUE, ORANGE
 
-    from toy.common import STYLE
+    about = report["forms"][form]
+    color = {None: BLACK, "hard": ORANGE, "soft": BLUE}[about["rule"]]
+    dashed = form.endswith("rates") or about["base"] == "muon"
+    return {"color": color, "ls": "--" if dashed else "-"}
 
-    panels = {}  # {(place, form): [{step: {kind: share}}]}
-    for run in report["runs"]:
-        at = run["settings"]
-        form = report["forms"][at["form"]]
-        if (
-            "flat" in run
-            and form["rule"] == "hard"
-            and form["settings"].keys() == {"kappa", "gamma"}
-        ):
-            panels.setdefault((at["place"], at["form"]), []).append(run["flat"])
-    if not panels:
-        return None
-    with plt.rc_context(STYLE):
-        size = (3.6 * len(panels), 2.8)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-        figure.set_layout_engine("constrained")
-        for ((place, form), found), panel in zip(panels.items(), axes.flat, strict=True):
-            steps = sorted(found[0], key=int)
-            shares = [[mean(run[t][kind] for run in found) for t in steps] for kind in KINDS]
-            image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            for (i, j), share in np.ndenumerate(shares):
-                color = "white" if share > 0.6 else "black"
-                panel.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=6, color=color)
-            panel.set_xticks(range(len(steps)), steps)
-            panel.set_yticks(range(len(KINDS)), KINDS)
-            panel.grid(False)
-            panel.set(xlabel="step", title=f"{place}: {form}")
-        figure.colorbar(image, ax=axes, label="flat share")
+
+def the_flat(found):
+    """What IRE calls flat: the share of each kind of tensor over the steps, squares above the
+    Fisher probe. found: results/flat.json."""
+    figure, axes = panels_of([3.2] * 2)
+    titles = {"squares": "% flat by the mean of squared gradients", "fisher": "% flat by the probe"}
+    for (name, title), panel in zip(titles.items(), axes, strict=True):
+        steps = list(found[name])
+        shares = np.array([by_kind(found[name][step]) for step in steps]).T
+        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), share in np.ndenumerate(shares):
+            color = "white" if share > 0.6 else "black"
+            panel.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=color)
+        panel.set_xticks(range(len(steps)), steps)
+        panel.set_yticks(range(len(KINDS)), KINDS)
+        panel.grid(False)
+        panel.set(xlabel="step", title=title)
     return figure
+
+
+def by_kind(shares):
+    """The shares {tensor: share} as the mean of each of KINDS, over layers."""
+    kinds = {kind: [] for kind in KINDS}
+    for name, share in shares.items():
+        kinds[kind_of(name)].append(share)
+    return [mean(values) for values in kinds.values()]
+
+
+def kind_of(name):
+    parts = {"embed_tokens": "embedding", "lm_head": "head", "norm": "norms"}
+    parts |= {f"{x}_proj": x for x in "qkvo"} | {"mlp": "feed-forward"}
+    return next(kind for part, kind in parts.items() if re.search(rf"\b{part}|{part}\.", name))
 
 
 def the_map(report):
-    """A panel for each form: the gain as colour and number over the batch and the length; None for
-    a study without these forms."""
-    import matplotlib.pyplot as plt
-
-    from toy.common import STYLE
-
+    """A panel for each form: the gain as colour and number over the batch and the length, where
+    they were judged; None for a study without these forms."""
     if not report["forms"].keys() >= set(PANELS):
         return None
     alike = {"model": "nano", "data": "stdlib"}
     places = {n: p for n, p in report["places"].items() if p.items() >= alike.items()}
-    batches = sorted({p["batch"] for p in places.values()})
-    lengths = sorted({p["steps"] for p in places.values()})
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.8), layout="constrained")
-        for form, panel in zip(PANELS, axes.flat, strict=True):
-            rows = {row["place"]: row for row in report["gains"] if row["form"] == form}
-            cells = {(p["batch"], p["steps"]): rows.get(name) for name, p in places.items()}
-            image = draw_panel(panel, form, cells, batches, lengths)
-        words = "gain: loss of the tuned base minus the form's, nats a token; blue is better"
-        place = {"location": "bottom", "shrink": 0.5, "aspect": 40}
-        figure.colorbar(image, ax=axes, extend="both", label=words, **place)
+    judged = [places[row["place"]] for row in report["gains"] if row["place"] in places]
+    batches = sorted({p["batch"] for p in judged})
+    lengths = sorted({p["steps"] for p in judged})
+    figure, axes = panels_of([2.4] * 3, columns=2)
+    for form, panel in zip(PANELS, axes, strict=True):
+        rows = [row for row in report["gains"] if row["form"] == form and row["place"] in places]
+        values = np.full((len(lengths), len(batches)), np.nan)
+        for row in rows:
+            place = places[row["place"]]
+            i, j = lengths.index(place["steps"]), batches.index(place["batch"])
+            values[i, j] = row["gain"]
+            color = "white" if abs(row["gain"]) > 0.6 * COLOURS else "black"
+            panel.text(j, i, gain_in_words(row), ha="center", va="center", color=color)
+        image = panel.imshow(values, cmap="RdBu", vmin=-COLOURS, vmax=COLOURS, aspect="auto")
+        panel.set_facecolor("0.93")
+        panel.set_xticks(range(len(batches)), batches)
+        panel.set_yticks(range(len(lengths)), lengths)
+        panel.grid(False)
+        title = form.replace("hard", "IRE's").replace("soft factor", "SoftIRE")
+        panel.set(title=title.replace("over", "on"), xlabel="sequences per step", ylabel="steps")
+        panel.invert_yaxis()
+    words = "gain in nats per token; blue is better, grey was not run"
+    bar = figure.colorbar(image, ax=axes, extend="both", label=words, location="bottom", aspect=30)
+    bar.set_ticks([-COLOURS, -COLOURS / 2, 0, COLOURS / 2, COLOURS])
     return figure
-
-
-def draw_panel(panel, form, cells, batches, lengths):
-    """cells: {(batch, steps): its row, or None while it is not judged}."""
-    values = np.full((len(lengths), len(batches)), np.nan)
-    for i, steps in enumerate(lengths):
-        for j, batch in enumerate(batches):
-            row = cells.get((batch, steps))
-            style = {"color": "0.5", "fontsize": 6}
-            text = "not\nmeasured yet" if (batch, steps) in cells else "not planned"
-            if row:
-                values[i, j] = row["gain"]
-                dark = abs(row["gain"]) > 0.6 * COLOURS
-                style = {"color": "white" if dark else "black", "fontsize": 9}
-                text = gain_in_words(row)
-            panel.text(j, i, text, ha="center", va="center", **style)
-    image = panel.imshow(values, cmap="RdBu", vmin=-COLOURS, vmax=COLOURS, aspect="auto")
-    panel.set_facecolor("0.95")
-    panel.set_xticks(range(len(batches)), batches)
-    panel.set_yticks(range(len(lengths)), lengths)
-    panel.grid(False)
-    panel.set(title=form, xlabel="sequences a step", ylabel="steps")
-    panel.invert_yaxis()
-    return image
 
 
 def gain_in_words(row):
@@ -292,49 +362,45 @@ def gain_in_words(row):
 
 
 def the_forms(report):
-    """The other forms beside those of the map, a panel for each base and place at which they were
-    judged, the best first; None while there are none."""
-    import matplotlib.pyplot as plt
-
-    from toy.common import STYLE
-
+    """The gains of all forms on top of their bases, a panel for each base and place at which others
+    than those of the map were judged, the best first; all panels have one axis. None while there
+    are no such forms."""
     panels = {}
+    rows = [row for row in report["gains"] if not re.search("again|live", row["form"])]
     for place in report["places"]:
-        for base in dict.fromkeys(row["base"] for row in report["gains"]):
-            rows = [r for r in report["gains"] if (r["place"], r["base"]) == (place, base)]
-            rows = [row for row in rows if row["form"] != base]
-            if {row["form"] for row in rows} - set(PANELS):
-                panels[place, base] = sorted(rows, key=lambda row: -row["gain"])
+        for base in dict.fromkeys(row["base"] for row in rows):
+            held = [row for row in rows if (row["place"], row["base"]) == (place, base)]
+            held = [row for row in held if row["form"] != base]
+            if {row["form"] for row in held} - set(PANELS):
+                panels[place, base] = sorted(held, key=lambda row: -row["gain"])
     if not panels:
         return None
-    heights = [0.9 + 0.24 * len(rows) for rows in panels.values()]
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(7, sum(heights)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-        for ((place, base), rows), panel in zip(panels.items(), axes.flat, strict=True):
-            draw_forms_at(panel, f"{place}, on top of {base}", rows)
+    gained = [row["gain"] for held in panels.values() for row in held]
+    right = 1.15 * max(0.01, *gained)
+    limits = (max(1.5 * min(-0.01, *gained), -0.7 * right), right)
+    figure, axes = panels_of([0.6 + 0.24 * len(held) for held in panels.values()])
+    for ((place, base), held), panel in zip(panels.items(), axes, strict=True):
+        draw_forms_at(panel, held, limits)
+        title = f"{setting_of(report['places'][place])}, on {BASES.get(base, base)}"
+        panel.set_title(title, loc="right")
+    axes[-1].set_xlabel("gain in nats per token (right is better)", loc="right")
     return figure
 
 
-def draw_forms_at(panel, title, rows):
-    """Gains with their errors; a form that loses more than any gains is named at the left."""
+def draw_forms_at(panel, rows, limits):
+    """Gains with their errors; a loss beyond the left end of the axis is written there."""
     from toy.common import BLACK, BLUE
 
-    right = 1.3 * max(0.01, *(row["gain"] for row in rows))
-    panel.axvline(0, color=BLUE)
+    panel.axvline(0, color=BLUE, lw=1)
     for i, row in enumerate(rows):
-        if row["gain"] < -right:
-            panel.text(-right, i, f" \u2190 {row['gain']:.3f}", va="center")
-        panel.errorbar(row["gain"], i, xerr=row["gain_stderr"] or 0, color=BLACK, marker="o", ms=4)
-    panel.set_yticks(range(len(rows)), [own_name(row) for row in rows])
+        if row["gain"] < limits[0]:
+            panel.text(limits[0], i, f" \u2190 {row['gain']:.2f}", va="center")
+        else:
+            error = row["gain_stderr"] or 0
+            panel.errorbar(row["gain"], i, xerr=error, color=BLACK, marker="o", ms=4)
+    panel.set_yticks(range(len(rows)), [optimizer_of(row).rsplit(" on ", 1)[0] for row in rows])
     panel.locator_params(axis="x", nbins=6)
-    panel.set(title=title, xlabel="gain over the tuned base, nats a token")
-    panel.set(xlim=(-right, right), ylim=(len(rows) - 0.5, -0.5))
-
-
-def own_name(row):
-    """Of a form, without its base's."""
-    return row["form"].replace(f" over {row['base']}", "")
+    panel.set(xlim=limits, ylim=(len(rows) - 0.5, -0.5))
 
 
 # --------------------------------------------------------------------------- the speed-up study
@@ -367,3 +433,21 @@ def speedup_line(what, found):
             text += f", {found['wall']:.3f} ± {found['wall_stderr']:.3f} in time"
         text += "; "
     return text + found["note"]
+
+
+def main(words):
+    if len(words) not in (1, 2) or not Path(words[0]).is_file():
+        sys.exit(f"report.py: got {words}, allowed is a file, and an optimizer or a setting of it")
+    path = Path(words[0])
+    try:
+        if path.suffix != ".md":
+            print(shown_of(read(path), *words[1:]))
+            return
+        page = renewed(path.read_text())
+    except common.BadInput as e:
+        sys.exit(f"report.py: {e}")
+    common.write_atomically(path, lambda f: f.write(page.encode()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,9 +1,9 @@
 """A study is a JSON file that holds its plan and its runs. This script goes on with a study.
 
-    python benchmarks/study.py results/map.json                       # makes the missing runs
-    python benchmarks/study.py results/map.json --summary             # table and figures, no runs
-    python benchmarks/study.py results/map.json --time 500x16         # seconds of each form's step
+    python benchmarks/study.py results/baseline.json             # makes the missing runs
+    python benchmarks/study.py results/baseline.json --summary   # tables and figures, no runs
     python benchmarks/study.py results/map.json --replicate 250x16    # eight fresh seeds: minutes
+    python benchmarks/study.py results/baseline.json --flat "bpe 250x16"    # what IRE calls flat
 
 What the file holds
 - places: a model, a text, a number of steps and a batch in sequences, each under a short name.
@@ -14,7 +14,8 @@ What the file holds
 - changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
   of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
 - predictions: written before the runs. recommended: the form that --replicate runs.
-- gains, times: what this script computes and measures. runs: each with its settings and its commit.
+- finished: the commit of this script that can still make the missing runs; now none are made.
+- gains: what this script computes. runs: each with its settings and its commit.
 
 How a form is judged. At a place, the forms that are compared get the same number of trials in the
 same search, on seed 0. The search begins at the settings of the form `starts_at` at that place;
@@ -23,7 +24,8 @@ where there is none, at those of the same form, or of its base, at the place `ne
 gain is the validation loss of the form `against` minus the form's, seed by seed: positive is
 better.
 
-A run is saved as soon as it is made; a signal ends the script without loss.
+A run is saved as soon as it is made; a signal ends the script without loss. Each run names its
+commit, and the table marks a gain between runs of two commits.
 """
 
 import argparse
@@ -48,12 +50,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import optimizers
-from report import draw, number, table
-from speed import Training, environment, interleaved, of_base
+from report import draw, keep, number, table, the_flat
+from speed import environment
 
 import common
 import text
 import train_gpt
+from ire import IRE
 
 BASES = {"adamw": "AdamW", "muon": "Muon"}
 MODELS = {
@@ -127,7 +130,11 @@ class Study:
     def save(self):
         """Writes the file whole or not at all, each run on a line of its own."""
         command = f"python benchmarks/study.py results/{self.path.name}"
-        computed = {"command": command, "gains": gains(self), "changes": gains_of_changes(self)}
+        computed = {
+            "command": self.plan.get("command", command),
+            "gains": gains(self),
+            "changes": gains_of_changes(self),
+        }
         head = json.dumps({**self.plan, **computed, "runs": []}, indent=1)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
         content = head.replace('"runs": []', f'"runs": [\n{runs}\n ]').encode()
@@ -143,7 +150,7 @@ class Study:
     def form(self, name):
         """What is not said of a form has a default."""
         form = self.plan["forms"][name]
-        own = {"starts_at": None, "against": BASES[form["base"]]}
+        own = {"starts_at": None, "against": BASES.get(form["base"])}
         return {**own, **form, "grid": form["grid"] or self.plan["grid"]}
 
     def lines(self):
@@ -371,7 +378,8 @@ def gains(study):
     tuning_stderr: how much the gain owes to the luck of tuning both on one seed.
     better_gain: the same on top of `better`, the best of all bases of its kind at that place.
     steps_saved: the share of the base's steps that the form does without, from the base's losses at
-    the lengths that were run at this batch; None while there is one length only.
+    the lengths that were run at this batch; None while there is one length only. extrapolated_on:
+    the seeds on which the base would need more steps, or fewer, than any of its runs has.
     at_edge: the settings whose best value is the last of the grid, so that a better may lie beyond.
     commits: how many made the runs that are compared.
     """
@@ -503,7 +511,7 @@ def steps_saved(study, place, base, losses):
         curve = {steps: found[seed] for steps, found in curves.items() if seed in found}
         if len(curve) > 1:
             needed, outside = crossing(curve, loss)
-            saved.append(1 - here["steps"] / needed)
+            saved.append(1 - here["steps"] / needed)  # 1 where the law never comes down so far
             if outside:
                 beyond.append(seed)
     if not saved:
@@ -513,16 +521,45 @@ def steps_saved(study, place, base, losses):
 
 
 def crossing(curve, target):
-    """The length at which the losses {length: loss} come down to `target`, along straight lines
-    over log(length), and whether it lies beyond the lengths that were run, on the line through the
-    two nearest."""
+    """The length at which the losses {length: loss} come down to `target`, and whether it lies
+    beyond the lengths that were run. Between two of these lengths and beyond them the loss follows
+    the law E + A * length ** -b through the two nearest and the one farthest from them. With two
+    lengths, and where no such law has b > 0, it follows a straight line over log(length)."""
     lengths = sorted(curve)
     pairs = list(itertools.pairwise(lengths))
     nearest = pairs[0] if target > curve[lengths[0]] else pairs[-1]
     around = (pair for pair in pairs if curve[pair[0]] >= target >= curve[pair[1]])
     a, b = next(around, nearest)
+    third = max(lengths, key=lambda x: abs(math.log(x * x / (a * b))))
+    power = exponent({x: curve[x] for x in {a, b, third}})
     share = (curve[a] - target) / (curve[a] - curve[b])
-    return math.exp(math.log(a) + share * math.log(b / a)), not 0 <= share <= 1
+    if power == 0:
+        return a * (b / a) ** share, not 0 <= share <= 1
+    rest = 1 - share * (1 - (b / a) ** -power)  # (length / a) ** -power
+    return (a * rest ** (-1 / power) if rest > 0 else math.inf), not 0 <= share <= 1
+
+
+def exponent(curve):
+    """b of the law E + A * length ** -b through three points {length: loss}; 0 where there is none
+    that falls ever more slowly."""
+    if len(curve) < 3:
+        return 0.0
+    (x, y, z), (first, middle, last) = zip(*sorted(curve.items()), strict=True)
+    if not first > middle > last:
+        return 0.0
+
+    def excess(b):
+        """Of the first fall over the second, by the law, over that of the points."""
+        law = (x**-b - y**-b) / (y**-b - z**-b)
+        return law - (first - middle) / (middle - last)
+
+    low, high = 1e-6, 8.0
+    if excess(low) >= 0:
+        return 0.0
+    for _ in range(60):
+        half = (low + high) / 2
+        low, high = (half, high) if excess(half) < 0 else (low, half)
+    return low
 
 
 # --------------------------------------------------------------------------- replicate
@@ -575,61 +612,56 @@ def replicate(study, place, seeds=FRESH_SEEDS):
     return agrees
 
 
-# --------------------------------------------------------------------------- time
-def timed(study, place, name):
-    """A run of a form, to be timed a few steps at a time."""
-    form = study.form(name)
-    settings = {**study.plan["start"], **form["settings"]}
-    settings |= {"place": place, "form": name, "seed": 0}
-    c = config(study, settings, ROOT / "runs" / "study" / "timed")
-    c.steps = 10**6  # it never ends
-    return Training(c, builder(study, settings))
+# --------------------------------------------------------------------------- what is flat
+def flat_shares(study, place, curvature):
+    """{step: {tensor: flat share}} along a run of AdamW as tuned there, on seed 0: masks are made,
+    and the steps stay AdamW's to nine digits, so that all curvatures see the same weights."""
+    settings = {**tuned(study.only_held(), place, "AdamW")[0], "seed": 0}
+    c = config(study, settings, ROOT / "runs" / "study" / "flat")
+    shares = {}
+
+    def make_optimizer(model, c):
+        base = train_gpt.make_optimizer(model, c)
+        opt = IRE(base, kappa=1e-9, gamma=0.7, curvature=curvature)  # kappa 0 would make no mask
+        names = {p: name for name, p in model.named_parameters()}
+
+        def record(opt, args, kwargs):
+            step = opt.param_groups[0]["ire_step"] - 1
+            if step % max(10, c.steps // 10) == 0:
+                shares[step] = {names[p]: x.double().mean().item() for p, x in opt.masks.items()}
+
+        opt.register_step_post_hook(record)
+        return opt
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_gpt.train(c, make_optimizer)
+    return shares
 
 
-def time_forms(study, place, rounds):
-    """Time of ten steps of every form over its base's, with quartiles; all take turns."""
-    times = interleaved({name: timed(study, place, name) for name in study.plan["forms"]}, rounds)
-    rows = {}
-    for name in times:
-        base = BASES[study.form(name)["base"]]
-        ratio, quartiles = of_base(times[name], times[base])
-        ms = 100 * statistics.median(times[name])
-        rows[name] = {"of_base": ratio, "quartiles": quartiles, "ms_a_step": ms}
-        print(f"{name:45}{ms:8.1f} ms{ratio:7.3f} ({quartiles[0]:.3f}-{quartiles[1]:.3f})")
-    return {"rounds": rounds, "environment": environment("cpu"), "forms": rows}
+def record_flat(study, place):
+    """Writes results/flat.json, and the figure of it."""
+    command = f'python benchmarks/study.py results/{study.path.name} --flat "{place}"'
+    shares = {name: flat_shares(study, place, name) for name in ("squares", "fisher")}
+    found = {"command": command, "place": place, "environment": environment("cpu"), **shares}
+    path = study.path.with_name("flat.json")
+    common.write_json(path, found)
+    keep(the_flat(common.read_json(path)), path.with_suffix(".png"))
 
 
 # --------------------------------------------------------------------------- command line
-def check_commit(study):
-    """All runs that are compared are of one commit."""
-    here = environment("cpu")["commit"]
-    others = ", ".join(sorted({run["commit"] for run in study.runs} - {here}))
-    if others:
-        sys.exit(
-            f"study.py: {study.path} holds runs of commit {others}, and this is {here}; go on in a "
-            "work tree of that commit (git worktree add), or add --another-commit"
-        )
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="the study, such as results/map.json")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--summary", action="store_true", help="table and figures; run nothing")
-    what.add_argument("--time", metavar="PLACE", help="time every form there")
+    what.add_argument("--summary", action="store_true", help="tables and figures; run nothing")
     what.add_argument("--replicate", metavar="PLACE", help="fresh seeds of the recommended form")
-    parser.add_argument("--rounds", type=int, default=20, help="of --time (default 20)")
-    parser.add_argument(
-        "--another-commit",
-        action="store_true",
-        help="add runs of this commit beside those of others; each run names its own",
-    )
+    what.add_argument("--flat", metavar="PLACE", help="what IRE calls flat along a run of AdamW")
     args = parser.parse_args()
     study = Study.read(args.file, train)
     places = study.plan["places"]
-    for flag, place in {"--time": args.time, "--replicate": args.replicate}.items():
+    for flag, place in {"--flat": args.flat, "--replicate": args.replicate}.items():
         if place and place not in places:
             allowed = f"a place of {args.file}: {', '.join(places)}"
             parser.error(f"{flag}: got {place}, allowed is {allowed}")
@@ -645,14 +677,15 @@ def go_on(study, args):
     """Does what the command line asks for; returns the exit code."""
     if args.replicate:
         return 0 if replicate(study, args.replicate) else 1
-    if args.time:
-        study.plan.setdefault("times", {})[args.time] = time_forms(study, args.time, args.rounds)
+    if args.flat:
+        record_flat(study, args.flat)
+        return 0
+    if "finished" in study.plan:
+        print(f"This study is finished. To go on, take commit {study.plan['finished']}.\n")
     elif not args.summary:
-        if not args.another_commit:
-            check_commit(study)
         run_all(study)
     study.save()
-    report = json.loads(args.file.read_text())
+    report = common.read_json(args.file)
     print(table(report))
     draw(report, args.file.with_suffix(".png"))
     return 0
