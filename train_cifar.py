@@ -52,6 +52,10 @@ MODELS = {  # each makes a network for so many classes
 DATA = ("cifar10", "cifar100", "digits")
 AUGMENTATIONS = ("none", "shift", "basic", "cutout", "mixup")  # the last three also flip
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
+FLAT = """it is flat where these are small: squared gradients of training, or (the paper's) of
+labels sampled from the model"""
+ADVICE = "a lower --lr or --kappa"
+PROBE = "pictures for fisher: the first ones, or those of the step"
 EPOCHS = Range(1, 10**6, "1 or more, up to 10^6")
 BATCH = Range(1, 2**20, "1 or more, up to 2^20")
 SOME = Range(2, 10**4, "2 to 10000")
@@ -70,7 +74,7 @@ class Config(common.Settings):
     holdout: int = setting(0, "keep the last N training pictures for val_acc", STEPS)
     model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
     augment: str = setting(
-        None, "data augmentation (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
+        None, "changes (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
     )
     # the schedule
     epochs: int = setting(
@@ -82,21 +86,15 @@ class Config(common.Settings):
     warmup: int = setting(
         None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
     )
-    lr: float = setting(
-        None, "peak learning rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE
-    )
+    lr: float = setting(None, "peak rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
     label_smoothing: float = setting(0.1, "share of a label that all classes get alike", DECAY)
     # the optimizer
     optimizer: str = setting(
-        None, "admire is IRE on top of AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
+        None, "admire: IRE on AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
     )
-    base: str = setting(
-        None, "the optimizer under SAM (default sgd; vit: adamw)", ("sgd", "adamw"), of=("sam",)
-    )
-    weight_decay: float = setting(
-        None, "strength of the decay (default 0.0005; adamw: 0.1)", NOT_NEGATIVE
-    )
+    base: str = setting(None, "under SAM (default sgd; vit: adamw)", ("sgd", "adamw"), of=("sam",))
+    weight_decay: float = setting(None, "decay (default 0.0005; adamw: 0.1)", NOT_NEGATIVE)
     decay_norms: bool = setting(True, "weight decay on biases and norms too")
     momentum: float = setting(0.9, "momentum of SGD", DECAY, of=("sgd",))
     rho: float = setting(0.05, "radius of SAM's perturbation", NOT_NEGATIVE, of=("sam",))
@@ -110,40 +108,23 @@ class Config(common.Settings):
         None, "first epoch with IRE, from 0 (default 0.6 of --epochs)", STEPS, of=("ire",)
     )
     ire_warmup: int = setting(None, "steps before IRE, instead of --ire-epoch", STEPS, of=("ire",))
-    curvature: str = setting(
-        "fisher",
-        "it is flat where these are small: squared gradients of training, or (the paper's) of "
-        "labels sampled from the model",
-        ("squares", "fisher"),
-        of=("ire",),
-    )
-    probe: str = setting(
-        "fixed",
-        "pictures for fisher: the first ones, or those of the step",
-        ("fixed", "fresh"),
-        of=("fisher",),
-    )
+    curvature: str = setting("fisher", FLAT, ("squares", "fisher"), of=("ire",))
+    probe: str = setting("fixed", PROBE, ("fixed", "fresh"), of=("fisher",))
     kappa_decay: bool = setting(False, "kappa follows the learning rate down", of=("ire",))
     # files and reports
     data_dir: str = setting("data", "folder of the pictures, downloaded if missing", resume=True)
-    limit_test: int = setting(
-        None, "test on the first N pictures (default all)", COUNT, resume=True
-    )
+    limit_test: int = setting(None, "test on the first N (default all)", COUNT, resume=True)
     tta: bool = setting(False, "test on each picture and its mirror image", resume=True)
     eval_interval: int = setting(1, "epochs between tests", COUNT, resume=True)
     checkpoint_interval: int = setting(
         None, "epochs between checkpoints (default a twentieth of --epochs)", COUNT, resume=True
     )
-    sharpness: bool = setting(
-        False, "at the end estimate Tr(H) and lambda_max of the Hessian", resume=True
-    )
+    sharpness: bool = setting(False, "at the end: Tr(Hessian) and lambda_max", resume=True)
     sharpness_images: int = setting(
         None, "training pictures for this (default 1024; on a CPU: 128)", COUNT, resume=True
     )
     sharpness_probes: int = setting(16, "random vectors for the trace", SOME, resume=True)
-    sharpness_products: int = setting(
-        60, "Hessian-vector products for lambda_max, at most", SOME, resume=True
-    )
+    sharpness_products: int = setting(60, "most products for lambda_max", SOME, resume=True)
     seeds: int = setting(1, "runs with --seed, --seed + 1, ...", COUNT, command=True)
 
     def __post_init__(self):
@@ -394,7 +375,12 @@ def read_pictures(path, about):
 
 def load_digits():
     """The same for scikit-learn's 1797 handwritten digits. A random fifth is the test."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise common.BadInput(
+            "--data: digits want scikit-learn: pip install scikit-learn"
+        ) from None
 
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x).view(-1, 1, 8, 8) * (255 / 16)
@@ -553,7 +539,6 @@ def train(c: Config):
     train_loss and test_acc in percent."""
     common.choose_device(c, float16=not has_sam(c))  # SAM wants a closure, GradScaler takes none
     common.choose_folder(c)
-    common.require("matplotlib")
     data = Data(c)
     forward, parts = set_up(c, data)
     if c.resume:
@@ -566,7 +551,7 @@ def train(c: Config):
             run.log(step, **evaluate(c, data, parts["model"]))
         loop(run, data, forward, parts, step)
         if c.sharpness:
-            run.log(data.steps, **measure(c, data, parts["model"]))
+            run.log(data.steps, **measure(run, data, parts["model"]))
     log = common.read_log(c.out)
     if common.RANK == 0:
         draw(c, log)
@@ -634,15 +619,14 @@ def report(run, data, parts, step, losses):
         return losses
     means = common.over_ranks(torch.stack(losses).cpu() / common.RANKS)  # waits for the device
     passed = run.stop_clock()
-    for i, loss in enumerate(means, step - len(means) + 1):
-        check_finite(run, i, loss)
+    run.check_finite(step, means, ADVICE)
     flat = optimizer.flat_share() if has_ire(c) and step > c.ire_warmup else {}
     speed = round(len(means) * c.batch_size / passed, 1)
     lr = optimizer.param_groups[0]["lr"]
     run.log(step, train_loss=statistics.mean(means), lr=lr, **flat, images_per_second=speed)
     if test_due:
         tested = evaluate(c, data, model)
-        check_finite(run, step, tested["test_loss"])
+        run.check_finite(step, [tested["test_loss"]], ADVICE)
         run.log(step, **tested)
     if save_due:
         run.save(step, data=data.sha256, **parts)
@@ -650,12 +634,6 @@ def report(run, data, parts, step, losses):
         raise run.stopped()
     run.start_clock()
     return []
-
-
-def check_finite(run, step, loss):
-    if not math.isfinite(loss):
-        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
-        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
 
 
 def autocast(c):
@@ -687,8 +665,9 @@ def evaluate(c, data, model):
     return found
 
 
-def measure(c, data, model):
+def measure(run, data, model):
     """Sharpness of the training loss, in float32, on pictures that are not augmented."""
+    c = run.c
     images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
     size = min(c.batch_size, images)
     batches = images // size
@@ -702,14 +681,17 @@ def measure(c, data, model):
     losses = [functools.partial(loss, i) for i in range(batches)]
     most = batches * (c.sharpness_probes + c.sharpness_products)
     quiet = common.RANK > 0 or not sys.stderr.isatty()
-    with (
-        common.on_signals(common.stop),
-        tqdm(total=most, unit="product", desc="sharpness", disable=quiet) as bar,
-    ):
+    with tqdm(total=most, unit="product", desc="sharpness", disable=quiet) as bar:
+
+        def tick():
+            bar.update()
+            if run.signal:
+                raise run.stopped()
+
         sizes = c.sharpness_probes, c.sharpness_products
-        found = sharpness(model, losses, *sizes, seed=c.seed, tick=bar.update)
+        found = sharpness(model, losses, *sizes, seed=c.seed, tick=tick)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
-        common.note("lambda_max is not within 1%; --sharpness-products may allow more products")
+        common.say(note="lambda_max is not within 1%; allow more --sharpness-products")
     return found
 
 
@@ -739,20 +721,16 @@ def banner(c, data, model, step):
 def draw(c, log):
     """OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
     hard = f"training: labels smoothed\nby {c.label_smoothing:g}, augment {c.augment}"
-    panels = {
+    labels = {
         "loss": {"train_loss": hard, "test_loss": "test: neither"},
         "accuracy (%)": {"test_acc": "test", "val_acc": "held out"},
         "learning rate": {"lr": "lr"},
         "flat share of the coordinates": {"flat": "flat"},
     }
-    curves = {}
-    for title, keys in panels.items():
-        for key, label in keys.items():
-            points = [(row["step"], row[key]) for row in log if key in row]
-            if points:
-                curves.setdefault(title, {})[label] = points
-    marks = {"IRE switches on": c.ire_warmup} if has_ire(c) else {}
-    common.draw(Path(c.out) / "loss.png", curves, marks)
+    panels = {}
+    for title, keys in labels.items():
+        panels[title] = {label: common.curve(log, key) for key, label in keys.items()}
+    common.draw(Path(c.out) / "loss.png", panels)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -767,28 +745,12 @@ def command(typed):
 
 def train_seeds(typed):
     """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
-    home = f"{Config.home}-seeds"
-    resume, overwrite = typed.get("resume", False), typed.get("overwrite", False)
-    out = typed.get("out")
-    typed = {name: x for name, x in typed.items() if name not in ("out", "resume", "overwrite")}
-    if resume:
-        out = out or common.find_run(home, unfinished=True, file="config.json")
-        with common.instead(f"--out: got {out}, allowed on --resume is a folder of --seeds"):
-            typed = common.read_json(Path(out, "config.json"))["typed"] | typed
-    out = out or common.free_folder(home)
     first = typed.get("seed", 0)
-    runs = []
-    for seed in range(first, first + typed["seeds"]):
-        folder = Path(out, f"seed-{seed}")
-        begun = resume and (folder / "checkpoint.pt").exists()
-        now = {"seed": seed, "out": str(folder), "resume": begun, "overwrite": overwrite}
-        c = configure(typed | now)
-        common.choose_folder(c)  # refuses a run that is in the way
-        if seed == first and common.RANK == 0:
-            common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
-        runs.append(train(c))
-    if common.RANK == 0:
-        common.write_json(Path(out, "config.json"), {"typed": typed, "finished": True})
+    seeds = range(first, first + typed["seeds"])
+    changes = {f"seed-{seed}": {"seed": seed} for seed in seeds}
+    home = f"{Config.home}-seeds"
+    _, settings = common.settings_of_runs(home, typed, changes, configure)
+    runs = [train(c) for c in settings]
     for key in ("test_acc", "val_acc", "test_loss", "trace", "lambda_max"):
         values = [found[key] for found in runs if key in found]
         if values:

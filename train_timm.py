@@ -16,7 +16,6 @@ paper's code; these are the usual ones for 90 epochs.
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 from pathlib import Path
 
@@ -249,7 +248,6 @@ def train(c):
     """Returns the model and the average of its weights."""
     common.choose_device(c, float16=False)
     common.choose_folder(c)
-    common.require("matplotlib")
     common.set_up_torch(c)
     model, batches, tests, names = load_images(c)
     net = torch.compile(model) if c.compile else model
@@ -284,8 +282,6 @@ def train(c):
             run.log(step, epoch=epoch + 1, **rates)
             run.save(step, names=names, **parts)
         draw(c)
-    if c.stop:  # the run is to go on
-        run.write_config(finished=c.stop == c.epochs)
     return model, ema.module
 
 
@@ -307,18 +303,17 @@ def banner(c, model, batches, done):
 def draw(c):
     """OUT/loss.png."""
     log = common.read_log(c.out)
-    loss = [(row["step"], row["train_loss"]) for row in log if "train_loss" in row]
-    top1 = [(row["step"], row["top1"]) for row in log if "top1" in row]
-    panels = {"loss": {"training": loss}, "accuracy (%)": {"top1": top1}}
+    panels = {
+        "loss": {"training": common.curve(log, "train_loss")},
+        "accuracy (%)": {"top1": common.curve(log, "top1")},
+    }
     common.draw(Path(c.out, "loss.png"), panels)
 
 
 def report(run, step, losses, opt):
     """A line of the log about the last steps."""
     loss = torch.stack(losses).mean().item()  # waits for the device
-    if not math.isfinite(loss):
-        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
-        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
+    run.check_finite(step, [loss], "a lower --lr or --kappa")
     speed = len(losses) * run.c.batch / run.stop_clock()
     lr = opt.param_groups[0]["lr"]
     run.log(step, train_loss=loss, lr=lr, images_per_second=round(speed, 1))

@@ -46,8 +46,7 @@ def walk(typed):
             stopping = run.asked_to_stop()
             run.stop_clock()
             run.log(step, loss=loss, norm=float("inf"), numbers_per_second=100)
-            if loss > 1e6:
-                raise common.Diverged(f"step {step}: the loss is {loss}")
+            run.check_finite(step, [loss if loss < 1e6 else float("nan")], "a lower --lr")
             if step % c.save_interval == 0 or step == c.steps or stopping:
                 run.save(step, x=x)
             if stopping and step < c.steps:
