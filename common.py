@@ -72,7 +72,7 @@ def instead(text):
     except (Halt, ModuleNotFoundError):
         raise
     except Exception as e:
-        why = " ".join(repr(e).split())
+        why = " ".join(f"{type(e).__name__}: {e}".split())
         if isinstance(e, pickle.UnpicklingError):  # torch advises to trust the file
             why = "the file is damaged or holds code"
         raise BadInput(f"{text} ({why:.120})") from None
@@ -548,7 +548,7 @@ class Run:
             unit = name.removesuffix("_per_second")
             texts.append(f"{name} {x:.4g}" if unit == name else f"{x:,.0f} {unit}/s")
         if 0 < step < self.steps:
-            texts.append(f"{self.seconds / step * (self.steps - step) / 60:.1f} min left")
+            texts.append(f"{self.seconds / step * (self.steps - step) / 60:.0f} min left")
         self.bar.update(step - self.bar.n)
         self.bar.write("  ".join(texts))
         if self.wandb:

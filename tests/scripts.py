@@ -71,7 +71,7 @@ def wait_for(ready, process):
 
 
 def files(root="."):
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
+    return {p: p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
 
 
 def same(a, b):
