@@ -2,11 +2,9 @@
 starts, and the folder of a run. Nothing here knows a model, a data set or an optimizer.
 
     with common.Run(c, steps) as run:  # locked; Ctrl-C waits for the end of a step
-        step = run.load(model=model)["step"] if c.resume else 0
-        while step < steps:
-            ...
-            run.log(step, train_loss=loss)
-            run.save(step, model=model)
+        ...
+        run.log(step, train_loss=loss)
+        run.save(step, model=model)
 
 Top to bottom: errors, settings, command line, processes, machine, files, the folder of a run, main.
 """
@@ -22,7 +20,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -71,10 +68,10 @@ def instead(text):
         yield
     except (Halt, ModuleNotFoundError):
         raise
+    except pickle.UnpicklingError:  # torch's own words advise to trust the file
+        raise BadInput(f"{text} (the file is damaged or holds code)") from None
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())
-        if isinstance(e, pickle.UnpicklingError):  # torch advises to trust the file
-            why = "the file is damaged or holds code"
         raise BadInput(f"{text} ({why:.120})") from None
 
 
@@ -91,8 +88,8 @@ class Range:
         return self.low <= x <= self.high  # false for NaN
 
 
-COUNT = Range(1, 2**31 - 1, "1 or more, below 2^31")
-STEPS = Range(0, 2**31 - 1, "0 or more, below 2^31")
+COUNT = Range(1, 2**31 - 1, "1 to 2^31 - 1")
+STEPS = Range(0, 2**31 - 1, "0 to 2^31 - 1")
 SEED = Range(0, 2**62 - 1, "0 to 2^62 - 1")
 POSITIVE = Range(1e-30, 1e9, "above 0, up to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
@@ -106,7 +103,7 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
 
     allowed: a Range, or a tuple of names.
     resume: the setting may change on --resume.
-    command: the setting says what to do now, and no later run takes it over.
+    command: the setting says what to do now, and no later run takes the setting over.
     of: the parts of an optimizer that read the setting, see refuse_unread; () for all.
     alone: the value of a flag that is typed without a value.
     """
@@ -122,12 +119,12 @@ class Settings:
     home: ClassVar[str] = "runs/run"  # the default folder of a script's runs
 
     out: str = setting(None, "folder of the run (default: a new one in runs)", command=True)
-    resume: bool = setting(False, "go on with the run in --out, or with the newest", command=True)
+    resume: bool = setting(False, "go on with the run in --out, or the newest run", command=True)
     overwrite: bool = setting(False, "replace the run in --out", command=True)
     config: str = setting(None, "a JSON file with settings, as a run's config.json", command=True)
     seed: int = setting(0, "of weights, batches and sampled labels", SEED)
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"), resume=True)
-    dtype: str = setting(None, "number format of the passes (default: what is fast)", DTYPES)
+    dtype: str = setting(None, "precision of the passes (default: what is fast here)", DTYPES)
     compile: bool = setting(None, "torch.compile (default: on GPUs that can)", resume=True)
     deterministic: bool = setting(False, "bit for bit the same runs on a GPU; slower")
     log_interval: int = setting(20, "steps between lines of the log", COUNT, resume=True)
@@ -161,9 +158,9 @@ def words(allowed):
 
 
 def collect(config_class, typed):
-    """The settings that a user gives: those of the run that goes on < --config < typed. The script
-    puts its own defaults below them: Config(**preset | common.collect(Config, typed)). Raises
-    BadInput where a setting would change the run that goes on."""
+    """The settings that a user gives: those of the run that goes on < --config < typed. A script
+    takes them over its defaults: Config(**preset | common.collect(Config, typed)). Raises BadInput
+    where a setting would change the run that goes on."""
     asked = read_config(config_class, typed["config"]) if "config" in typed else {}
     asked |= typed
     if not asked.get("resume"):
@@ -205,7 +202,7 @@ def refuse_unread(config_class, typed, parts, by):
 
 # -------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, from one process on each machine."""
+    """Says in one line what is wrong, once on each machine."""
 
     def error(self, message):
         text = f"{message:.300}; --help shows all flags"
@@ -279,11 +276,11 @@ def choose_device(c, float16=True):
     here = [name for name in found if found[name]] + ["cpu"]
     c.device = here[0] if c.device == "auto" else c.device
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
-    cuda = c.device == "cuda"
-    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    fast = "bfloat16" if capability >= (8, 0) else "float16"
-    if c.dtype is None:
-        c.dtype = fast if cuda and (float16 or fast == "bfloat16") else "float32"
+    capability = torch.cuda.get_device_capability() if c.device == "cuda" else (0, 0)
+    if c.dtype is None and c.device == "cuda":
+        fast = "float16" if float16 else "float32"
+        c.dtype = "bfloat16" if capability >= (8, 0) else fast
+    c.dtype = c.dtype or "float32"
     fits = c.dtype != "float16" or (float16 and c.device != "cpu")
     check(c, "dtype", fits, "float32 or bfloat16 here, since losses are not scaled")
     wanted = capability >= (7, 0) if c.compile is None else c.compile
@@ -296,7 +293,7 @@ def choose_device(c, float16=True):
 
 @functools.cache
 def compiler_error(device):
-    """Why torch.compile does not work here (no C++ compiler, no Triton, ...), or an empty text."""
+    """Why torch.compile does not work here, such as no C++ compiler; an empty text if it works."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as e:  # errors of many kinds
@@ -316,16 +313,18 @@ def set_up_torch(c):
 def environment():
     """What a result depends on beside the settings."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    commit = ""
+    with contextlib.suppress(OSError):  # git may be missing
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about = {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS}
-    return about | {"commit": commit.stdout.strip() if commit else ""}
+    return about | {"commit": commit}
 
 
 # --------------------------------------------------------------------------------------- files
 def write_atomically(path, write):
-    """Writes a whole file or leaves the old one, also when the power goes. write(file) writes."""
+    """Replaces a file by what write(file) writes, as a whole or, if anything fails, not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -348,7 +347,7 @@ def read_json(path):
 
 
 def download(url, path, sha256, otherwise):
-    """Fetches a file once, whole and with this checksum. otherwise: what the user can do."""
+    """Fetches a file that is missing and checks it. otherwise: what the user can do."""
     path = Path(path)
     if path.exists():
         return
@@ -410,7 +409,7 @@ def free_folder(home):
 
 
 def newest_run(pattern):
-    """The folder whose checkpoint is the newest, among those of this pattern."""
+    """The folder with the newest checkpoint among those that have this pattern."""
     found = Path().glob(f"{pattern}/checkpoint.pt")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
     if newest is None:
@@ -431,7 +430,7 @@ def locked(folder):
 
 
 def choose_folder(c):
-    """Fills in c.out. Raises BadInput where the run would replace another one unasked."""
+    """Fills in c.out. Raises BadInput where the run would replace another run unasked."""
     c.out = c.out or free_folder(c.home)
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
     check(c, "out", not Path(c.out).is_file(), "a folder, not a file")
@@ -503,8 +502,8 @@ class Run:
         return self.stack.__exit__(*error)
 
     def load(self, **parts):
-        """The checkpoint. Its states go to the parts of the same names, such as model=model. The
-        log loses the lines that were written after it."""
+        """Returns the checkpoint, and loads its states into the parts of the same names, such as
+        model=model. The log loses the lines that were written after the checkpoint."""
         saved = read_checkpoint(self.out)
         path = self.out / "log.jsonl"
         if RANK == 0 and path.exists() and path.stat().st_size > saved["log_bytes"]:
@@ -517,8 +516,8 @@ class Run:
         return saved
 
     def save(self, step, name="checkpoint.pt", **state):
-        """Writes OUT/name with settings, step and state; every rank calls it, rank 0 writes. What
-        has a state_dict() is written as that."""
+        """Writes settings, step and state to OUT/name on rank 0. A part of the state that has a
+        state_dict() is written as its state_dict()."""
         if RANK:
             return
         path = self.out / "log.jsonl"
@@ -535,11 +534,11 @@ class Run:
             self.kept = f"step {step}"
 
     def log(self, step, **values):
-        """A line of log.jsonl, of the terminal, and of W&B. A number that is None or not finite is
+        """Writes a line to log.jsonl, to the terminal and to W&B. Numbers that are not finite are
         left out, since JSON has none."""
         if RANK:
             return
-        values = {k: x for k, x in values.items() if x is not None and math.isfinite(x)}
+        values = {k: x for k, x in values.items() if math.isfinite(x)}
         line = {"step": step} | values | {"seconds": round(self.seconds, 3)}
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -555,8 +554,8 @@ class Run:
             self.wandb.log(values, step=step)
 
     def check_finite(self, step, values, advice):
-        """Raises Diverged for the first number of the last steps, up to this one, that is not
-        finite. advice: what to try."""
+        """Raises Diverged where a value is not finite. values: one of each of the last steps, up to
+        this step. advice: what to try."""
         for i, x in enumerate(values, step - len(values) + 1):
             if not math.isfinite(x):
                 what = f"step {i}: the loss or its gradient is {x}; last checkpoint: {self.kept}"
@@ -579,9 +578,9 @@ class Run:
         self.signal = int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
         return self.signal > 0
 
-    def stopped(self, saved="the checkpoint is written"):
+    def stopped(self):
         """What a script raises after a signal."""
-        halt = Halt(f"stopped; {saved}, go on with --resume")
+        halt = Halt(f"stopped; last checkpoint: {self.kept}; go on with --resume")
         halt.code = 128 + self.signal
         return halt
 
@@ -624,7 +623,7 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
 
 
 def leave(status):
-    """Ends the process. With several ranks gloo's threads may abort Python's own way out."""
+    """Ends the process. With several ranks, gloo's threads may abort Python's own exit."""
     if not dist.is_initialized():
         sys.exit(status)
     dist.destroy_process_group()

@@ -142,6 +142,19 @@ def compile_blocks(model):
         block.compile(dynamic=False)
 
 
+@torch.no_grad()
+def generate(model, c, tokens, vocab, generator):
+    """c.tokens more after the list of tokens; the model sees the last --context of them."""
+    for _ in range(c.tokens):
+        window = torch.tensor([tokens[-c.context :]], device=c.device)
+        logits = model(window)[0, -1, :vocab].cpu().double()
+        likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
+        chances = ((likely.values - likely.values[0]) / (c.temperature or 1)).softmax(-1)
+        choice = torch.multinomial(chances, 1, generator=generator)
+        tokens = tokens + likely.indices[choice].tolist()
+    return tokens
+
+
 def flops_per_token(model, c):
     """Of one training step, forward and backward (PaLM, appendix B)."""
     embedding = model.model.embed_tokens.weight.numel()

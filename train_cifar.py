@@ -52,8 +52,10 @@ MODELS = {  # each makes a network for so many classes
 DATA = ("cifar10", "cifar100", "digits")
 AUGMENTATIONS = ("none", "shift", "basic", "cutout", "mixup")  # the last three also flip
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
-FLAT = """it is flat where these are small: squared gradients of training, or (the paper's) of
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
 labels sampled from the model"""
+AUGMENT = "data augmentation (default basic; digits: shift; vit: mixup)"
+BASES = ("sgd", "adamw")
 ADVICE = "a lower --lr or --kappa"
 PROBE = "pictures for fisher: the first ones, or those of the step"
 EPOCHS = Range(1, 10**6, "1 or more, up to 10^6")
@@ -73,28 +75,24 @@ class Config(common.Settings):
     limit_train: int = setting(None, "train on the first N pictures (default all)", COUNT)
     holdout: int = setting(0, "keep the last N training pictures for val_acc", STEPS)
     model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
-    augment: str = setting(
-        None, "changes (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
-    )
+    augment: str = setting(None, AUGMENT, AUGMENTATIONS)
     # the schedule
-    epochs: int = setting(
-        None, "passes over the pictures (default 200; quick: 8; digits: 10)", EPOCHS
-    )
+    epochs: int = setting(None, "passes over the data (default 200; quick: 8; digits: 10)", EPOCHS)
     batch_size: int = setting(
         None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", BATCH
     )
     warmup: int = setting(
         None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
     )
-    lr: float = setting(None, "peak rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE)
+    lr: float = setting(None, "peak (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
     label_smoothing: float = setting(0.1, "share of a label that all classes get alike", DECAY)
     # the optimizer
     optimizer: str = setting(
-        None, "admire: IRE on AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
+        None, "admire is IRE on top of AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
     )
-    base: str = setting(None, "under SAM (default sgd; vit: adamw)", ("sgd", "adamw"), of=("sam",))
-    weight_decay: float = setting(None, "decay (default 0.0005; adamw: 0.1)", NOT_NEGATIVE)
+    base: str = setting(None, "optimizer under SAM (default sgd; vit: adamw)", BASES, of=("sam",))
+    weight_decay: float = setting(None, "strength (default 0.0005; adamw: 0.1)", NOT_NEGATIVE)
     decay_norms: bool = setting(True, "weight decay on biases and norms too")
     momentum: float = setting(0.9, "momentum of SGD", DECAY, of=("sgd",))
     rho: float = setting(0.05, "radius of SAM's perturbation", NOT_NEGATIVE, of=("sam",))
@@ -124,7 +122,7 @@ class Config(common.Settings):
         None, "training pictures for this (default 1024; on a CPU: 128)", COUNT, resume=True
     )
     sharpness_probes: int = setting(16, "random vectors for the trace", SOME, resume=True)
-    sharpness_products: int = setting(60, "most products for lambda_max", SOME, resume=True)
+    sharpness_products: int = setting(60, "Hessian products for lambda_max", SOME, resume=True)
     seeds: int = setting(1, "runs with --seed, --seed + 1, ...", COUNT, command=True)
 
     def __post_init__(self):
@@ -671,7 +669,6 @@ def measure(run, data, model):
     images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
     size = min(c.batch_size, images)
     batches = images // size
-    c.sharpness_images = batches * size  # that are used, for config.json
 
     def loss(i):
         x = data.normalized(data.x[i * size : (i + 1) * size])
@@ -692,7 +689,7 @@ def measure(run, data, model):
         found = sharpness(model, losses, *sizes, seed=c.seed, tick=tick)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
         common.say(note="lambda_max is not within 1%; allow more --sharpness-products")
-    return found
+    return found | {"sharpness_images": batches * size}
 
 
 def banner(c, data, model, step):

@@ -64,10 +64,10 @@ OPTIMIZERS = {  # the base, and what makes steps longer on top of it
 ANY_IRE = ("ire", "soft")
 DATA = """stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile,
 openwebtext, a text file, a folder of text files, or a folder with train.bin, val.bin, meta.json"""
-FLAT = """it is flat where these are small: squared gradients of training, or (the paper's) of
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
 labels sampled from the model"""
 METHODS = "admire, muon-ire: IRE on top of AdamW, Muon; -soft: IRE without a threshold"
-COMPARED = "adamw,admire"  # where --compare names none
+COMPARE = "optimizers to train in turn; the first is the base (adamw,admire if none is named)"
 SCHEDULES = ("cosine", "wsd", "constant")
 LOSS = "loss (nats per token)"
 ADVICE = "a lower --lr, --kappa or --alpha, or a longer --warmup"
@@ -98,8 +98,8 @@ class Config(common.Settings):
     steps: int = setting(1000, "optimizer steps", COUNT, resume=True)
     warmup: int = setting(None, "steps up to the peak (default 250, at most --steps / 4)", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    embedding_lr: float = setting(1.0, "embedding: times --lr; 4 in preset tiny", POSITIVE)
-    head_lr: float = setting(1.0, "output layer: times --lr; 4 in preset tiny", POSITIVE)
+    embedding_lr: float = setting(1.0, "multiple of --lr for the embedding; 4 in tiny", POSITIVE)
+    head_lr: float = setting(1.0, "multiple of --lr for the output layer; 4 in tiny", POSITIVE)
     schedule: str = setting("cosine", "after the peak; wsd falls in the last fifth", SCHEDULES)
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", UNIT)
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
@@ -117,13 +117,10 @@ class Config(common.Settings):
     ire_warmup: int = setting(0, "steps before IRE switches on", STEPS, of=ANY_IRE)
     curvature: str = setting("squares", FLAT, ("squares", "fisher"), of=ANY_IRE)
     probe_batches: int = setting(
-        None,
-        "micro-batches that fisher takes (default: a quarter of a step)",
-        COUNT,
-        of=("fisher",),
+        None, "micro-batches for fisher (default 1/4)", COUNT, of=("fisher",)
     )
     # how to compute it
-    micro_batch: int = setting(None, "sequences in one forward pass (default: what fits)", COUNT)
+    micro_batch: int = setting(None, "sequences in a pass (default: what fits)", COUNT, resume=True)
     fsdp: bool = setting(False, "shard over torchrun's GPUs (FSDP2), not DDP", resume=True)
     # reports
     log_interval: int = setting(
@@ -140,9 +137,7 @@ class Config(common.Settings):
     stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
     sharpness: bool = setting(False, "Tr(Hessian), lambda_max at each validation", resume=True)
     # what to do
-    compare: str = setting(
-        None, "optimizers to train in turn, the first is the base", command=True, alone=COMPARED
-    )
+    compare: str = setting(None, COMPARE, command=True, alone="adamw,admire")
     eval_only: bool = setting(False, "print the validation loss of --out", command=True)
     sample: str = setting(None, "print text from the run in this folder", command=True)
     prompt: str = setting("", "how the text begins", command=True)
@@ -184,8 +179,6 @@ def rule(c):
 def complete(c):
     """Fills in what follows from other settings, and checks what must fit together."""
     c = dataclasses.replace(c)
-    if c.resume and not common.LAUNCHED:  # one process can go on with a sharded run
-        c.fsdp = False
     common.choose_device(c, float16=not c.fsdp)
     common.choose_folder(c)
     c.warmup = min(250, c.steps // 4) if c.warmup is None else c.warmup
@@ -195,8 +188,7 @@ def complete(c):
     c.checkpoint_interval = c.checkpoint_interval or tenth
     share, rest = divmod(c.batch_size, common.RANKS)
     check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks")
-    if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
-        c.micro_batch = largest_micro_batch(c, share)
+    c.micro_batch = c.micro_batch or largest_micro_batch(c, share)
     divides = share % c.micro_batch == 0
     check(c, "micro_batch", divides, f"a divisor of --batch-size over {common.RANKS} rank(s)")
     most = share // c.micro_batch
@@ -220,7 +212,7 @@ def check_settings(c):
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
     never = rule(c) and c.ire_warmup >= c.steps
     check(c, "ire_warmup", not never, f"0 to --steps - 1, {c.steps - 1}: later is the base alone")
-    check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--fsdp under torchrun")
+    check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--no-fsdp without torchrun")
     old = c.optimizer.startswith("muon") and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
     check(c, "sharpness", not (c.sharpness and c.fsdp), "--no-sharpness with --fsdp")
@@ -589,19 +581,6 @@ def report(out, runs):
 
 
 # ------------------------------------------------------------------------------------ sampling
-@torch.no_grad()
-def generate(model, c, tokens, vocab, generator):
-    """c.tokens more after the list of tokens; the model sees the last --context of them."""
-    for _ in range(c.tokens):
-        window = torch.tensor([tokens[-c.context :]], device=c.device)
-        logits = model(window)[0, -1, :vocab].cpu().double()
-        likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
-        chances = ((likely.values - likely.values[0]) / (c.temperature or 1)).softmax(-1)
-        choice = torch.multinomial(chances, 1, generator=generator)
-        tokens = tokens + likely.indices[choice].tolist()
-    return tokens
-
-
 def load_run(folder, typed):
     """Model, settings and kind of tokens of the run in a folder."""
     saved = common.read_checkpoint(folder, mmap=True)
@@ -619,7 +598,7 @@ def sample(folder, typed):
     codec = text.Codec(**kind)
     generator = torch.Generator().manual_seed(c.seed)
     tokens = [int(t) for t in codec.encode([os.fsencode(c.prompt)])[0]] or [codec.between or 0]
-    texts = [generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
+    texts = [llama.generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
     return "\n---------------\n".join(codec.decode(tokens) for tokens in texts)
 
 

@@ -274,7 +274,7 @@ def train(c):
                 losses.append(train_step(c, net, opt, x, y))
                 ema.update(model, step)
                 if run.asked_to_stop():
-                    raise run.stopped(f"last checkpoint: {run.kept}")
+                    raise run.stopped()
                 if step % c.log_interval == 0 or step % steps == 0:
                     report(run, step, losses, opt)
                     losses = []

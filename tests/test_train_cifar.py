@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
     with in_step(last, poison):
         code, _, err = CIFAR.run(TINY + "--optimizer sgd")
     assert code == 1 and err.count("\n") == 1 and checkpoint(RUN)["step"] == saved
-    text = f"step {found}: the loss or its gradient is nan; last checkpoint: step {saved}; .*--lr.*--kappa"
+    text = f"step {found}: .* is nan; last checkpoint: step {saved}; .*--lr.*--kappa"
     assert re.search(text, err), err
 
 
@@ -518,8 +518,11 @@ def test_sharpness_of_a_run(model, small_vit):
     flags = f"{TINY} --model {model} --epochs 2 --augment basic --optimizer sgd "
     out = CIFAR.done(flags + "--sharpness --sharpness-images 16 --sharpness-probes 2")
     last = common.read_log(RUN)[-1]
-    assert last["trace_error"] > 0 and all(len(line) <= 100 for line in out.splitlines())
-    assert common.read_json(RUN / "config.json")["sharpness_images"] == 16
+    assert (
+        last["sharpness_images"] == 16
+        and last["trace_error"] > 0
+        and all(len(line) <= 100 for line in out.splitlines())
+    )
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
     assert f"trace {last['trace']:.4g}" in out
     CIFAR.done(flags + "--out without")
