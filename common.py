@@ -600,10 +600,8 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
     except KeyboardInterrupt:  # where there is no step to finish
         code = 128 + signal.SIGINT
         text = "stopped"
-    except Halt as e:
-        code = e.code
-        text = str(e)
-    except OSError as e:
+    except (Halt, OSError) as e:
+        code = getattr(e, "code", 1)
         text = str(e)
     except ModuleNotFoundError as e:
         code = 2

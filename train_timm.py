@@ -43,30 +43,15 @@ except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision that is 
 ROWS = {
     "small": {},
     # the paper's RandAugment(2, 15) counts to 30, timm's to 10, with probability 1/2
-    "vit-s": {
-        "model": "vit_small_patch16_224",
-        "lr": 3e-3 * 1024 / 4096,
-        "weight_decay": 0.1,
-        "batch": 1024,
-        "epochs": 300,
-        "warmup_epochs": 30,
-        "clip": 1.0,
-        "mixup": 0.5,
-        "augment": "rand-n2-m5-p1-inc1",
-        "gamma": 0.8,
-        "ire_epoch": 100,
-    },
+    "vit-s": dict(model="vit_small_patch16_224", epochs=300, warmup_epochs=30, batch=1024)
+    | dict(lr=3e-3 * 1024 / 4096, weight_decay=0.1, clip=1.0, gamma=0.8, ire_epoch=100)
+    | dict(mixup=0.5, augment="rand-n2-m5-p1-inc1"),
     # timm's "sgd" is Nesterov's
-    "resnet50": {
-        "model": "resnet50",
-        "opt": "momentum",
-        "lr": 0.4,
-        "weight_decay": 1e-4,
-        "batch": 1024,
-        "epochs": 90,
-        "warmup_epochs": 5,
-    },
+    "resnet50": dict(model="resnet50", epochs=90, warmup_epochs=5, batch=1024)
+    | dict(opt="momentum", lr=0.4, weight_decay=1e-4),
 }
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
+labels sampled from the model"""
 
 
 @dataclasses.dataclass
@@ -97,16 +82,11 @@ class Config(common.Settings):
     gamma: float = setting(0.6, "flat fraction of the coordinates", FRACTION, of=("ire",))
     interval: int = setting(10, "steps from one mask to the next", COUNT, of=("ire",))
     ire_epoch: int = setting(0, "first epoch with IRE, from 0", STEPS, of=("ire",))
-    curvature: str = setting(
-        "fisher",
-        "what finds flat coordinates: mean squared gradients, or a probe with drawn labels",
-        ("squares", "fisher"),
-        of=("ire",),
-    )
+    curvature: str = setting("fisher", FLAT, ("squares", "fisher"), of=("ire",))
 
 
 def configure(typed):
-    """The settings of a run from what was typed."""
+    """The settings of a run, from what was typed."""
     if MISSING or common.RANKS > 1:
         raise common.BadInput(MISSING or f"got {common.RANKS} ranks, allowed is one process")
     given = common.collect(Config, typed)
