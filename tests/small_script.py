@@ -23,10 +23,15 @@ class Config(common.Settings):
     compare: str = common.setting(None, "names", command=True, alone="sgd,adam")
 
 
-def walk(typed):
+def configure(typed):
     given = common.collect(Config, typed)
     c = Config(**PRESETS.get(given.get("preset"), {}) | given)
     common.refuse_unread(Config, typed, [c.optimizer], f"--optimizer {c.optimizer}")
+    return c
+
+
+def walk(typed):
+    c = configure(typed)
     common.choose_device(c)
     common.choose_folder(c)
     common.set_up_torch(c)

@@ -147,8 +147,7 @@ def test_default_folders():
 def test_several_runs_in_one_folder():
     def settings(typed, names):
         changes = {name: {"optimizer": name} for name in names}
-        make = lambda typed: small_script.Config(**common.collect(small_script.Config, typed))  # noqa: E731
-        return common.settings_of_runs("runs/both", typed, changes, make)
+        return common.settings_of_runs("runs/both", typed, changes, small_script.configure)
 
     out, (sgd,) = settings({"lr": 0.5}, ["sgd"])
     small_script.walk({"lr": 0.5, "out": sgd.out})

@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 import shutil
-import signal
 import sys
 import types
 import warnings
@@ -17,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import Script, checkpoint, files, same
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from scripts import Script, checkpoint, files, in_step, same
 
 import common
 import llama
@@ -76,29 +74,6 @@ def settings(folder=RUN):
 def uninterrupted(flags, optimizer):
     trained(f"{flags} --out whole", optimizer)
     return checkpoint("whole"), log("whole")
-
-
-@contextlib.contextmanager
-def in_step(number, act):
-    """Calls act(optimizer) after that step of AdamW, counted from 1 in this process."""
-    count = itertools.count(1)
-
-    def hook(optimizer, *_):
-        if isinstance(optimizer, torch.optim.AdamW) and next(count) == number:
-            act(optimizer)
-
-    handle = register_optimizer_step_post_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def stopped(flags, step):
-    """Ctrl-C in a step of the run."""
-    with in_step(step, lambda _: signal.raise_signal(signal.SIGINT)):
-        code, _, err = GPT.run(flags)
-    assert (code, err.count("\n")) == (130, 1) and "--resume" in err, err
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +372,7 @@ def test_schedules():
 )
 def test_resume_ends_with_the_same_bits(flags, optimizer, step):
     whole, lines = uninterrupted(flags, optimizer)
-    stopped(command(flags, optimizer), step)
+    GPT.stopped(command(flags, optimizer), step)
     assert checkpoint(RUN)["step"] == step
     GPT.done("--resume")
     assert same(checkpoint(RUN), whole)
@@ -438,7 +413,7 @@ def test_resume_refuses_a_changed_setting(finished, change, says):
 )
 def test_steps_may_change_where_the_schedule_so_far_does_not(schedule, stop, steps, fits):
     flags = f"{TINY} --schedule {schedule} --checkpoint-interval 100"
-    stopped(flags, stop)
+    GPT.stopped(flags, stop)
     if not fits:
         GPT.refused(f"--resume --steps {steps}", f"--steps: got {steps}.*12.*schedule")
         return
@@ -576,7 +551,7 @@ def test_compare():
 def test_compare_goes_on_without_its_settings(step):
     """Ctrl-C in either run, then only `--compare --resume`: as if never stopped."""
     GPT.done(f"{TINY} --compare --out whole")
-    stopped(f"{TINY} --compare", step)
+    GPT.stopped(f"{TINY} --compare", step)
     GPT.done("--compare --resume")
     for name in ("adamw", "admire"):
         assert same(checkpoint(f"runs/compare/{name}"), checkpoint(f"whole/{name}"))
