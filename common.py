@@ -46,11 +46,11 @@ class Halt(Exception):
 
 
 class Diverged(Halt):
-    """The loss is not finite."""
+    """Says that the loss is not finite."""
 
 
 class BadInput(Halt, ValueError):
-    """The user can correct what is wrong."""
+    """Says what the user can correct."""
 
     code = 2
 
@@ -78,7 +78,7 @@ def instead(text):
 # ------------------------------------------------------------------------------------ settings
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be, and the words for them."""
+    """Names the numbers that a setting may be."""
 
     low: float
     high: float
@@ -99,7 +99,7 @@ FRACTION = Range(math.nextafter(0, 1), math.nextafter(1, 0), "above 0 and below 
 
 
 def setting(default, help, allowed=None, *, resume=False, command=False, of=(), alone=None):
-    """A field of a class of settings. With the default None the script chooses a value later.
+    """Makes a field of a class of settings. Default None: the script chooses a value later.
 
     allowed: a Range, or a tuple of names.
     resume: the setting may change on --resume.
@@ -114,7 +114,7 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
 
 @dataclasses.dataclass
 class Settings:
-    """The settings of every script. Values are checked one by one when the object is made."""
+    """Holds the settings of every script, and checks each value when the object is made."""
 
     home: ClassVar[str] = "runs/run"  # the default folder of a script's runs
 
@@ -144,7 +144,7 @@ class Settings:
 
 
 def fields(config_class):
-    """The settings that have a flag."""
+    """Returns the settings that have a flag."""
     return [f for f in dataclasses.fields(config_class) if f.metadata]
 
 
@@ -153,14 +153,14 @@ def flag(name):
 
 
 def words(allowed):
-    """What is allowed, as a text."""
+    """Says what is allowed."""
     return allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
 
 
 def collect(config_class, typed):
-    """The settings that a user gives: those of the run that goes on < --config < typed. A script
-    takes them over its defaults: Config(**preset | common.collect(Config, typed)). Raises BadInput
-    where a setting would change the run that goes on."""
+    """Returns the settings that a user gives: of the run that goes on < --config < typed. A script
+    puts its own defaults below them: Config(**preset | common.collect(Config, typed)). Raises
+    BadInput where a setting would change the run that goes on."""
     asked = read_config(config_class, typed["config"]) if "config" in typed else {}
     asked |= typed
     if not asked.get("resume"):
@@ -179,8 +179,8 @@ def collect(config_class, typed):
 
 
 def read_config(config_class, path):
-    """The settings in a JSON file. A run's config.json names those that its user had given; the
-    others followed from them and are left out."""
+    """Returns the settings in a JSON file. Where this is a run's config.json, returns those that
+    its user had given, since the others followed from them."""
     with instead(f"--config: got {path}, allowed is a JSON file with settings"):
         values = dict(json.loads(Path(path).read_text()))
     known = {f.name: f for f in fields(config_class)}
@@ -213,13 +213,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def alike(name, known):
-    """A suggestion for a typing error."""
+    """Suggests what was meant by a name with a typing error."""
     near = difflib.get_close_matches(name.split()[0].split("=")[0], known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(config_class, description, arguments=None):
-    """What was typed, as {name: value}."""
+    """Returns what was typed, as {name: value}."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -243,7 +243,7 @@ def parse(config_class, description, arguments=None):
 
 # ----------------------------------------------------------------------------------- processes
 def start_ranks():
-    """Joins torchrun's other processes. Gloo carries what is on the CPU."""
+    """Joins the other processes of torchrun. Gloo carries what is on the CPU."""
     if not LAUNCHED or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
@@ -254,7 +254,7 @@ def start_ranks():
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
-    """Sums of a list of numbers over all ranks. Each rank waits for the others."""
+    """Returns the sums of some numbers over all ranks. Each rank waits for the others."""
     values = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(values, op)
@@ -262,7 +262,7 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
 
 
 def say(**lines):
-    """Lines of output, each with a word in front, from one rank."""
+    """Prints lines with a word in front of each, on one rank."""
     if RANK == 0:
         for name, text in lines.items():
             print(f"{name:11}{text}", flush=True)
@@ -293,7 +293,7 @@ def choose_device(c, float16=True):
 
 @functools.cache
 def compiler_error(device):
-    """Why torch.compile does not work here, such as no C++ compiler; an empty text if it works."""
+    """Says why torch.compile does not work here, or returns an empty text where it works."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as e:  # errors of many kinds
@@ -311,7 +311,7 @@ def set_up_torch(c):
 
 
 def environment():
-    """What a result depends on beside the settings."""
+    """Returns what a result depends on besides the settings."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
     commit = ""
     with contextlib.suppress(OSError):  # git may be missing
@@ -347,7 +347,7 @@ def read_json(path):
 
 
 def download(url, path, sha256, otherwise):
-    """Fetches a file that is missing and checks it. otherwise: what the user can do."""
+    """Fetches a file if it is missing, and checks it. otherwise: what the user can do."""
     path = Path(path)
     if path.exists():
         return
@@ -357,7 +357,7 @@ def download(url, path, sha256, otherwise):
 
 
 def read_checkpoint(folder, mmap=False):
-    """The checkpoint in a run's folder. mmap: its tensors are read only when they are used."""
+    """Returns the checkpoint of a run. mmap: tensors are read when they are used."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise BadInput(f"{folder} is not the folder of a run: {path} is missing")
@@ -367,20 +367,20 @@ def read_checkpoint(folder, mmap=False):
 
 
 def read_log(folder):
-    """The lines of a run's log, without the half line that a kill may leave."""
+    """Returns the lines of a run's log, without the half line that a kill may leave."""
     path = Path(folder) / "log.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def curve(log, key):
-    """[(step, value), ...] of the lines of a log that have this key."""
+    """Returns [(step, value), ...] of the lines of a log that have this key."""
     return [(line["step"], line[key]) for line in log if key in line]
 
 
 def draw(path, panels):
-    """A figure of curves over steps. panels: {title: {label: [(step, value), ...]}}. What is empty
-    is left out."""
+    """Draws curves over steps. panels: {title: {label: [(step, value), ...]}}. Empty curves and
+    panels are left out."""
     from matplotlib.figure import Figure  # not pyplot, whose backend may be a notebook's
 
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
@@ -400,7 +400,7 @@ def draw(path, panels):
 
 # --------------------------------------------------------------------------- folder of a run
 def free_folder(home):
-    """The first of home, home-2, home-3, ... that does not exist, chosen by rank 0."""
+    """Returns the first of home, home-2, home-3, ... that does not exist. Rank 0 decides."""
     names = (home if n == 1 else f"{home}-{n}" for n in itertools.count(1))
     box = [next(name for name in names if not Path(name).exists())]
     if dist.is_initialized():
@@ -409,7 +409,7 @@ def free_folder(home):
 
 
 def newest_run(pattern):
-    """The folder with the newest checkpoint among those that have this pattern."""
+    """Returns the folder with the newest checkpoint among the folders of this pattern."""
     found = Path().glob(f"{pattern}/checkpoint.pt")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
     if newest is None:
@@ -419,7 +419,7 @@ def newest_run(pattern):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps other processes out of a folder, which is made if missing."""
+    """Makes a folder if it is missing, and keeps other processes out of it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(Path(folder, ".lock")).acquire(blocking=False):
@@ -440,8 +440,8 @@ def choose_folder(c):
 
 
 def settings_of_runs(home, typed, changes, configure):
-    """OUT, and the settings of several runs in OUT/NAME each. On --resume all of them have the
-    settings of the first, and go on or begin. changes: {NAME: what is typed for this run}."""
+    """Returns OUT and the settings of several runs, each in OUT/NAME. On --resume all of them take
+    the settings of the first, and go on or begin. changes: {NAME: what this run has of its own}."""
     out = typed.get("out")
     if not out and typed.get("resume"):
         out = Path(newest_run(f"{home}*/*")).parent
@@ -457,8 +457,8 @@ def settings_of_runs(home, typed, changes, configure):
 
 
 class Run:
-    """The folder of a run while the run goes on: `with Run(c, steps) as run`. No other process
-    gets into the folder. Ctrl-C and SIGTERM wait until the script calls asked_to_stop().
+    """Holds the folder of a run while the run goes on: `with Run(c, steps) as run`. No other
+    process gets into the folder. Ctrl-C and SIGTERM wait until the script calls asked_to_stop().
 
     seconds: of training so far, between start_clock() and stop_clock().
     kept: where the last checkpoint was written.
@@ -554,8 +554,8 @@ class Run:
             self.wandb.log(values, step=step)
 
     def check_finite(self, step, values, advice):
-        """Raises Diverged where a value is not finite. values: one of each of the last steps, up to
-        this step. advice: what to try."""
+        """Raises Diverged where a value is not finite. values: one for each of the last steps, up
+        to this step. advice: what to try."""
         for i, x in enumerate(values, step - len(values) + 1):
             if not math.isfinite(x):
                 what = f"step {i}: the loss or its gradient is {x}; last checkpoint: {self.kept}"
@@ -574,12 +574,12 @@ class Run:
         self.signal = number
 
     def asked_to_stop(self):
-        """Whether a signal came, to any rank."""
+        """Returns whether a signal came to any rank."""
         self.signal = int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
         return self.signal > 0
 
     def stopped(self):
-        """What a script raises after a signal."""
+        """Returns what a script raises after a signal."""
         halt = Halt(f"stopped; last checkpoint: {self.kept}; go on with --resume")
         halt.code = 128 + self.signal
         return halt

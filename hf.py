@@ -10,7 +10,7 @@ import llama
 
 
 def write(folder, weights, c, vocab, codec):
-    """weights: {name: tensor} of a whole model on the CPU. vocab: the rows of the embedding."""
+    """Writes the folder. weights: {name: tensor} on the CPU. vocab: the rows of the embedding."""
     between = codec.between if codec.kind == "gpt2" else None
     files = {"config.json": llama.hugging_face_config(c, vocab, between)}
     files["generation_config.json"] = {"bos_token_id": between, "eos_token_id": between}
@@ -23,7 +23,7 @@ def write(folder, weights, c, vocab, codec):
 
 
 def tokenizer_files(codec, context):
-    """{file name: content} that AutoTokenizer opens: a byte-level BPE, without merges for bytes."""
+    """Returns {file name: content} of a byte-level BPE for AutoTokenizer. Bytes have no merges."""
     if codec.kind not in ("bytes", "gpt2"):
         return {}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
@@ -46,14 +46,14 @@ def tokenizer_files(codec, context):
 
 
 def printable(token):
-    """Bytes as GPT-2's vocabulary file writes them: one visible letter a byte."""
+    """Writes bytes as GPT-2's vocabulary file does, with one visible letter for each byte."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [i for i in range(256) if i not in visible]
     return "".join(chr(i if i in visible else 256 + hidden.index(i)) for i in token)
 
 
 def halves(token, ranks):
-    """The two tokens whose merge is this one: merges of lower rank are made first."""
+    """Returns the two tokens whose merge is this token. Merges of lower rank are made first."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]

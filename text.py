@@ -37,7 +37,7 @@ NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # 
 
 # --------------------------------------------------------------------------------------- texts
 def text_files(c):
-    """The text files behind --data, in a fixed order. Hidden files are left out."""
+    """Returns the text files behind --data in a fixed order, without hidden files."""
     path = Path(c.data)
     pattern = "*"
     skip = set()
@@ -66,14 +66,14 @@ def text_files(c):
 
 
 def is_text(path):
-    """A zero among the first bytes means a program, a picture or UTF-16, as git decides."""
+    """Decides as git does: a zero byte means a program, a picture or UTF-16."""
     with open(path, "rb") as f:
         return 0 not in f.read(1 << 16)
 
 
 def from_files(files):
-    """Pieces of text (part, bytes, whether a document begins). Of twenty files or more every
-    twentieth is held out, of fewer the last tenth of each."""
+    """Yields pieces of text: (part, bytes, whether a document begins). Of twenty files or more,
+    every twentieth is held out. Of fewer files, the last tenth of each is held out."""
     files = list(files)
     random.Random(0).shuffle(files)
     for i, path in enumerate(files):
@@ -84,13 +84,15 @@ def from_files(files):
             for part, end in (("train", cut), ("val", size)):
                 begins = True
                 while text := f.read(min(1 << 19, end - f.tell())):
-                    rest = f.readline(min(1 << 19, end - f.tell()))  # as gpt2 takes no half words
+                    rest = f.readline(
+                        min(1 << 19, end - f.tell())
+                    )  # up to the end of a line, so that no word is cut
                     yield part, text + rest, begins
                     begins = False
 
 
 def from_hub(c):
-    """The same, streamed from huggingface.co, its cache or a local copy."""
+    """Yields the same from huggingface.co, its cache or a local copy."""
     from datasets import load_dataset
 
     lines = c.data.startswith("wikitext")  # rows are the lines of one document
@@ -104,7 +106,7 @@ def from_hub(c):
 
 # -------------------------------------------------------------------------------------- tokens
 class Codec:
-    """Texts to tokens and back. Tokens of another tokenizer are only numbers here."""
+    """Turns texts into tokens and back. Tokens of another tokenizer are only numbers here."""
 
     def __init__(self, tokenizer, vocab=256):
         self.kind = tokenizer
@@ -137,7 +139,7 @@ class Codec:
 
 # ----------------------------------------------------------------------------- prepared folder
 def prepare(c):
-    """The folder with train.bin, val.bin and meta.json behind --data. It is made once."""
+    """Returns the folder of the tokens behind --data. The folder is made once."""
     if (Path(c.data) / "train.bin").exists():
         return Path(c.data)
     files = [] if c.data in HUB else text_files(c)
@@ -184,13 +186,13 @@ def check_length(c, part, n):
 
 
 def padded(vocab):
-    """50257 to 50304, as GPUs multiply whole blocks faster."""
+    """Rounds up, such as 50257 to 50304, as GPUs multiply whole blocks faster."""
     return -(-vocab // 64) * 64
 
 
 class Data:
-    """Tokens in memory-mapped files. A batch is a function of seed and step, so a resumed run sees
-    the same batches.
+    """Holds tokens in memory-mapped files. A batch is a function of seed and step, so a resumed run
+    sees the same batches.
 
     tokens: what they mean, {"tokenizer": ..., "vocab": ...}. vocab: the rows of an embedding.
     sha256: of all tokens, or of a sample where there are many.
@@ -210,7 +212,7 @@ class Data:
         self.sha256 = self.checksum()
 
     def read(self, folder, meta, part):
-        """The tokens in a file, of the type and the number that meta.json names."""
+        """Returns the tokens in a file, which fits the type and the number that meta.json names."""
         path = folder / f"{part}.bin"
         size = path.stat().st_size
         n = meta.get(f"{part}_tokens")
@@ -224,8 +226,8 @@ class Data:
         return np.memmap(path, f"<u{int(width)}", "r")
 
     def checksum(self):
-        """The checksum of the tokens, which are below the size of the vocabulary. From a file of
-        more than 2^24 tokens it takes 256 pieces, so a large corpus is not read at each start."""
+        """Returns a checksum of the tokens, and checks that they are below vocab_size. From a file
+        of more than 2^24 tokens it takes 256 pieces: reading a whole corpus takes too long."""
         digest = hashlib.sha256()
         for tokens in (self.train, self.val):
             for start in range(0, len(tokens), max(1 << 16, len(tokens) >> 8)):
@@ -238,7 +240,7 @@ class Data:
         return digest.hexdigest()
 
     def windows(self, tokens, starts):
-        """Inputs and targets, (sequences, context) each, on the device."""
+        """Returns inputs and targets, (sequences, context) each, on the device."""
         rows = tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64)
         rows = torch.from_numpy(rows)
         rows = rows.pin_memory() if self.c.device == "cuda" else rows
@@ -246,7 +248,7 @@ class Data:
         return rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):
-        """This rank's micro-batches of a step. Which sequences form one does not depend on the
+        """Returns this rank's micro-batches of a step. The step's sequences do not depend on the
         number of ranks."""
         c = self.c
         rng = np.random.default_rng((c.seed, step))
@@ -255,8 +257,8 @@ class Data:
         return [self.windows(self.train, starts[i : i + c.micro_batch]) for i in firsts]
 
     def validation(self):
-        """This rank's micro-batches of sequences that do not depend on the number of ranks, in the
-        shapes of training, for which the model is compiled."""
+        """Yields this rank's micro-batches for the validation. They have the shapes of training,
+        for which the model is compiled. Their sequences do not depend on the number of ranks."""
         c = self.c
         count = min(c.eval_sequences, (len(self.val) - 1) // c.context)
         count = max(1, count // c.batch_size) * c.batch_size

@@ -65,7 +65,7 @@ SOME = Range(2, 10**4, "2 to 10000")
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting. None stands for what was not given; fill_in chooses a value."""
+    """Adds the settings of this script. None stands for what was not given, see fill_in."""
 
     home = "runs/cifar"
 
@@ -162,7 +162,7 @@ class Config(common.Settings):
 
 
 def configure(typed):
-    """The settings of a run from what was typed: a run that goes on < --config < typed."""
+    """Returns the settings of a run: of the run that goes on < --config < typed."""
     c = Config(**common.collect(Config, typed))
     parts = {c.base, "sam" if has_sam(c) else "", "ire" if has_ire(c) else ""}
     parts |= {"fisher"} if has_ire(c) and c.curvature == "fisher" else set()
@@ -389,8 +389,8 @@ def load_digits():
 
 
 def shift_and_flip(x, u, flip):
-    """Moves pictures x (b, h, w, c) by up to 4 pixels, black moves in; with `flip`, mirrors half of
-    them. u (b, 3) are uniform numbers."""
+    """Moves pictures x (b, h, w, c) by up to 4 pixels; black moves in. With `flip`, half of the
+    pictures are mirrored. u (b, 3) are uniform numbers."""
     i = torch.arange(x.shape[1], device=x.device)
     sample = torch.arange(len(x), device=x.device)[:, None, None]
     rows = i + (u[:, 0, None] * 9).long()  # (b, h), in the padded picture
@@ -401,7 +401,7 @@ def shift_and_flip(x, u, flip):
 
 
 def cutout(x, u, length):
-    """Pictures x (b, c, h, w), each with a square of zeros around a random pixel (DeVries and
+    """Puts a square of zeros around a random pixel of each picture x (b, c, h, w) (DeVries and
     Taylor 2017)."""
     i = torch.arange(x.shape[2], device=x.device)
     row, column = ((u[:, :2] * len(i)).long() - 0.5).unbind(1)
@@ -411,8 +411,8 @@ def cutout(x, u, length):
 
 
 class Data:
-    """All pictures as uint8 on the device. A batch is a function of the seed and the step, so a
-    resumed run sees the same batches."""
+    """Holds all pictures as uint8 on the device. A batch is a function of the seed and the step, so
+    a resumed run sees the same batches."""
 
     def __init__(self, c):
         digits = c.data == "digits"
@@ -516,7 +516,7 @@ def learning_rate(c: Config, step, per_epoch):
 
 
 def set_up(c: Config, data):
-    """The network as training calls it (compiled, over ranks), and the parts of a checkpoint."""
+    """Returns the network as training calls it, and the parts of a checkpoint."""
     common.set_up_torch(c)
     torch.backends.cudnn.benchmark = not c.deterministic
     model = MODELS[c.model](data.classes).to(c.device, memory_format=torch.channels_last)
@@ -558,14 +558,14 @@ def train(c: Config):
 
 
 def loop(run, data, forward, parts, step):
-    """All steps from this one on, and between them log, test and checkpoint."""
+    """Makes all steps from this one on. Logs, tests and saves between them."""
     c = run.c
     model, optimizer, scaler = parts.values()
     losses = []
 
     def closure():
-        """The loss of a batch and its gradients. SAM wants them twice, at the weights and up the
-        hill. The second pass leaves the running statistics of batch norm alone."""
+        """Computes the loss of a batch and its gradients. SAM calls it twice, at the weights and up
+        the hill. The second pass leaves the running statistics of batch norm alone."""
         nonlocal passes
         passes += 1
         optimizer.zero_grad()
@@ -603,7 +603,7 @@ def loop(run, data, forward, parts, step):
 
 
 def report(run, data, parts, step, losses):
-    """Log, test and checkpoint where they are due. Returns the losses that are not yet logged."""
+    """Logs, tests and saves where this is due. Returns the losses that are not yet logged."""
     c = run.c
     model, optimizer, _ = parts.values()
 
@@ -640,7 +640,7 @@ def autocast(c):
 
 @torch.no_grad()
 def evaluate(c, data, model):
-    """Accuracy in percent and loss, without label smoothing, of each set of pictures to test."""
+    """Returns accuracy in percent and loss, without label smoothing, of each set of pictures."""
     if dist.is_initialized():
         for buffer in model.buffers():  # the statistics of batch norm, each rank's own
             dist.broadcast(buffer, 0)
@@ -664,7 +664,7 @@ def evaluate(c, data, model):
 
 
 def measure(run, data, model):
-    """Sharpness of the training loss, in float32, on pictures that are not augmented."""
+    """Measures the sharpness of the training loss, in float32, on pictures as they are."""
     c = run.c
     images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
     size = min(c.batch_size, images)
@@ -693,7 +693,7 @@ def measure(run, data, model):
 
 
 def banner(c, data, model, step):
-    """What will be trained, and how."""
+    """Prints what will be trained, and how."""
     parameters = sum(p.numel() for p in model.parameters())
     tests = "".join(f", {len(x):,} for {name}" for name, (x, _) in data.tests.items())
     method = f"{c.optimizer}, lr {c.lr:g}, {c.schedule}, weight decay {c.weight_decay:g}"
@@ -716,7 +716,7 @@ def banner(c, data, model, step):
 
 
 def draw(c, log):
-    """OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
+    """Draws OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
     hard = f"training: labels smoothed\nby {c.label_smoothing:g}, augment {c.augment}"
     labels = {
         "loss": {"train_loss": hard, "test_loss": "test: neither"},
@@ -741,7 +741,7 @@ def command(typed):
 
 
 def train_seeds(typed):
-    """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
+    """Trains as many runs as --seeds says, in OUT/seed-N, and prints the means."""
     first = typed.get("seed", 0)
     seeds = range(first, first + typed["seeds"])
     changes = {f"seed-{seed}": {"seed": seed} for seed in seeds}

@@ -53,7 +53,7 @@ PRESETS = {
     "1b": dict(data="openwebtext", tokenizer="gpt2", steps=20_000, warmup=1000, batch_size=512)
     | dict(layers=18, width=2048, heads=16, ffn=5632, context=2048, lr=4e-4),
 }
-OPTIMIZERS = {  # the base, and what makes steps longer on top of it
+OPTIMIZERS = {  # the base, and what makes its steps longer
     "adamw": ("adamw", None),
     "admire": ("adamw", "ire"),
     "adamw-soft": ("adamw", "soft"),
@@ -78,13 +78,13 @@ UNIT = Range(0, 1, "0 to 1")
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting, beside those that all scripts have."""
+    """Adds the settings of this script to those that all scripts have."""
 
     home = "runs/gpt"
 
     # the model and its text
     preset: str = setting("tiny", "settings to start from", tuple(PRESETS))
-    data: str = setting("stdlib", DATA, resume=True)  # the same text may be elsewhere now
+    data: str = setting("stdlib", DATA, resume=True)  # the same text in another place
     data_dir: str = setting("data", "folder for prepared data", resume=True)
     tokenizer: str = setting("bytes", "what a token is", ("bytes", "gpt2"))
     layers: int = setting(4, "transformer blocks", LAYERS)
@@ -151,8 +151,8 @@ SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
 
 
 def configure(typed, names=()):
-    """The settings of a command: preset < --init < saved run (--resume) < --config < typed. names:
-    the optimizers of a comparison, of which at least one must read what was typed."""
+    """Returns the settings of a command: preset < --init < saved run (--resume) < --config < typed.
+    names: the optimizers of a comparison. At least one of them must read what was typed."""
     given = common.collect(Config, typed)
     preset = PRESETS.get(given.get("preset", "tiny"), {})
     shape = {}
@@ -172,7 +172,7 @@ def configure(typed, names=()):
 
 
 def rule(c):
-    """ "ire" (a mask), "soft" (a factor for each coordinate) or None."""
+    """Returns "ire" (a mask), "soft" (a factor for each coordinate) or None."""
     return OPTIMIZERS[c.optimizer][1]
 
 
@@ -199,8 +199,8 @@ def complete(c):
 
 
 def largest_micro_batch(c, share):
-    """The largest divisor of a rank's share of the batch that fits. Up to 32,768 tokens and 2^26
-    logits fit, and 2^28 logits on a GPU."""
+    """Returns the largest divisor of a rank's share of the batch that fits: up to 32,768 tokens and
+    2^26 logits, or 2^28 logits on a GPU."""
     vocab = 50304 if c.tokenizer == "gpt2" else 256
     logits = 2**26 if c.device == "cpu" else 2**28
     most = min(share, max(1, min(2**15, logits // vocab) // c.context))
@@ -219,7 +219,7 @@ def check_settings(c):
 
 
 def check_steps(c):
-    """--steps may change on --resume where the learning rates of the steps so far do not change."""
+    """Lets --steps change on --resume where the learning rates of the steps so far stay."""
     saved = common.read_checkpoint(c.out, mmap=True)
     before = dataclasses.replace(c, steps=saved["config"]["steps"])
     made = range(saved["step"])
@@ -230,7 +230,7 @@ def check_steps(c):
 
 # ---------------------------------------------------------------------------------- optimizers
 class MuonAndAdamW(torch.optim.Optimizer):
-    """One optimizer of two: Muon for the groups that say so, AdamW for the others."""
+    """Makes one optimizer of two: Muon for the groups that say so, AdamW for the others."""
 
     def __init__(self, groups, **adamw):
         muon, others = ([g for g in groups if g["muon"] == kind] for kind in (True, False))
@@ -249,7 +249,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model, c):
-    """What --optimizer names. Muon and SoftIRE are for the matrices of the blocks; norms have no
+    """Makes what --optimizer names. Muon and SoftIRE take the matrices of the blocks. Norms have no
     decay. lr_scale: the learning rate of a group as a multiple of --lr."""
     hidden = hidden_matrices(model)
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -272,7 +272,7 @@ def make_optimizer(model, c):
 
 
 def learning_rate(c, step):
-    """A linear warm-up, then the schedule, down to min_lr * lr."""
+    """Returns the rate of a step: a linear warm-up, then the schedule, down to min_lr * lr."""
     first = c.warmup
     last = c.steps - 1
     share = 1.0
@@ -314,7 +314,7 @@ def train(c, make_optimizer=make_optimizer):
 
 @dataclasses.dataclass
 class Job:
-    """What the loop works with, and what it has reached."""
+    """Holds what the loop works with, and what the loop has reached."""
 
     c: Config
     data: text.Data
@@ -334,7 +334,7 @@ class Job:
 
 
 def set_up(c, make_optimizer=make_optimizer):
-    """Data, model and optimizer at the start of a run."""
+    """Makes data, model and optimizer for the start of a run."""
     data = text.Data(c)
     if c.resume:
         same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
@@ -346,7 +346,7 @@ def set_up(c, make_optimizer=make_optimizer):
 
 
 def make_model(c, data):
-    """The model, and what computes its loss: the model or DDP around it."""
+    """Returns the model, and what computes its loss: the model itself, or DDP around the model."""
     model = llama.Llama(c, data.vocab)
     if c.init and not c.resume:
         load_weights(model, c.init, data.tokens)
@@ -365,7 +365,7 @@ def make_model(c, data):
 
 
 def loop(run, job):
-    """Steps, and between them log, validation and checkpoint where they are due."""
+    """Makes the steps. Logs, validates and saves between them where this is due."""
     c = job.c
     data, forward, optimizer, scaler = job.data, job.forward, job.optimizer, job.scaler
     pending = []  # loss and norm of the gradient of each step since the last line of the log
@@ -412,7 +412,7 @@ def loop(run, job):
 
 
 def gradients_shared(forward, now):
-    """Whether the ranks add up their gradients in the backward pass inside."""
+    """Decides whether the ranks add up their gradients in the backward pass inside."""
     if hasattr(forward, "set_requires_gradient_sync"):  # FSDP
         forward.set_requires_gradient_sync(now)
     wait = hasattr(forward, "no_sync") and not now  # DDP
@@ -448,14 +448,14 @@ def validate(run, job):
 
 @torch.no_grad()
 def validation_loss(forward, data):
-    """The mean loss of the validation sequences, over all ranks."""
+    """Returns the mean loss of the validation sequences, over all ranks."""
     losses = [float(forward(x, y)) for x, y in data.validation()]
     total, count = common.over_ranks([sum(losses), len(losses)])
     return total / count
 
 
 def sharp(job):
-    """Trace and largest eigenvalue of the Hessian of the loss of the first micro-batch."""
+    """Measures the Hessian of the loss of the first micro-batch."""
     if not job.c.sharpness or common.RANK:
         return {}
     from sharpness import sharpness
@@ -469,7 +469,7 @@ def sharp(job):
 
 
 def banner(run, job):
-    """The first lines: what will be trained, with what, and what to expect."""
+    """Prints what will be trained, with what, and what to expect."""
     c, data = job.c, job.data
     count = sum(p.numel() for p in job.model.parameters())
     tokens = c.batch_size * c.context
@@ -493,8 +493,8 @@ def banner(run, job):
 
 # --------------------------------------------------------------------------------------- files
 def save(run, job, name="checkpoint.pt"):
-    """A checkpoint, whole also where the model is sharded, so that any number of ranks can go on
-    with it; and the figure."""
+    """Writes a checkpoint and the figure. The checkpoint is whole also where the model is sharded,
+    so that any number of ranks can go on."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -522,7 +522,7 @@ def restore(job, saved):
 
 
 def load_weights(model, folder, tokens):
-    """Loads the weights of the run in a folder, whose tokens must mean the same."""
+    """Loads the weights of the run in a folder. Its tokens must mean the same."""
     saved = common.read_checkpoint(folder, mmap=True)
     if saved["tokens"] != tokens:
         raise common.BadInput(f"--data: got {tokens}, allowed is {saved['tokens']}, as {folder}")
@@ -533,7 +533,7 @@ def load_weights(model, folder, tokens):
 
 
 def export(job, folder):
-    """The folder hf for transformers."""
+    """Writes the folder hf, for transformers."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     import hf  # and with it safetensors
@@ -560,7 +560,7 @@ def compare(typed):
 
 
 def report(out, runs):
-    """The table and the figure of a comparison."""
+    """Prints the table of a comparison, and draws the figure."""
     if common.RANK:
         return
     base = runs[0]
@@ -582,7 +582,7 @@ def report(out, runs):
 
 # ------------------------------------------------------------------------------------ sampling
 def load_run(folder, typed):
-    """Model, settings and kind of tokens of the run in a folder."""
+    """Returns model, settings and kind of tokens of the run in a folder."""
     saved = common.read_checkpoint(folder, mmap=True)
     now = {"device": "auto", "dtype": "float32", "compile": False, "fsdp": False}
     c = Config(**saved["config"] | now | typed)
@@ -593,7 +593,7 @@ def load_run(folder, typed):
 
 
 def sample(folder, typed):
-    """Text from the run in a folder."""
+    """Returns text from the run in a folder."""
     model, c, kind = load_run(folder, typed)
     codec = text.Codec(**kind)
     generator = torch.Generator().manual_seed(c.seed)
@@ -603,7 +603,7 @@ def sample(folder, typed):
 
 
 def evaluate(folder, typed):
-    """Validation loss of the run in a folder."""
+    """Returns the validation loss of the run in a folder."""
     model, c, kind = load_run(folder, typed)
     data = text.Data(c)
     check(c, "data", data.tokens == kind, f"text in the tokens of {folder}, {kind}")

@@ -56,7 +56,7 @@ labels sampled from the model"""
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting. A row changes the defaults."""
+    """Adds the settings of this script. A row changes the defaults."""
 
     home = "runs/timm"
 
@@ -86,7 +86,7 @@ class Config(common.Settings):
 
 
 def configure(typed):
-    """The settings of a run, from what was typed."""
+    """Returns the settings of a run."""
     if MISSING or common.RANKS > 1:
         raise common.BadInput(MISSING or f"got {common.RANKS} ranks, allowed is one process")
     given = common.collect(Config, typed)
@@ -107,7 +107,7 @@ def configure(typed):
 
 # ------------------------------------------------------------------------------------ images
 def read_folder(path, classes=None):
-    """The images of train/ or val/."""
+    """Returns the images of train/ or val/."""
     with common.instead(f"--data: got {path}, allowed is a folder a class, with its images"):
         images = ImageDataset(str(path), class_map=classes or "")
     for name in images.filenames():
@@ -117,8 +117,8 @@ def read_folder(path, classes=None):
 
 
 def find_classes(train, val):
-    """{class: its number}. Raises BadInput where timm's classes are not the folders that a user
-    sees, or would be left out in silence."""
+    """Returns {class: its number}. Raises BadInput where timm's classes are not the folders that a
+    user sees, or where timm would leave out a class in silence."""
     names = set(read_folder(train).reader.class_to_idx)
     tested = set(read_folder(val).reader.class_to_idx)
     folders = {p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -137,8 +137,8 @@ def find_classes(train, val):
 
 
 def load_images(c):
-    """A timm model with as many classes as the folder has, batches to train and to test on, and
-    a checksum of the images' names."""
+    """Returns a timm model with as many classes as the folder has, batches to train and to test on,
+    and a checksum of the images' names."""
     train, val = Path(c.data or "", "train"), Path(c.data or "", "val")
     there = c.data and train.is_dir() and val.is_dir()
     check(c, "data", there, "a folder with train/ and val/ in it")
@@ -164,7 +164,7 @@ def load_images(c):
 
 # ------------------------------------------------------------------------------------ training
 def make_optimizer(c, model, steps):
-    """timm's optimizer, in SAM if rho is not 0, in IRE if not --base. steps: those of an epoch."""
+    """Makes timm's optimizer, in SAM if rho is not 0, in IRE if not --base. steps: of an epoch."""
     opt = create_optimizer_v2(model, c.opt, lr=c.lr, weight_decay=c.weight_decay)
     if c.rho:
         opt = SAM(opt, rho=c.rho)
@@ -175,7 +175,7 @@ def make_optimizer(c, model, steps):
 
 
 def train_step(c, model, opt, x, y):
-    """One step on images x and labels y, which Mixup may have made soft. Returns the loss."""
+    """Makes a step on images x and labels y, which Mixup may have made soft. Returns the loss."""
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
     if getattr(opt, "probe_due", False):
         with opt.probe(model):
@@ -200,7 +200,7 @@ def train_step(c, model, opt, x, y):
 
 @torch.no_grad()
 def accuracy(c, model, batches, kind=""):
-    """Top-1 and top-5 in percent, by name."""
+    """Returns top-1 and top-5 in percent, by name."""
     model.eval()
     hits = torch.zeros(2, device=c.device)
     for x, y in batches:
@@ -212,7 +212,7 @@ def accuracy(c, model, batches, kind=""):
 
 
 def make_schedule(c, opt, steps):
-    """From almost 0 up to --lr, then a cosine down to 0."""
+    """Makes a schedule from almost 0 up to --lr, then a cosine down to 0."""
     warmup = c.warmup_epochs * steps
     return CosineLRScheduler(
         opt,
@@ -225,7 +225,7 @@ def make_schedule(c, opt, steps):
 
 
 def train(c):
-    """Returns the model and the average of its weights."""
+    """Trains, and returns the model and the average of its weights."""
     common.choose_device(c, float16=False)
     common.choose_folder(c)
     common.set_up_torch(c)
@@ -241,7 +241,7 @@ def train(c):
         done = run.load(**parts)["step"] // steps if c.resume else 0
         banner(c, model, batches, done)
         for epoch in range(done, c.stop or c.epochs):
-            # of torch, numpy and random: then an epoch's order, crops and mixtures need no past
+            # a seed for each epoch: its order, crops and mixtures do not depend on the past
             random_seed((10_000 * c.seed + epoch) % 2**32)
             model.train()
             losses = []
@@ -266,7 +266,7 @@ def train(c):
 
 
 def banner(c, model, batches, done):
-    """What will be trained, and where."""
+    """Prints what will be trained, and where."""
     method = f"{c.opt}, lr {c.lr:g}" + (f"; SAM, rho {c.rho:g}" if c.rho else "")
     if not c.base:
         method += f"; IRE, kappa {c.kappa:g}, gamma {c.gamma:g}, on from epoch {c.ire_epoch}"
@@ -281,7 +281,7 @@ def banner(c, model, batches, done):
 
 
 def draw(c):
-    """OUT/loss.png."""
+    """Draws OUT/loss.png."""
     log = common.read_log(c.out)
     panels = {
         "loss": {"training": common.curve(log, "train_loss")},
@@ -291,7 +291,7 @@ def draw(c):
 
 
 def report(run, step, losses, opt):
-    """A line of the log about the last steps."""
+    """Writes a line of the log about the last steps."""
     loss = torch.stack(losses).mean().item()  # waits for the device
     run.check_finite(step, [loss], "a lower --lr or --kappa")
     speed = len(losses) * run.c.batch / run.stop_clock()
