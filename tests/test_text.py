@@ -42,7 +42,8 @@ def prepared(train=TEXT, val=TEXT[:200], stored="uint16", **meta):
     """A prepared folder as a user would make it, in `ready`."""
     Path("ready").mkdir()
     for name, values in (("train", train), ("val", val)):
-        np.array(list(values), stored).tofile(f"ready/{name}.bin")
+        values = list(values) if isinstance(values, bytes) else values
+        np.asarray(values).astype(stored).tofile(f"ready/{name}.bin")
     about = {"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"} | meta
     about = {name: x for name, x in about.items() if x is not None}
     Path("ready/meta.json").write_text(json.dumps(about))
