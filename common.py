@@ -288,7 +288,7 @@ def choose_device(c, float16=True):
     check(c, "compile", not (c.compile and why), f"--no-compile here: {why}")
     c.compile = wanted and not why
     if why:
-        say(note=f"goes on without torch.compile: {why}")
+        say(note=f"training goes on without torch.compile: {why}")
 
 
 @functools.cache

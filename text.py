@@ -61,7 +61,7 @@ def text_files(c):
     check(c, "data", texts, f"a text file or a folder of text files, in UTF-8 or the like, {names}")
     if len(texts) < len(found):
         other = min(set(found) - set(texts))
-        common.say(left_out=f"{len(found) - len(texts)} files without text, such as {other}")
+        common.say(skipped=f"{len(found) - len(texts)} files without text, such as {other}")
     return texts
 
 
