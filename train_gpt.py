@@ -12,8 +12,9 @@ GPUs. IRE takes longer steps where the loss is flat, coordinate by coordinate.
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 1b --fsdp
 
 A resumed run ends bit for bit like a run that was not stopped: on a CPU, and on CUDA with
---deterministic. The model is in llama.py, the texts are in text.py, settings and files of a run in
-common.py. Top to bottom: settings, optimizers, training, files, comparison, sampling, command line.
+--deterministic. llama.py has the model, text.py the data, hf.py the folder for transformers, and
+common.py settings and files of a run.
+Top to bottom: settings, optimizers, training, files, comparison, sampling, command line.
 """
 
 import contextlib
