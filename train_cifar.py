@@ -689,7 +689,7 @@ def measure(run, data, model):
         found = sharpness(model, losses, *sizes, seed=c.seed, tick=tick)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
         common.say(note="lambda_max is not within 1%; allow more --sharpness-products")
-    return found | {"sharpness_images": batches * size}
+    return found | {"images": batches * size}
 
 
 def banner(c, data, model, step):

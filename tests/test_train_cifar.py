@@ -487,7 +487,7 @@ def test_sharpness_of_a_run(model, small_vit):
     flags = f"{TINY} --model {model} --epochs 2 --augment basic --optimizer sgd "
     out = CIFAR.done(flags + "--sharpness --sharpness-images 16 --sharpness-probes 2")
     last = common.read_log(RUN)[-1]
-    assert last["sharpness_images"] == 16 and last["trace_error"] > 0
+    assert last["images"] == 16 and last["trace_error"] > 0
     assert all(len(line) <= 100 for line in out.splitlines())
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
     assert f"trace {last['trace']:.4g}" in out
