@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 
 class Normalise(torch.autograd.Function):
-    """RMS norm of x (..., width) without gains, on a CPU in half the passes over x that
-    torch's takes, as Rotate does. The scale is an output, so that second derivatives see it."""
+    """Computes the RMS norm of x (..., width) without gains. On a CPU this takes half as many
+    passes over x as torch's own. The scale is an output, so that second derivatives see it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -31,8 +31,8 @@ class Normalise(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary position embedding of x (batch, time, heads, size); as in Hugging Face's Llama the
-    halves of a head are the pairs. cos: (time, 1, size), sin: the same, negative in the first half.
+    """Embeds positions by rotation in x (batch, time, heads, size). The two halves of a head are
+    the pairs, as in Hugging Face's Llama. cos and sin: (time, 1, size), sin's first half negative.
     """
 
     @staticmethod
@@ -56,8 +56,8 @@ def normalise(x):
 
 
 def project(x, norm, *layers):
-    """Several linear layers as one. The gains of the norm before them are put into the weights,
-    which are fewer numbers than x."""
+    """Computes several linear layers as one. The weights take the gains of the norm before the
+    layers, since weights are fewer numbers than x."""
     return F.linear(x, torch.cat([layer.weight for layer in layers]) * norm.weight)
 
 
@@ -116,8 +116,8 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.layers) if writes else 0.02)
 
     def forward(self, tokens, targets=None):
-        """Logits (batch, time, vocab) of tokens (batch, time), or with targets (batch, time) the
-        mean cross entropy."""
+        """Returns the logits (batch, time, vocab) of tokens (batch, time). With targets
+        (batch, time) it returns the mean cross entropy."""
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             x = self.model.embed_tokens(tokens)
             cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
@@ -130,31 +130,44 @@ class Llama(nn.Module):
 
 
 def head_loss(weight, x, targets):
-    """Mean cross entropy. weight: (vocab, width), x: (batch, time, width)."""
+    """Returns the mean cross entropy. weight: (vocab, width), x: (batch, time, width)."""
     logits = F.linear(x, weight).flatten(0, 1).float()
     return F.cross_entropy(logits, targets.flatten())
 
 
 def compile_blocks(model):
-    """Compiles block by block: blocks are alike, so one compilation serves all of them."""
+    """Compiles block by block. Blocks are alike, so one compilation serves all of them."""
     model.loss = torch.compile(head_loss, dynamic=False)
     for block in model.model.layers:
         block.compile(dynamic=False)
 
 
+@torch.no_grad()
+def generate(model, c, tokens, vocab, generator):
+    """Returns the list of tokens with c.tokens more. The model sees the last --context of them."""
+    for _ in range(c.tokens):
+        window = torch.tensor([tokens[-c.context :]], device=c.device)
+        logits = model(window)[0, -1, :vocab].cpu().double()
+        likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
+        chances = ((likely.values - likely.values[0]) / (c.temperature or 1)).softmax(-1)
+        choice = torch.multinomial(chances, 1, generator=generator)
+        tokens = tokens + likely.indices[choice].tolist()
+    return tokens
+
+
 def flops_per_token(model, c):
-    """Of one training step, forward and backward (PaLM, appendix B)."""
+    """Returns the operations that a training step takes for each token (PaLM, appendix B)."""
     embedding = model.model.embed_tokens.weight.numel()
     matrices = sum(p.numel() for p in model.parameters()) - embedding
     return 6 * matrices + 12 * c.layers * c.width * c.context
 
 
 def memory(model, c, shards=1):
-    """Bytes that training takes on one device, by an estimate that was not measured.
+    """Estimates the bytes that training takes on one device. The estimate was not measured.
 
-    Weights, gradients, two moments and the copy that IRE's step makes are float32, its mask is one
-    byte; `shards` devices share them. A micro-batch keeps about 9 activations of the width and 4
-    of the feed-forward for each token and layer, and its logits in three forms.
+    Weights, gradients, two moments and the copy that IRE's step makes are float32. The mask takes
+    one byte. `shards` devices share all of these. A micro-batch keeps its logits in three forms,
+    and for each token and layer about 9 activations of the width and 4 of the feed-forward.
     """
     parameters = sum(p.numel() for p in model.parameters())
     size = 4 if c.dtype == "float32" else 2
@@ -165,8 +178,8 @@ def memory(model, c, shards=1):
 
 
 def hugging_face_config(c, vocab, between):
-    """config.json for transformers. What is missing (rope_theta 10000, rms_norm_eps 1e-6, untied
-    embeddings) is the default there. between: the token between documents, or None."""
+    """Returns config.json for transformers. What is missing (rope_theta 10000, rms_norm_eps 1e-6,
+    untied embeddings) is the default there. between: the token between documents, or None."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

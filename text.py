@@ -1,6 +1,6 @@
-"""The data of train_gpt.py: texts, their tokens in train.bin and val.bin, and batches of them.
+"""The data of train_gpt.py: texts, their tokens in train.bin and val.bin, and batches of tokens.
 
-A prepared folder holds train.bin and val.bin (whole numbers of 2 or 4 bytes, unsigned) and
+A prepared folder holds train.bin and val.bin (unsigned whole numbers of 2 or 4 bytes) and
 meta.json with "tokenizer", "vocab_size" and either "dtype" ("uint16" or "uint32") or
 "train_tokens" and "val_tokens".
 """
@@ -8,12 +8,11 @@ meta.json with "tokenizer", "vocab_size" and either "dtype" ("uint16" or "uint32
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import random
-import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # 
 
 # --------------------------------------------------------------------------------------- texts
 def text_files(c):
-    """The text files behind --data, in a fixed order. Hidden files are left out."""
+    """Returns the text files behind --data in a fixed order, without hidden files."""
     path = Path(c.data)
     pattern = "*"
     skip = set()
@@ -50,33 +49,31 @@ def text_files(c):
         path = Path(c.data_dir) / "shakespeare.txt"
         url, sha256 = SHAKESPEARE
         common.download(url, path, sha256, f"--data: put the text at {path}")
-    for name in ("out", "data_dir"):  # they would become text of the run
+    for name in ("out", "data_dir"):  # files in there would become text
         folder = Path(getattr(c, name)).resolve()
-        inside = path.is_dir() and path.resolve() in (folder, *folder.parents)
-        check(c, "data", not inside, f"a folder that does not hold --{name.replace('_', '-')}")
+        holds = path.is_dir() and path.resolve() in (folder, *folder.parents)
+        check(c, "data", not holds, f"a folder that does not hold {common.flag(name)}")
     found = [path] if path.is_file() else sorted(p for p in path.rglob(pattern) if p.is_file())
     parts = {p: p.relative_to(path).parts for p in found}
-    found = [p for p in found if not skip & set(parts[p])]
-    found = [p for p in found if not any(part.startswith(".") for part in parts[p])]
-    names = ", ".join(HUB)
-    check(c, "data", found, f"an existing file or folder of files, or stdlib, shakespeare, {names}")
+    found = [p for p in found if not any(x in skip or x.startswith(".") for x in parts[p])]
     texts = [p for p in found if is_text(p)]
-    check(c, "data", texts, f"text in UTF-8 or the like, unlike {found[0]}")
+    names = ", ".join(("stdlib", "shakespeare", *HUB))
+    check(c, "data", texts, f"a text file or a folder of text files, in UTF-8 or the like, {names}")
     if len(texts) < len(found):
         other = min(set(found) - set(texts))
-        common.note(f"--data: leaves out {len(found) - len(texts)} files without text, as {other}")
+        common.say(skipped=f"{len(found) - len(texts)} files without text, such as {other}")
     return texts
 
 
 def is_text(path):
-    """A zero among the first bytes means a program, a picture or UTF-16, as git decides."""
+    """Decides as git does: a zero byte means a program, a picture or UTF-16."""
     with open(path, "rb") as f:
         return 0 not in f.read(1 << 16)
 
 
 def from_files(files):
-    """Pieces of text (part, bytes, whether a document begins). Of twenty files or more every
-    twentieth is held out, of fewer the last tenth of each."""
+    """Yields pieces of text: (part, bytes, whether a document begins). Of twenty files or more,
+    every twentieth is held out. Of fewer files, the last tenth of each is held out."""
     files = list(files)
     random.Random(0).shuffle(files)
     for i, path in enumerate(files):
@@ -87,13 +84,15 @@ def from_files(files):
             for part, end in (("train", cut), ("val", size)):
                 begins = True
                 while text := f.read(min(1 << 19, end - f.tell())):
-                    rest = f.readline(min(1 << 19, end - f.tell()))  # as gpt2 takes no half words
+                    rest = f.readline(
+                        min(1 << 19, end - f.tell())
+                    )  # up to the end of a line, so that no word is cut
                     yield part, text + rest, begins
                     begins = False
 
 
 def from_hub(c):
-    """The same, streamed from huggingface.co, its cache or a local copy."""
+    """Yields the same from huggingface.co, its cache or a local copy."""
     from datasets import load_dataset
 
     lines = c.data.startswith("wikitext")  # rows are the lines of one document
@@ -107,15 +106,13 @@ def from_hub(c):
 
 # -------------------------------------------------------------------------------------- tokens
 class Codec:
-    """Texts to tokens and back. What the tokens of a prepared folder mean is not known here."""
+    """Turns texts into tokens and back. Tokens of another tokenizer are only numbers here."""
 
     def __init__(self, tokenizer, vocab=256):
-        self.kind = kind = tokenizer
+        self.kind = tokenizer
         self.vocab = vocab
-        self.between = None  # the token between documents
-        if kind == "bytes":
-            self.between = ord("\n")
-        if kind == "gpt2":
+        self.between = ord("\n") if tokenizer == "bytes" else None  # the token between documents
+        if tokenizer == "gpt2":
             import tiktoken
 
             way = "use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to a folder with gpt2"
@@ -129,7 +126,7 @@ class Codec:
             texts = [text.decode(errors="replace") for text in texts]
             return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
         if self.kind != "bytes" and any(texts):
-            raise common.BadInput("--prompt: allowed is none for tokens of an unknown meaning")
+            raise common.BadInput("--prompt: allowed is none for tokens of another tokenizer")
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, tokens):
@@ -140,53 +137,9 @@ class Codec:
         return " ".join(map(str, tokens))
 
 
-def hugging_face_tokenizer(codec, context):
-    """{file name: content} that AutoTokenizer opens: a byte-level BPE, without merges for bytes."""
-    if codec.kind not in ("bytes", "gpt2"):
-        return {}
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks = codec.bpe._mergeable_ranks if codec.kind == "gpt2" else ranks
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
-    added = []
-    if codec.kind == "gpt2":
-        about |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        token = {"id": codec.between, "content": "<|endoftext|>", "special": True}
-        added = [token | flags]
-    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    vocab = {printable(token): i for token, i in ranks.items()}
-    merges = [" ".join(map(printable, halves(token, ranks))) for token in ranks if len(token) > 1]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": pieces | {"use_regex": codec.kind == "gpt2"},
-        "decoder": pieces | {"use_regex": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": about}
-
-
-def printable(token):
-    """Bytes as GPT-2's vocabulary file writes them: one visible letter a byte."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [i for i in range(256) if i not in visible]
-    letters = dict(zip(visible, visible, strict=True)) | {b: 256 + i for i, b in enumerate(hidden)}
-    return "".join(chr(letters[byte]) for byte in token)
-
-
-def halves(token, ranks):
-    """The two tokens whose merge is this one: merges of lower rank are made first."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
 # ----------------------------------------------------------------------------- prepared folder
 def prepare(c):
-    """The folder with train.bin, val.bin and meta.json behind --data; made once, whole or not."""
+    """Returns the folder of the tokens behind --data. The folder is made once."""
     if (Path(c.data) / "train.bin").exists():
         return Path(c.data)
     files = [] if c.data in HUB else text_files(c)
@@ -195,27 +148,21 @@ def prepare(c):
         known = repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
         name += f"-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     folder = Path(c.data_dir) / name
-    if (folder / "meta.json").exists():
+    if folder.exists():
         return folder
-    shutil.rmtree(folder, ignore_errors=True)  # without meta.json it is half of one
-    half = folder.with_name(f".{name}.{os.getpid()}")
-    half.mkdir(parents=True, exist_ok=True)
-    try:
-        write_tokens(c, half, from_files(files) if files else from_hub(c))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as part:
+        made = Path(part, name)
+        made.mkdir()
+        write_tokens(c, made, from_files(files) if files else from_hub(c))
         with contextlib.suppress(OSError):  # another run was first
-            half.rename(folder)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where something is in it
-            half.parent.rmdir()
+            made.rename(folder)
     return folder
 
 
 def write_tokens(c, folder, pieces):
     codec = Codec(c.tokenizer)
-    source = " ".join(filter(None, HUB.get(c.data, [c.data])))
-    meta = {"tokenizer": c.tokenizer, "vocab_size": codec.vocab, "source": source}
-    meta |= {"dtype": "uint16"}
+    meta = {"tokenizer": c.tokenizer, "vocab_size": codec.vocab, "dtype": "uint16"}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         bins = {"train": train, "val": val}
         batches = iter(lambda: list(itertools.islice(pieces, 64)), [])
@@ -233,70 +180,67 @@ def write_tokens(c, folder, pieces):
     common.write_json(folder / "meta.json", meta)
 
 
-def padded(vocab):
-    """50257 to 50304, as GPUs multiply whole blocks faster."""
-    return -(-vocab // 64) * 64
-
-
 def check_length(c, part, n):
     more = f"more text: {part} has {n} tokens, no more than one --context of {c.context}"
     check(c, "data", n > c.context, more)
 
 
+def padded(vocab):
+    """Rounds up, such as 50257 to 50304, as GPUs multiply whole blocks faster."""
+    return -(-vocab // 64) * 64
+
+
 class Data:
-    """Tokens in memory-mapped files. A batch is a function of seed and step, so a resumed run sees
-    the same batches.
+    """Holds tokens in memory-mapped files. A batch is a function of seed and step, so a resumed run
+    sees the same batches.
 
     tokens: what they mean, {"tokenizer": ..., "vocab": ...}. vocab: the rows of an embedding.
-    sha256: of all tokens.
+    sha256: of all tokens, or of a sample where there are many.
     """
 
     def __init__(self, c):
         folder = prepare(c) if common.LOCAL_RANK == 0 else None
-        common.over_ranks([0])  # the others find the data made
+        common.over_ranks([0])  # the other ranks find the tokens made
         self.c = c
         folder = folder or prepare(c)
-        with instead(f"--data: {folder / 'meta.json'} needs tokenizer and vocab_size"):
-            meta = json.loads((folder / "meta.json").read_text())
+        files = f"train.bin, val.bin, and meta.json with tokenizer and vocab_size in {folder}"
+        with instead(f"--data: got {c.data}, allowed is a folder with {files}"):
+            meta = common.read_json(folder / "meta.json")
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
-        fits = 2 <= self.tokens["vocab"] <= 2**20
-        check(c, "data", fits, f"a vocab_size of 2 to 2^20 in {folder / 'meta.json'}")
+            self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
         self.vocab = padded(self.tokens["vocab"])
-        self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
-        self.sha256 = common.from_first_rank(self.checked(folder) if RANK == 0 else None)
+        self.sha256 = self.checksum()
 
     def read(self, folder, meta, part):
-        """The tokens in a file, of the type and the number that meta.json names."""
-        c = self.c
+        """Returns the tokens in a file, which fits the type and the number that meta.json names."""
         path = folder / f"{part}.bin"
-        check(c, "data", path.exists(), f"a folder that has {path}")
         size = path.stat().st_size
         n = meta.get(f"{part}_tokens")
-        kind = meta.get("dtype") or {2: "uint16", 4: "uint32"}.get(size / n if n else None)
+        width = size / n if n else 0
+        if meta.get("dtype"):
+            width = {"uint16": 2, "uint32": 4}.get(meta["dtype"], 0)
+        fits = width in (2, 4) and size == width * (n or size // width)
         names = f"dtype (uint16 or uint32) or {part}_tokens in {folder / 'meta.json'}"
-        check(c, "data", kind or n, f"a folder with {names}")
-        width = {"uint16": 2, "uint32": 4}.get(kind, 0)
-        fits = width and size == width * (n or size // width)
-        check(c, "data", fits, f"{path} of {size:,} bytes with fitting {names}")
-        with open(path, "rb") as f:
-            check(c, "data", f.read(6) != b"\x93NUMPY", f"bare tokens in {path}, not a .npy file")
-        check_length(c, part, size // width)
-        return np.memmap(path, f"<u{width}", "r")
+        check(self.c, "data", fits, f"{path} of {size:,} bytes with fitting {names}")
+        check_length(self.c, part, size // int(width))
+        return np.memmap(path, f"<u{int(width)}", "r")
 
-    def checked(self, folder):
-        """The checksum of all tokens, which are below the size of the vocabulary."""
+    def checksum(self):
+        """Returns a checksum of the tokens, and checks that they are below vocab_size. From a file
+        of more than 2^24 tokens it takes 256 pieces: reading a whole corpus takes too long."""
         digest = hashlib.sha256()
-        for part, tokens in (("train", self.train), ("val", self.val)):
-            for start in range(0, len(tokens), 1 << 24):
-                piece = np.ascontiguousarray(tokens[start : start + (1 << 24)])
+        for tokens in (self.train, self.val):
+            for start in range(0, len(tokens), max(1 << 16, len(tokens) >> 8)):
+                piece = np.ascontiguousarray(tokens[start : start + (1 << 16)])
                 top = int(piece.max())
-                text = f"tokens below vocab_size, {self.tokens['vocab']}, in {part}.bin of {folder}"
-                check(self.c, "data", top < self.tokens["vocab"], f"{text}, which has {top}")
+                allowed = f"tokens below vocab_size, {self.tokens['vocab']}, in {tokens.filename}"
+                fits = top < self.tokens["vocab"]
+                check(self.c, "data", fits, f"{allowed}, which has {top}")
                 digest.update(piece)
         return digest.hexdigest()
 
     def windows(self, tokens, starts):
-        """Inputs and targets, (sequences, context) each, on the device."""
+        """Returns inputs and targets, (sequences, context) each, on the device."""
         rows = tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64)
         rows = torch.from_numpy(rows)
         rows = rows.pin_memory() if self.c.device == "cuda" else rows
@@ -304,7 +248,7 @@ class Data:
         return rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):
-        """This rank's micro-batches of a step. Which sequences form one does not depend on the
+        """Returns this rank's micro-batches of a step. The step's sequences do not depend on the
         number of ranks."""
         c = self.c
         rng = np.random.default_rng((c.seed, step))
@@ -313,8 +257,8 @@ class Data:
         return [self.windows(self.train, starts[i : i + c.micro_batch]) for i in firsts]
 
     def validation(self):
-        """This rank's micro-batches of sequences that do not depend on the number of ranks, in the
-        shapes of training, for which the model is compiled."""
+        """Yields this rank's micro-batches for the validation. They have the shapes of training,
+        for which the model is compiled. Their sequences do not depend on the number of ranks."""
         c = self.c
         count = min(c.eval_sequences, (len(self.val) - 1) // c.context)
         count = max(1, count // c.batch_size) * c.batch_size

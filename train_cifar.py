@@ -52,6 +52,12 @@ MODELS = {  # each makes a network for so many classes
 DATA = ("cifar10", "cifar100", "digits")
 AUGMENTATIONS = ("none", "shift", "basic", "cutout", "mixup")  # the last three also flip
 OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
+labels sampled from the model"""
+AUGMENT = "data augmentation (default basic; digits: shift; vit: mixup)"
+BASES = ("sgd", "adamw")
+ADVICE = "a lower --lr or --kappa"
+PROBE = "pictures for fisher: the first ones, or those of the step"
 EPOCHS = Range(1, 10**6, "1 or more, up to 10^6")
 BATCH = Range(1, 2**20, "1 or more, up to 2^20")
 SOME = Range(2, 10**4, "2 to 10000")
@@ -59,7 +65,7 @@ SOME = Range(2, 10**4, "2 to 10000")
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting. None stands for what was not given; fill_in chooses a value."""
+    """Adds the settings of this script. None stands for what was not given, see fill_in."""
 
     home = "runs/cifar"
 
@@ -69,34 +75,24 @@ class Config(common.Settings):
     limit_train: int = setting(None, "train on the first N pictures (default all)", COUNT)
     holdout: int = setting(0, "keep the last N training pictures for val_acc", STEPS)
     model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
-    augment: str = setting(
-        None, "data augmentation (default basic; digits: shift; vit: mixup)", AUGMENTATIONS
-    )
+    augment: str = setting(None, AUGMENT, AUGMENTATIONS)
     # the schedule
-    epochs: int = setting(
-        None, "passes over the pictures (default 200; quick: 8; digits: 10)", EPOCHS
-    )
+    epochs: int = setting(None, "passes over the data (default 200; quick: 8; digits: 10)", EPOCHS)
     batch_size: int = setting(
         None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", BATCH
     )
     warmup: int = setting(
         None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
     )
-    lr: float = setting(
-        None, "peak learning rate (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE
-    )
+    lr: float = setting(None, "peak (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
     label_smoothing: float = setting(0.1, "share of a label that all classes get alike", DECAY)
     # the optimizer
     optimizer: str = setting(
         None, "admire is IRE on top of AdamW (default sgd-ire; vit: admire)", OPTIMIZERS
     )
-    base: str = setting(
-        None, "the optimizer under SAM (default sgd; vit: adamw)", ("sgd", "adamw"), of=("sam",)
-    )
-    weight_decay: float = setting(
-        None, "strength of the decay (default 0.0005; adamw: 0.1)", NOT_NEGATIVE
-    )
+    base: str = setting(None, "optimizer under SAM (default sgd; vit: adamw)", BASES, of=("sam",))
+    weight_decay: float = setting(None, "strength (default 0.0005; adamw: 0.1)", NOT_NEGATIVE)
     decay_norms: bool = setting(True, "weight decay on biases and norms too")
     momentum: float = setting(0.9, "momentum of SGD", DECAY, of=("sgd",))
     rho: float = setting(0.05, "radius of SAM's perturbation", NOT_NEGATIVE, of=("sam",))
@@ -110,40 +106,23 @@ class Config(common.Settings):
         None, "first epoch with IRE, from 0 (default 0.6 of --epochs)", STEPS, of=("ire",)
     )
     ire_warmup: int = setting(None, "steps before IRE, instead of --ire-epoch", STEPS, of=("ire",))
-    curvature: str = setting(
-        "fisher",
-        "it is flat where these are small: squared gradients of training, or (the paper's) of "
-        "labels sampled from the model",
-        ("squares", "fisher"),
-        of=("ire",),
-    )
-    probe: str = setting(
-        "fixed",
-        "pictures for fisher: the first ones, or those of the step",
-        ("fixed", "fresh"),
-        of=("fisher",),
-    )
+    curvature: str = setting("fisher", FLAT, ("squares", "fisher"), of=("ire",))
+    probe: str = setting("fixed", PROBE, ("fixed", "fresh"), of=("fisher",))
     kappa_decay: bool = setting(False, "kappa follows the learning rate down", of=("ire",))
     # files and reports
     data_dir: str = setting("data", "folder of the pictures, downloaded if missing", resume=True)
-    limit_test: int = setting(
-        None, "test on the first N pictures (default all)", COUNT, resume=True
-    )
+    limit_test: int = setting(None, "test on the first N (default all)", COUNT, resume=True)
     tta: bool = setting(False, "test on each picture and its mirror image", resume=True)
     eval_interval: int = setting(1, "epochs between tests", COUNT, resume=True)
     checkpoint_interval: int = setting(
         None, "epochs between checkpoints (default a twentieth of --epochs)", COUNT, resume=True
     )
-    sharpness: bool = setting(
-        False, "at the end estimate Tr(H) and lambda_max of the Hessian", resume=True
-    )
+    sharpness: bool = setting(False, "at the end: Tr(Hessian) and lambda_max", resume=True)
     sharpness_images: int = setting(
         None, "training pictures for this (default 1024; on a CPU: 128)", COUNT, resume=True
     )
     sharpness_probes: int = setting(16, "random vectors for the trace", SOME, resume=True)
-    sharpness_products: int = setting(
-        60, "Hessian-vector products for lambda_max, at most", SOME, resume=True
-    )
+    sharpness_products: int = setting(60, "Hessian products for lambda_max", SOME, resume=True)
     seeds: int = setting(1, "runs with --seed, --seed + 1, ...", COUNT, command=True)
 
     def __post_init__(self):
@@ -183,7 +162,7 @@ class Config(common.Settings):
 
 
 def configure(typed):
-    """The settings of a run from what was typed: a run that goes on < --config < typed."""
+    """Returns the settings of a run: of the run that goes on < --config < typed."""
     c = Config(**common.collect(Config, typed))
     parts = {c.base, "sam" if has_sam(c) else "", "ire" if has_ire(c) else ""}
     parts |= {"fisher"} if has_ire(c) and c.curvature == "fisher" else set()
@@ -394,7 +373,12 @@ def read_pictures(path, about):
 
 def load_digits():
     """The same for scikit-learn's 1797 handwritten digits. A random fifth is the test."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise common.BadInput(
+            "--data: digits want scikit-learn: pip install scikit-learn"
+        ) from None
 
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x).view(-1, 1, 8, 8) * (255 / 16)
@@ -405,8 +389,8 @@ def load_digits():
 
 
 def shift_and_flip(x, u, flip):
-    """Moves pictures x (b, h, w, c) by up to 4 pixels, black moves in; with `flip`, mirrors half of
-    them. u (b, 3) are uniform numbers."""
+    """Moves pictures x (b, h, w, c) by up to 4 pixels; black moves in. With `flip`, half of the
+    pictures are mirrored. u (b, 3) are uniform numbers."""
     i = torch.arange(x.shape[1], device=x.device)
     sample = torch.arange(len(x), device=x.device)[:, None, None]
     rows = i + (u[:, 0, None] * 9).long()  # (b, h), in the padded picture
@@ -417,7 +401,7 @@ def shift_and_flip(x, u, flip):
 
 
 def cutout(x, u, length):
-    """Pictures x (b, c, h, w), each with a square of zeros around a random pixel (DeVries and
+    """Puts a square of zeros around a random pixel of each picture x (b, c, h, w) (DeVries and
     Taylor 2017)."""
     i = torch.arange(x.shape[2], device=x.device)
     row, column = ((u[:, :2] * len(i)).long() - 0.5).unbind(1)
@@ -427,8 +411,8 @@ def cutout(x, u, length):
 
 
 class Data:
-    """All pictures as uint8 on the device. A batch is a function of the seed and the step, so a
-    resumed run sees the same batches."""
+    """Holds all pictures as uint8 on the device. A batch is a function of the seed and the step, so
+    a resumed run sees the same batches."""
 
     def __init__(self, c):
         digits = c.data == "digits"
@@ -532,7 +516,7 @@ def learning_rate(c: Config, step, per_epoch):
 
 
 def set_up(c: Config, data):
-    """The network as training calls it (compiled, over ranks), and the parts of a checkpoint."""
+    """Returns the network as training calls it, and the parts of a checkpoint."""
     common.set_up_torch(c)
     torch.backends.cudnn.benchmark = not c.deterministic
     model = MODELS[c.model](data.classes).to(c.device, memory_format=torch.channels_last)
@@ -553,7 +537,6 @@ def train(c: Config):
     train_loss and test_acc in percent."""
     common.choose_device(c, float16=not has_sam(c))  # SAM wants a closure, GradScaler takes none
     common.choose_folder(c)
-    common.require("matplotlib")
     data = Data(c)
     forward, parts = set_up(c, data)
     if c.resume:
@@ -566,7 +549,7 @@ def train(c: Config):
             run.log(step, **evaluate(c, data, parts["model"]))
         loop(run, data, forward, parts, step)
         if c.sharpness:
-            run.log(data.steps, **measure(c, data, parts["model"]))
+            run.log(data.steps, **measure(run, data, parts["model"]))
     log = common.read_log(c.out)
     if common.RANK == 0:
         draw(c, log)
@@ -575,14 +558,14 @@ def train(c: Config):
 
 
 def loop(run, data, forward, parts, step):
-    """All steps from this one on, and between them log, test and checkpoint."""
+    """Makes all steps from this one on. Logs, tests and saves between them."""
     c = run.c
     model, optimizer, scaler = parts.values()
     losses = []
 
     def closure():
-        """The loss of a batch and its gradients. SAM wants them twice, at the weights and up the
-        hill. The second pass leaves the running statistics of batch norm alone."""
+        """Computes the loss of a batch and its gradients. SAM calls it twice, at the weights and up
+        the hill. The second pass leaves the running statistics of batch norm alone."""
         nonlocal passes
         passes += 1
         optimizer.zero_grad()
@@ -620,7 +603,7 @@ def loop(run, data, forward, parts, step):
 
 
 def report(run, data, parts, step, losses):
-    """Log, test and checkpoint where they are due. Returns the losses that are not yet logged."""
+    """Logs, tests and saves where this is due. Returns the losses that are not yet logged."""
     c = run.c
     model, optimizer, _ = parts.values()
 
@@ -634,15 +617,14 @@ def report(run, data, parts, step, losses):
         return losses
     means = common.over_ranks(torch.stack(losses).cpu() / common.RANKS)  # waits for the device
     passed = run.stop_clock()
-    for i, loss in enumerate(means, step - len(means) + 1):
-        check_finite(run, i, loss)
+    run.check_finite(step, means, ADVICE)
     flat = optimizer.flat_share() if has_ire(c) and step > c.ire_warmup else {}
     speed = round(len(means) * c.batch_size / passed, 1)
     lr = optimizer.param_groups[0]["lr"]
     run.log(step, train_loss=statistics.mean(means), lr=lr, **flat, images_per_second=speed)
     if test_due:
         tested = evaluate(c, data, model)
-        check_finite(run, step, tested["test_loss"])
+        run.check_finite(step, [tested["test_loss"]], ADVICE)
         run.log(step, **tested)
     if save_due:
         run.save(step, data=data.sha256, **parts)
@@ -652,19 +634,13 @@ def report(run, data, parts, step, losses):
     return []
 
 
-def check_finite(run, step, loss):
-    if not math.isfinite(loss):
-        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
-        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
-
-
 def autocast(c):
     return torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
 
 
 @torch.no_grad()
 def evaluate(c, data, model):
-    """Accuracy in percent and loss, without label smoothing, of each set of pictures to test."""
+    """Returns accuracy in percent and loss, without label smoothing, of each set of pictures."""
     if dist.is_initialized():
         for buffer in model.buffers():  # the statistics of batch norm, each rank's own
             dist.broadcast(buffer, 0)
@@ -687,12 +663,12 @@ def evaluate(c, data, model):
     return found
 
 
-def measure(c, data, model):
-    """Sharpness of the training loss, in float32, on pictures that are not augmented."""
+def measure(run, data, model):
+    """Measures the sharpness of the training loss, in float32, on pictures as they are."""
+    c = run.c
     images = min(c.sharpness_images or (128 if c.device == "cpu" else 1024), len(data.x))
     size = min(c.batch_size, images)
     batches = images // size
-    c.sharpness_images = batches * size  # that are used, for config.json
 
     def loss(i):
         x = data.normalized(data.x[i * size : (i + 1) * size])
@@ -702,19 +678,22 @@ def measure(c, data, model):
     losses = [functools.partial(loss, i) for i in range(batches)]
     most = batches * (c.sharpness_probes + c.sharpness_products)
     quiet = common.RANK > 0 or not sys.stderr.isatty()
-    with (
-        common.on_signals(common.stop),
-        tqdm(total=most, unit="product", desc="sharpness", disable=quiet) as bar,
-    ):
+    with tqdm(total=most, unit="product", desc="sharpness", disable=quiet) as bar:
+
+        def tick():
+            bar.update()
+            if run.signal:
+                raise run.stopped()
+
         sizes = c.sharpness_probes, c.sharpness_products
-        found = sharpness(model, losses, *sizes, seed=c.seed, tick=bar.update)
+        found = sharpness(model, losses, *sizes, seed=c.seed, tick=tick)
     if found["lambda_max_error"] > 0.01 * abs(found["lambda_max"]):
-        common.note("lambda_max is not within 1%; --sharpness-products may allow more products")
-    return found
+        common.say(note="lambda_max is not within 1%; allow more --sharpness-products")
+    return found | {"images": batches * size}
 
 
 def banner(c, data, model, step):
-    """What will be trained, and how."""
+    """Prints what will be trained, and how."""
     parameters = sum(p.numel() for p in model.parameters())
     tests = "".join(f", {len(x):,} for {name}" for name, (x, _) in data.tests.items())
     method = f"{c.optimizer}, lr {c.lr:g}, {c.schedule}, weight decay {c.weight_decay:g}"
@@ -737,22 +716,18 @@ def banner(c, data, model, step):
 
 
 def draw(c, log):
-    """OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
+    """Draws OUT/loss.png: losses, accuracies, the learning rate and, with IRE, the flat share."""
     hard = f"training: labels smoothed\nby {c.label_smoothing:g}, augment {c.augment}"
-    panels = {
+    labels = {
         "loss": {"train_loss": hard, "test_loss": "test: neither"},
         "accuracy (%)": {"test_acc": "test", "val_acc": "held out"},
         "learning rate": {"lr": "lr"},
         "flat share of the coordinates": {"flat": "flat"},
     }
-    curves = {}
-    for title, keys in panels.items():
-        for key, label in keys.items():
-            points = [(row["step"], row[key]) for row in log if key in row]
-            if points:
-                curves.setdefault(title, {})[label] = points
-    marks = {"IRE switches on": c.ire_warmup} if has_ire(c) else {}
-    common.draw(Path(c.out) / "loss.png", curves, marks)
+    panels = {}
+    for title, keys in labels.items():
+        panels[title] = {label: common.curve(log, key) for key, label in keys.items()}
+    common.draw(Path(c.out) / "loss.png", panels)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -766,29 +741,13 @@ def command(typed):
 
 
 def train_seeds(typed):
-    """As many runs as --seeds says, in OUT/seed-N, and the means of what they reached."""
-    home = f"{Config.home}-seeds"
-    resume, overwrite = typed.get("resume", False), typed.get("overwrite", False)
-    out = typed.get("out")
-    typed = {name: x for name, x in typed.items() if name not in ("out", "resume", "overwrite")}
-    if resume:
-        out = out or common.find_run(home, unfinished=True, file="config.json")
-        with common.instead(f"--out: got {out}, allowed on --resume is a folder of --seeds"):
-            typed = common.read_json(Path(out, "config.json"))["typed"] | typed
-    out = out or common.free_folder(home)
+    """Trains as many runs as --seeds says, in OUT/seed-N, and prints the means."""
     first = typed.get("seed", 0)
-    runs = []
-    for seed in range(first, first + typed["seeds"]):
-        folder = Path(out, f"seed-{seed}")
-        begun = resume and (folder / "checkpoint.pt").exists()
-        now = {"seed": seed, "out": str(folder), "resume": begun, "overwrite": overwrite}
-        c = configure(typed | now)
-        common.choose_folder(c)  # refuses a run that is in the way
-        if seed == first and common.RANK == 0:
-            common.write_json(Path(out, "config.json"), {"typed": typed, "finished": False})
-        runs.append(train(c))
-    if common.RANK == 0:
-        common.write_json(Path(out, "config.json"), {"typed": typed, "finished": True})
+    seeds = range(first, first + typed["seeds"])
+    changes = {f"seed-{seed}": {"seed": seed} for seed in seeds}
+    home = f"{Config.home}-seeds"
+    _, settings = common.settings_of_runs(home, typed, changes, configure)
+    runs = [train(c) for c in settings]
     for key in ("test_acc", "val_acc", "test_loss", "trace", "lambda_max"):
         values = [found[key] for found in runs if key in found]
         if values:

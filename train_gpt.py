@@ -12,18 +12,17 @@ GPUs. IRE takes longer steps where the loss is flat, coordinate by coordinate.
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 1b --fsdp
 
 A resumed run ends bit for bit like a run that was not stopped: on a CPU, and on CUDA with
---deterministic. A preset changes other defaults too: config.json in the folder of a run has all.
-The model is in llama.py, the texts are in text.py, settings and files of a run in common.py.
+--deterministic. llama.py has the model, text.py the data, hf.py the folder for transformers, and
+common.py settings and files of a run.
 Top to bottom: settings, optimizers, training, files, comparison, sampling, command line.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,12 +31,12 @@ import torch.nn as nn
 import common
 import llama
 import text
-from common import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, STEPS, UNIT, check, setting
+from common import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, STEPS, Range, check, setting
 from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
 
 # ------------------------------------------------------------------------------------ settings
-# The three rows of the paper as Llamas, close to its models (its 60M has width 410 and 10 heads),
-# with its own form of IRE. "baby" has about 10M parameters; "1b" wants several GPUs and --fsdp.
+# The three rows of the paper as Llamas, with its own form of IRE; its 60M has width 410, 10 heads.
+# "baby" has about 10M parameters; "1b" wants several GPUs and --fsdp.
 PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
     "tiny": dict(embedding_lr=4.0, head_lr=4.0),
@@ -55,7 +54,7 @@ PRESETS = {
     "1b": dict(data="openwebtext", tokenizer="gpt2", steps=20_000, warmup=1000, batch_size=512)
     | dict(layers=18, width=2048, heads=16, ffn=5632, context=2048, lr=4e-4),
 }
-OPTIMIZERS = {  # the base, and what makes steps longer on top of it
+OPTIMIZERS = {  # the base, and what makes its steps longer
     "adamw": ("adamw", None),
     "admire": ("adamw", "ire"),
     "adamw-soft": ("adamw", "soft"),
@@ -64,57 +63,49 @@ OPTIMIZERS = {  # the base, and what makes steps longer on top of it
     "muon-soft": ("muon", "soft"),
 }
 ANY_IRE = ("ire", "soft")
+DATA = """stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile,
+openwebtext, a text file, a folder of text files, or a folder with train.bin, val.bin, meta.json"""
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
+labels sampled from the model"""
+METHODS = "admire, muon-ire: IRE on top of AdamW, Muon; -soft: IRE without a threshold"
+COMPARE = "optimizers to train in turn; the first is the base (adamw,admire if none is named)"
+SCHEDULES = ("cosine", "wsd", "constant")
+LOSS = "loss (nats per token)"
+ADVICE = "a lower --lr, --kappa or --alpha, or a longer --warmup"
+LAYERS = Range(1, 1000, "1 to 1,000")
+SIZE = Range(1, 2**20, "1 to 2^20")
+UNIT = Range(0, 1, "0 to 1")
 
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting, beside those that all scripts have."""
+    """Adds the settings of this script to those that all scripts have."""
 
     home = "runs/gpt"
 
     # the model and its text
     preset: str = setting("tiny", "settings to start from", tuple(PRESETS))
-    data: str = setting(
-        "stdlib",
-        "stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile, "
-        "openwebtext, a text file, a folder of text files, or a folder with train.bin, val.bin "
-        "and meta.json",
-        resume=True,  # from another place; the text must be the same
-    )
+    data: str = setting("stdlib", DATA, resume=True)  # the same text in another place
     data_dir: str = setting("data", "folder for prepared data", resume=True)
     tokenizer: str = setting("bytes", "what a token is", ("bytes", "gpt2"))
-    layers: int = setting(4, "transformer blocks", common.Range(1, 1000, "1 to 1,000"))
-    width: int = setting(128, "size of an embedding", common.Range(2, 2**16, "2 to 65,536"))
+    layers: int = setting(4, "transformer blocks", LAYERS)
+    width: int = setting(128, "size of an embedding", SIZE)
     heads: int = setting(4, "attention heads; width / heads is even", COUNT)
-    ffn: int = setting(336, "width inside the feed-forward", common.Range(1, 2**18, "1 to 2^18"))
-    context: int = setting(128, "tokens in a sequence", common.Range(1, 2**20, "1 to 2^20"))
+    ffn: int = setting(336, "width inside the feed-forward", SIZE)
+    context: int = setting(128, "tokens in a sequence", SIZE)
     init: str = setting(None, "begin with the weights, and so the sizes, of the run in this folder")
     # the schedule
-    batch_size: int = setting(
-        16, "sequences in a step, over all GPUs", common.Range(1, 2**20, "1 to 2^20")
-    )
+    batch_size: int = setting(16, "sequences in a step, over all GPUs", SIZE)
     steps: int = setting(1000, "optimizer steps", COUNT, resume=True)
-    warmup: int = setting(
-        None, "steps up to the peak (default 250, or --steps / 4 if that is less)", STEPS
-    )
+    warmup: int = setting(None, "steps up to the peak (default 250, at most --steps / 4)", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    embedding_lr: float = setting(
-        1.0, "the embedding's rate, as a multiple of --lr; 4 in preset tiny", POSITIVE
-    )
-    head_lr: float = setting(
-        1.0, "the rate of lm_head, as a multiple of --lr; 4 in preset tiny", POSITIVE
-    )
-    schedule: str = setting(
-        "cosine", "after the peak; wsd falls in the last fifth", ("cosine", "wsd", "constant")
-    )
+    embedding_lr: float = setting(1.0, "multiple of --lr for the embedding; 4 in tiny", POSITIVE)
+    head_lr: float = setting(1.0, "multiple of --lr for the output layer; 4 in tiny", POSITIVE)
+    schedule: str = setting("cosine", "after the peak; wsd falls in the last fifth", SCHEDULES)
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", UNIT)
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
     # the optimizer
-    optimizer: str = setting(
-        "admire",
-        "admire and muon-ire are IRE on top of AdamW and Muon; -soft is IRE without a threshold",
-        tuple(OPTIMIZERS),
-    )
+    optimizer: str = setting("admire", METHODS, tuple(OPTIMIZERS))
     beta1: float = setting(0.9, "AdamW's decay of the mean, also beside Muon", DECAY)
     beta2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
     eps: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
@@ -125,21 +116,12 @@ class Config(common.Settings):
     alpha: float = setting(0.3, "strength of -soft; 0 is the base alone", UNIT, of=("soft",))
     interval: int = setting(10, "steps until IRE looks again where it is flat", COUNT, of=ANY_IRE)
     ire_warmup: int = setting(0, "steps before IRE switches on", STEPS, of=ANY_IRE)
-    curvature: str = setting(
-        "squares",
-        "it is flat where these are small: squared gradients of training, or (the paper's) of "
-        "labels sampled from the model",
-        ("squares", "fisher"),
-        of=ANY_IRE,
-    )
+    curvature: str = setting("squares", FLAT, ("squares", "fisher"), of=ANY_IRE)
     probe_batches: int = setting(
-        None,
-        "micro-batches with sampled labels (default: a quarter of a step's)",
-        COUNT,
-        of=("fisher",),
+        None, "micro-batches for fisher (default 1/4)", COUNT, of=("fisher",)
     )
     # how to compute it
-    micro_batch: int = setting(None, "sequences in one forward pass (default: what fits)", COUNT)
+    micro_batch: int = setting(None, "sequences in a pass (default: what fits)", COUNT, resume=True)
     fsdp: bool = setting(False, "shard over torchrun's GPUs (FSDP2), not DDP", resume=True)
     # reports
     log_interval: int = setting(
@@ -148,25 +130,15 @@ class Config(common.Settings):
     eval_interval: int = setting(
         None, "steps between validations (default: a tenth of --steps)", COUNT, resume=True
     )
-    eval_sequences: int = setting(
-        512, "sequences in a validation, in whole batches", COUNT, resume=True
-    )
+    eval_sequences: int = setting(512, "sequences in a validation", COUNT, resume=True)
     checkpoint_interval: int = setting(
         None, "steps between checkpoints (default: a tenth of --steps)", COUNT, resume=True
     )
     keep_best: bool = setting(False, "the best checkpoint too, in OUT/best", resume=True)
     stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
-    sharpness: bool = setting(
-        False, "Tr(Hessian) and lambda_max at each validation; slow", resume=True
-    )
+    sharpness: bool = setting(False, "Tr(Hessian), lambda_max at each validation", resume=True)
     # what to do
-    compare: str = setting(
-        None,
-        "train with these optimizers in turn and compare them with the first (adamw,admire if "
-        "none is named)",
-        command=True,
-        alone="adamw,admire",
-    )
+    compare: str = setting(None, COMPARE, command=True, alone="adamw,admire")
     eval_only: bool = setting(False, "print the validation loss of --out", command=True)
     sample: str = setting(None, "print text from the run in this folder", command=True)
     prompt: str = setting("", "how the text begins", command=True)
@@ -180,20 +152,20 @@ SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
 
 
 def configure(typed, names=()):
-    """The settings of a command: preset < saved run (--resume, --init) < --config < typed. names:
-    the optimizers of a comparison, of which at least one must read what was typed."""
+    """Returns the settings of a command: preset < --init < saved run (--resume) < --config < typed.
+    names: the optimizers of a comparison. At least one of them must read what was typed."""
     given = common.collect(Config, typed)
     preset = PRESETS.get(given.get("preset", "tiny"), {})
+    shape = {}
     if given.get("init") and not given.get("resume"):
-        source = common.read_checkpoint(given["init"])["config"]
-        for name in SHAPE:
-            if given.setdefault(name, source[name]) != source[name]:
-                has = f"allowed is {source[name]}, as {given['init']} has"
-                raise common.BadInput(f"{common.flag(name)}: got {given[name]}, {has}")
-    c = Config(**preset | given)
-    runs = [dataclasses.replace(c, optimizer=name) for name in names or [c.optimizer]]
-    read = [part for run in runs if rule(run) for part in (rule(run), run.curvature)]
-    by = f"{' or '.join(run.optimizer for run in runs)} with --curvature {c.curvature}"
+        source = common.read_checkpoint(given["init"], mmap=True)["config"]
+        shape = {name: source[name] for name in SHAPE}
+    c = Config(**preset | shape | given)
+    names = names or [c.optimizer]
+    read = {OPTIMIZERS[name][1] for name in names} - {None}
+    if read:
+        read.add(c.curvature)
+    by = f"{' or '.join(names)} with --curvature {c.curvature}"
     common.refuse_unread(Config, typed, read, by)
     if c.resume:
         check_steps(c)
@@ -201,29 +173,23 @@ def configure(typed, names=()):
 
 
 def rule(c):
-    """ "ire" (a mask), "soft" (a factor for each coordinate) or None."""
+    """Returns "ire" (a mask), "soft" (a factor for each coordinate) or None."""
     return OPTIMIZERS[c.optimizer][1]
 
 
 def complete(c):
     """Fills in what follows from other settings, and checks what must fit together."""
     c = dataclasses.replace(c)
-    if c.resume and not common.LAUNCHED:  # one process can go on with a sharded run
-        c.fsdp = False
     common.choose_device(c, float16=not c.fsdp)
     common.choose_folder(c)
-    if c.warmup is None:
-        c.warmup = min(250, c.steps // 4)
+    c.warmup = min(250, c.steps // 4) if c.warmup is None else c.warmup
     c.log_interval = c.log_interval or min(20, math.ceil(c.steps / 20))
     tenth = min(1000, max(10, math.ceil(c.steps / 10)))
     c.eval_interval = c.eval_interval or tenth
     c.checkpoint_interval = c.checkpoint_interval or tenth
-    near = max(1, round(c.batch_size / common.RANKS)) * common.RANKS
     share, rest = divmod(c.batch_size, common.RANKS)
-    check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks, such as {near}")
-    if c.micro_batch is None or (c.resume and share % c.micro_batch):  # perhaps on other ranks
-        fits = micro_batches(c, share)
-        c.micro_batch = max(n for n in range(1, fits + 1) if share % n == 0)
+    check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks")
+    c.micro_batch = c.micro_batch or largest_micro_batch(c, share)
     divides = share % c.micro_batch == 0
     check(c, "micro_batch", divides, f"a divisor of --batch-size over {common.RANKS} rank(s)")
     most = share // c.micro_batch
@@ -233,11 +199,13 @@ def complete(c):
     return c
 
 
-def micro_batches(c, share):
-    """How many sequences fit: up to 32,768 tokens and 2^26 logits, on a GPU 2^28."""
+def largest_micro_batch(c, share):
+    """Returns the largest divisor of a rank's share of the batch that fits: up to 32,768 tokens and
+    2^26 logits, or 2^28 logits on a GPU."""
     vocab = 50304 if c.tokenizer == "gpt2" else 256
     logits = 2**26 if c.device == "cpu" else 2**28
-    return min(share, max(1, min(2**15, logits // vocab) // c.context))
+    most = min(share, max(1, min(2**15, logits // vocab) // c.context))
+    return max(n for n in range(1, most + 1) if share % n == 0)
 
 
 def check_settings(c):
@@ -245,17 +213,14 @@ def check_settings(c):
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
     never = rule(c) and c.ire_warmup >= c.steps
     check(c, "ire_warmup", not never, f"0 to --steps - 1, {c.steps - 1}: later is the base alone")
-    check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--fsdp under torchrun")
+    check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--no-fsdp without torchrun")
     old = c.optimizer.startswith("muon") and not hasattr(torch.optim, "Muon")
     check(c, "optimizer", not old, f"adamw or admire on torch {torch.__version__}; muon needs 2.9")
     check(c, "sharpness", not (c.sharpness and c.fsdp), "--no-sharpness with --fsdp")
-    check(c, "data_dir", not Path(c.data_dir).is_file(), "a folder, not a file")
-    mixed = compared(c.out) is not None
-    check(c, "out", not mixed, "a folder that does not hold a comparison, or add --compare")
 
 
 def check_steps(c):
-    """--steps may change on --resume if the learning rate of the steps that were made does not."""
+    """Lets --steps change on --resume where the learning rates of the steps so far stay."""
     saved = common.read_checkpoint(c.out, mmap=True)
     before = dataclasses.replace(c, steps=saved["config"]["steps"])
     made = range(saved["step"])
@@ -266,7 +231,7 @@ def check_steps(c):
 
 # ---------------------------------------------------------------------------------- optimizers
 class MuonAndAdamW(torch.optim.Optimizer):
-    """One optimizer of two: Muon for the groups that say so, AdamW for the others."""
+    """Makes one optimizer of two: Muon for the groups that say so, AdamW for the others."""
 
     def __init__(self, groups, **adamw):
         muon, others = ([g for g in groups if g["muon"] == kind] for kind in (True, False))
@@ -285,7 +250,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model, c):
-    """What --optimizer names. Muon and SoftIRE are for the matrices of the blocks; norms have no
+    """Makes what --optimizer names. Muon and SoftIRE take the matrices of the blocks. Norms have no
     decay. lr_scale: the learning rate of a group as a multiple of --lr."""
     hidden = hidden_matrices(model)
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -308,7 +273,7 @@ def make_optimizer(model, c):
 
 
 def learning_rate(c, step):
-    """A linear warm-up, then the schedule, down to min_lr * lr."""
+    """Returns the rate of a step: a linear warm-up, then the schedule, down to min_lr * lr."""
     first = c.warmup
     last = c.steps - 1
     share = 1.0
@@ -328,7 +293,6 @@ def train(c, make_optimizer=make_optimizer):
     tokens_per_second. Raises BadInput, Diverged, or Halt after a signal, with the checkpoint
     written."""
     c = complete(c)
-    common.require("matplotlib", "safetensors", *(["wandb"] if c.wandb else []))
     job = set_up(c, make_optimizer)
     with common.Run(c, c.steps) as run:
         if c.overwrite and common.RANK == 0:
@@ -351,7 +315,7 @@ def train(c, make_optimizer=make_optimizer):
 
 @dataclasses.dataclass
 class Job:
-    """What the loop works with, and what it has reached."""
+    """Holds what the loop works with, and what the loop has reached."""
 
     c: Config
     data: text.Data
@@ -371,7 +335,7 @@ class Job:
 
 
 def set_up(c, make_optimizer=make_optimizer):
-    """Data, model and optimizer at the start of a run."""
+    """Makes data, model and optimizer for the start of a run."""
     data = text.Data(c)
     if c.resume:
         same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
@@ -383,7 +347,7 @@ def set_up(c, make_optimizer=make_optimizer):
 
 
 def make_model(c, data):
-    """The model, and what computes its loss: the model or DDP around it."""
+    """Returns the model, and what computes its loss: the model itself, or DDP around the model."""
     model = llama.Llama(c, data.vocab)
     if c.init and not c.resume:
         load_weights(model, c.init, data.tokens)
@@ -402,7 +366,7 @@ def make_model(c, data):
 
 
 def loop(run, job):
-    """Steps, and between them log, validation and checkpoint where they are due."""
+    """Makes the steps. Logs, validates and saves between them where this is due."""
     c = job.c
     data, forward, optimizer, scaler = job.data, job.forward, job.optimizer, job.scaler
     pending = []  # loss and norm of the gradient of each step since the last line of the log
@@ -449,7 +413,7 @@ def loop(run, job):
 
 
 def gradients_shared(forward, now):
-    """Whether the ranks add up their gradients in the backward pass inside."""
+    """Decides whether the ranks add up their gradients in the backward pass inside."""
     if hasattr(forward, "set_requires_gradient_sync"):  # FSDP
         forward.set_requires_gradient_sync(now)
     wait = hasattr(forward, "no_sync") and not now  # DDP
@@ -462,9 +426,9 @@ def log(run, job, pending, lr):
     table = common.over_ranks(torch.stack(pending).cpu())  # waits for the device
     seconds = run.stop_clock()
     losses, norms = ([x / common.RANKS for x in column] for column in zip(*table, strict=True))
-    check_finite(run, job, losses)
+    run.check_finite(job.step, losses, ADVICE)
     if not job.scaler.is_enabled():  # its first steps may overflow, and are left out
-        check_finite(run, job, norms)
+        run.check_finite(job.step, norms, ADVICE)
     values = {"train_loss": sum(losses) / len(table), "lr": lr}
     values["grad_norm"] = sum(norms) / len(table)
     if type(job.optimizer) is IRE and job.step > c.ire_warmup:
@@ -476,12 +440,8 @@ def log(run, job, pending, lr):
 def validate(run, job):
     """Writes a line with the validation loss, and keeps the best checkpoint. Raises Diverged."""
     job.val_loss = validation_loss(job.forward, job.data)
-    check_finite(run, job, [job.val_loss])
-    values = {"val_loss": job.val_loss} | sharp(job)
-    if job.c.device == "cuda":
-        rate = job.step * job.c.batch_size * job.c.context / run.seconds
-        values["tflops"] = rate * llama.flops_per_token(job.model, job.c) / 1e12
-    run.log(job.step, **values)
+    run.check_finite(job.step, [job.val_loss], ADVICE)
+    run.log(job.step, val_loss=job.val_loss, **sharp(job))
     if job.c.keep_best and job.val_loss < job.best:
         save(run, job, "best/checkpoint.pt")
     job.best = min(job.best, job.val_loss)
@@ -489,14 +449,14 @@ def validate(run, job):
 
 @torch.no_grad()
 def validation_loss(forward, data):
-    """The mean loss of the validation sequences, over all ranks."""
+    """Returns the mean loss of the validation sequences, over all ranks."""
     losses = [float(forward(x, y)) for x, y in data.validation()]
     total, count = common.over_ranks([sum(losses), len(losses)])
     return total / count
 
 
 def sharp(job):
-    """Trace and largest eigenvalue of the Hessian of the loss of the first micro-batch."""
+    """Measures the Hessian of the loss of the first micro-batch."""
     if not job.c.sharpness or common.RANK:
         return {}
     from sharpness import sharpness
@@ -509,53 +469,33 @@ def sharp(job):
     return {"trace": found["trace"], "lambda_max": found["lambda_max"]}
 
 
-def check_finite(run, job, losses):
-    """Raises Diverged for the first of the last steps whose number is not finite."""
-    for step, x in enumerate(losses, job.step - len(losses) + 1):
-        if not math.isfinite(x):
-            what = f"step {step}: the loss or its gradient is {x}; last checkpoint: {run.kept}"
-            strength = {"ire": " a lower --kappa,", "soft": " a lower --alpha,"}
-            other = strength.get(rule(job.c), "")
-            raise common.Diverged(f"{what}; try a lower --lr,{other} or a longer --warmup")
-
-
 def banner(run, job):
-    """The first lines: what will be trained, with what, and what to expect."""
+    """Prints what will be trained, with what, and what to expect."""
     c, data = job.c, job.data
     count = sum(p.numel() for p in job.model.parameters())
     tokens = c.batch_size * c.context
     share = c.steps * tokens / len(data.train)
-    place = f"{common.RANKS} x {c.device}, {c.dtype}"
-    place += ", FSDP" if c.fsdp else ""
-    place += ", compiled" if c.compile else ""
     room = llama.memory(job.model, c, common.RANKS if c.fsdp else 1) / 2**30
-    place += f"; wants about {room:.0f} GB of memory" if room > 1 else ""
-    method = c.optimizer
-    if rule(c) == "ire":
-        method += f", kappa {c.kappa:g}, gamma {c.gamma:g}"
-    if rule(c) == "soft":
-        method += f", alpha {c.alpha:g}"
-    if rule(c) and c.ire_warmup:
-        method += f", on from step {c.ire_warmup}"
-    times = f"embedding {c.embedding_lr:g} times, head {c.head_lr:g} times as much"
+    place = [f"{common.RANKS} x {c.device}", c.dtype, "FSDP" if c.fsdp else ""]
+    place += ["compiled" if c.compile else "", f"wants about {room:.0f} GB" if room > 1 else ""]
+    strength = {"ire": f", kappa {c.kappa:g}, gamma {c.gamma:g}", "soft": f", alpha {c.alpha:g}"}
+    start = f"guessing among {data.vocab} tokens has the loss {math.log(data.vocab):.2f}"
+    start = f"the weights of {c.init}" if c.init else start
     common.say(
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
-        device=place,
-        optimizer=method,
-        lr=f"up to {c.lr:g} in {c.warmup} steps, then {c.schedule}; {times}",
-        run=f"{c.steps} steps of {tokens:,} tokens, {share:.0%} of the data",
-        folder=str(run.out),
+        device=", ".join(filter(None, place)),
+        optimizer=c.optimizer + strength.get(rule(c), ""),
+        lr=f"up to {c.lr:g}; embedding {c.embedding_lr:g} and head {c.head_lr:g} times as much",
+        run=f"{c.steps} steps of {tokens:,} tokens, {share:.0%} of the data, into {run.out}",
+        start=f"step {job.step} of {c.steps}" if job.step else start,
     )
-    chance = f"guessing among {data.vocab} tokens has the loss {math.log(data.vocab):.2f}"
-    start = f"the weights of {c.init}" if c.init else chance
-    common.say(start=f"step {job.step} of {c.steps}" if job.step else start)
 
 
 # --------------------------------------------------------------------------------------- files
 def save(run, job, name="checkpoint.pt"):
-    """A checkpoint, whole also where the model is sharded, so that any number of ranks can go on
-    with it; and the figure."""
+    """Writes a checkpoint and the figure. The checkpoint is whole also where the model is sharded,
+    so that any number of ranks can go on."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -565,7 +505,9 @@ def save(run, job, name="checkpoint.pt"):
     reached = {"val_loss": job.val_loss, "best": job.best}
     run.save(job.step, name, **state, **about, **reached)
     if common.RANK == 0:
-        draw(run.out / "loss.png", {job.c.optimizer: common.read_log(run.out)}, job.c)
+        log = common.read_log(run.out)
+        curves = {key: common.curve(log, key) for key in ("train_loss", "val_loss")}
+        common.draw(run.out / "loss.png", {LOSS: curves})
 
 
 def restore(job, saved):
@@ -580,173 +522,92 @@ def restore(job, saved):
         setattr(job, name, saved[name])
 
 
-def load_weights(model, folder, tokens=None):
-    """Loads the weights of the run in a folder. Returns what its tokens mean."""
-    saved = common.read_checkpoint(folder)
-    if tokens not in (None, saved["tokens"]):
+def load_weights(model, folder, tokens):
+    """Loads the weights of the run in a folder. Its tokens must mean the same."""
+    saved = common.read_checkpoint(folder, mmap=True)
+    if saved["tokens"] != tokens:
         raise common.BadInput(f"--data: got {tokens}, allowed is {saved['tokens']}, as {folder}")
     if not all(w.isfinite().all() for w in saved["model"].values()):
         raise common.BadInput(f"{folder}: its weights are not finite, so the run had failed")
-    model.load_state_dict(saved["model"])
-    return saved["tokens"]
+    with common.instead(f"the sizes given do not fit the weights of {folder}"):
+        model.load_state_dict(saved["model"])
 
 
 def export(job, folder):
-    """The folder hf, which transformers opens with AutoModelForCausalLM and AutoTokenizer."""
-    from safetensors.torch import save
+    """Writes the folder hf, for transformers."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    import hf  # and with it safetensors
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(job.model, options=options)
-    if common.RANK:
-        return
-    codec = text.Codec(**job.data.tokens)
-    between = codec.between if codec.kind == "gpt2" else None
-    files = {"config.json": llama.hugging_face_config(job.c, job.data.vocab, between)}
-    files["generation_config.json"] = {"bos_token_id": between, "eos_token_id": between}
-    files |= text.hugging_face_tokenizer(codec, job.c.context)
-    for name, content in files.items():
-        common.write_json(folder / name, content)
-    weights = {name: w.contiguous() for name, w in weights.items()}
-    content = save(weights, {"format": "pt"})
-    common.write_atomically(folder / "model.safetensors", lambda f: f.write(content))
-
-
-def draw(path, logs, c):
-    """A figure of the losses of one run, or of the validation losses of several."""
-    curves = {}
-    for name, log in logs.items():
-        training = [(r["step"], r["train_loss"]) for r in log if "train_loss" in r]
-        if len(logs) == 1 and training:
-            curves[f"{name}, training"] = training
-        curves[f"{name}, validation"] = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
-    marks = {"IRE switches on": c.ire_warmup} if rule(c) and c.ire_warmup else {}
-    common.draw(path, {"loss (nats per token)": curves}, marks)
+    if common.RANK == 0:
+        hf.write(folder, weights, job.c, job.data.vocab, text.Codec(**job.data.tokens))
 
 
 # ---------------------------------------------------------------------------------- comparison
-def compared(folder):
-    """What was typed for the comparison in a folder, or None."""
-    path = Path(folder, "config.json")
-    return common.read_json(path).get("comparison") if path.exists() else None
-
-
 def compare(typed):
-    """Trains with several optimizers on the same seed, batches and settings: a table, a figure."""
-    resume = typed.get("resume", False)
-    out = Path(typed.get("out") or comparison_folder(resume))
-    before = common.from_first_rank(compared(out))
-    if resume:
-        typed = (before or {}) | {k: x for k, x in typed.items() if k != "compare"}
-    names = typed.get("compare", "").split(",")
-    good = len(names) > 1 and len(set(names)) == len(names) and set(names) <= OPTIMIZERS.keys()
-    if not good:
+    """Trains with several optimizers on the same seed, batches and settings, in OUT/NAME each."""
+    names = typed["compare"].split(",")
+    if len(names) < 2 or len(set(names)) < len(names) or not set(names) <= OPTIMIZERS.keys():
         allowed = f"two or more of {', '.join(OPTIMIZERS)}, with commas between them"
-        raise common.BadInput(f"--compare: got {','.join(names)}, allowed is {allowed}")
+        raise common.BadInput(f"--compare: got {typed['compare']}, allowed is {allowed}")
     if "optimizer" in typed:
         raise common.BadInput("--optimizer: allowed with --compare is to leave it out")
-    kept = resume or typed.get("overwrite") or before is None
-    if not kept or (out / "checkpoint.pt").exists():
-        allowed = "a folder without a run, or with a comparison and --resume or --overwrite"
-        raise common.BadInput(f"--out: got {out}, allowed is {allowed}")
-    settings = {name: member(typed, names, name, out / name) for name in names}
-    with common.locked(out) if common.RANK == 0 else contextlib.nullcontext():
-        mark(out, typed, finished=False)
-        runs = {name: train(c) for name, c in settings.items()}
-        if common.RANK == 0:
-            report(out, runs)
-        mark(out, typed, finished=True)
-
-
-def comparison_folder(resume):
-    if resume:
-        return common.find_run("runs/compare", unfinished=True, file="config.json")
-    return common.free_folder("runs/compare")
-
-
-def member(typed, names, name, out):
-    """The settings of one run of a comparison, which may not have begun on --resume."""
-    begun = typed.get("resume", False) and (out / "checkpoint.pt").exists()
-    own = {k: x for k, x in typed.items() if k != "compare"}
-    return configure(own | {"optimizer": name, "out": str(out), "resume": begun}, names)
-
-
-def mark(out, typed, finished):
-    """Marks the folder as that of a comparison."""
-    if common.RANK == 0:
-        about = {"comparison": typed, "pid": os.getpid(), "finished": finished}
-        common.write_json(out / "config.json", about)
+    changes = {name: {"optimizer": name} for name in names}
+    make = functools.partial(configure, names=names)
+    out, settings = common.settings_of_runs("runs/compare", typed, changes, make)
+    report(out, [train(c) for c in settings])
 
 
 def report(out, runs):
-    """The table and the figure of a comparison."""
-    logs = {name: common.read_log(out / name) for name in runs}
-    first = next(iter(runs))
-    base = runs[first]
-    print(f"\n{'optimizer':12}{'loss':>8}{'gain':>10}{'steps saved':>16}{'tokens/s':>12}")
-    for name, run in runs.items():
-        losses = [(r["step"], r["val_loss"]) for r in logs[name] if "val_loss" in r]
-        reached = [step for step, x in losses if step and x <= base["val_loss"]]
-        run["gain"] = base["val_loss"] - run["val_loss"]
-        run["steps_saved"] = base["steps"] - reached[0] if reached else None
-        saved = f"{run['steps_saved']} of {base['steps']}" if reached else "none"
-        gain, saved = ("", "") if name == first else (f"{run['gain']:.4f}", saved)
+    """Prints the table of a comparison, and draws the figure."""
+    if common.RANK:
+        return
+    base = runs[0]
+    curves = {}
+    print(f"\n{'optimizer':12}{'loss':>9}{'gain':>9}{'steps saved':>13}{'tokens/s':>12}")
+    for run in runs:
+        name = run["optimizer"]
+        curves[name] = common.curve(common.read_log(run["out"]), "val_loss")
+        reached = [step for step, x in curves[name] if step and x <= base["val_loss"]]
+        saved = base["steps"] - reached[0] if reached else "none"
+        gain = base["val_loss"] - run["val_loss"]
         rate = f"{run['tokens_per_second']:,.0f}"
-        print(f"{name:12}{run['val_loss']:8.4f}{gain:>10}{saved:>16}{rate:>12}")
-    often = base["eval_interval"]
-    print(f"\nGain and steps saved are against {first}, with one seed.")
-    print(f"The loss was validated every {often} steps: fewer steps saved are not visible.")
-    command = " ".join(["python", "train_gpt.py", *sys.argv[1:]])
-    common.write_json(
-        out / "compare.json", {"command": command, "runs": runs} | common.environment()
-    )
-    draw(out / "loss.png", logs, Config(**{f.name: base[f.name] for f in common.fields(Config)}))
-    common.say(figure=str(out / "loss.png"))
+        print(f"{name:12}{run['val_loss']:9.4f}{gain:9.4f}{saved:>13}{rate:>12}")
+    often = f"one seed, a validation every {base['eval_interval']} steps"
+    print(f"\nGain and steps saved are against {base['optimizer']}: {often}.")
+    common.draw(out / "compare.png", {LOSS: curves})
+    common.say(figure=out / "compare.png")
 
 
 # ------------------------------------------------------------------------------------ sampling
-@torch.no_grad()
-def generate(model, c, tokens, vocab, generator):
-    """c.tokens more after the list of tokens; the model sees the last --context of them."""
-    for _ in range(c.tokens):
-        window = torch.tensor([tokens[-c.context :]], device=c.device)
-        logits = model(window)[0, -1, :vocab].cpu().double()
-        likely = logits.topk(min(c.top_k if c.temperature else 1, vocab))
-        chances = ((likely.values - likely.values[0]) / (c.temperature or 1)).softmax(-1)
-        choice = torch.multinomial(chances, 1, generator=generator)
-        tokens = tokens + likely.indices[choice].tolist()
-    return tokens
-
-
 def load_run(folder, typed):
-    """Model, settings and kind of tokens of the run in a folder."""
-    free = ("seed", "device", "dtype", "micro_batch", "deterministic")
-    settings = common.take_over(Config, folder, typed, free)
-    now = {"device": "auto", "dtype": "float32", "compile": False, "fsdp": False, "out": folder}
-    c = Config(**settings | now | {k: x for k, x in typed.items() if k in free})
+    """Returns model, settings and kind of tokens of the run in a folder."""
+    saved = common.read_checkpoint(folder, mmap=True)
+    now = {"device": "auto", "dtype": "float32", "compile": False, "fsdp": False}
+    c = Config(**saved["config"] | now | typed)
     common.choose_device(c)
-    saved = common.read_checkpoint(folder, mmap=True)["tokens"]
-    model = llama.Llama(c, text.padded(saved["vocab"]))
-    load_weights(model, folder)
-    return model.to(c.device), c, saved
+    model = llama.Llama(c, text.padded(saved["tokens"]["vocab"]))
+    load_weights(model, folder, saved["tokens"])
+    return model.to(c.device), c, saved["tokens"]
 
 
 def sample(folder, typed):
-    """Text from the run in a folder."""
+    """Returns text from the run in a folder."""
     model, c, kind = load_run(folder, typed)
     codec = text.Codec(**kind)
     generator = torch.Generator().manual_seed(c.seed)
     tokens = [int(t) for t in codec.encode([os.fsencode(c.prompt)])[0]] or [codec.between or 0]
-    texts = [generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
+    texts = [llama.generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
     return "\n---------------\n".join(codec.decode(tokens) for tokens in texts)
 
 
 def evaluate(folder, typed):
-    """Validation loss of the run in a folder."""
+    """Returns the validation loss of the run in a folder."""
     model, c, kind = load_run(folder, typed)
     data = text.Data(c)
-    words = f"data of the model's tokens, {kind}; these are {data.tokens}"
-    check(c, "data", data.tokens == kind, words)
+    check(c, "data", data.tokens == kind, f"text in the tokens of {folder}, {kind}")
     return validation_loss(model, data)
 
 
@@ -755,9 +616,9 @@ def run_command(typed):
     if "sample" in typed:
         print(sample(typed["sample"], typed))
     elif typed.get("eval_only"):
-        folder = typed.get("out") or common.find_run(Config.home)
-        common.say(**{"validation loss": f" {evaluate(folder, typed):.4f}"})
-    elif "compare" in typed or (typed.get("resume") and compared(typed.get("out", ""))):
+        folder = typed.get("out") or common.newest_run(f"{Config.home}*")
+        common.say(loss=f"{evaluate(folder, typed):.4f} on the held-out text, {folder}")
+    elif "compare" in typed:
         compare(typed)
     else:
         done = train(configure(typed))

@@ -16,7 +16,6 @@ paper's code; these are the usual ones for 90 epochs.
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 from pathlib import Path
 
@@ -44,35 +43,20 @@ except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision that is 
 ROWS = {
     "small": {},
     # the paper's RandAugment(2, 15) counts to 30, timm's to 10, with probability 1/2
-    "vit-s": {
-        "model": "vit_small_patch16_224",
-        "lr": 3e-3 * 1024 / 4096,
-        "weight_decay": 0.1,
-        "batch": 1024,
-        "epochs": 300,
-        "warmup_epochs": 30,
-        "clip": 1.0,
-        "mixup": 0.5,
-        "augment": "rand-n2-m5-p1-inc1",
-        "gamma": 0.8,
-        "ire_epoch": 100,
-    },
+    "vit-s": dict(model="vit_small_patch16_224", epochs=300, warmup_epochs=30, batch=1024)
+    | dict(lr=3e-3 * 1024 / 4096, weight_decay=0.1, clip=1.0, gamma=0.8, ire_epoch=100)
+    | dict(mixup=0.5, augment="rand-n2-m5-p1-inc1"),
     # timm's "sgd" is Nesterov's
-    "resnet50": {
-        "model": "resnet50",
-        "opt": "momentum",
-        "lr": 0.4,
-        "weight_decay": 1e-4,
-        "batch": 1024,
-        "epochs": 90,
-        "warmup_epochs": 5,
-    },
+    "resnet50": dict(model="resnet50", epochs=90, warmup_epochs=5, batch=1024)
+    | dict(opt="momentum", lr=0.4, weight_decay=1e-4),
 }
+FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
+labels sampled from the model"""
 
 
 @dataclasses.dataclass
 class Config(common.Settings):
-    """Every setting. A row changes the defaults."""
+    """Adds the settings of this script. A row changes the defaults."""
 
     home = "runs/timm"
 
@@ -98,16 +82,11 @@ class Config(common.Settings):
     gamma: float = setting(0.6, "flat fraction of the coordinates", FRACTION, of=("ire",))
     interval: int = setting(10, "steps from one mask to the next", COUNT, of=("ire",))
     ire_epoch: int = setting(0, "first epoch with IRE, from 0", STEPS, of=("ire",))
-    curvature: str = setting(
-        "fisher",
-        "what finds flat coordinates: mean squared gradients, or a probe with drawn labels",
-        ("squares", "fisher"),
-        of=("ire",),
-    )
+    curvature: str = setting("fisher", FLAT, ("squares", "fisher"), of=("ire",))
 
 
 def configure(typed):
-    """The settings of a run from what was typed."""
+    """Returns the settings of a run."""
     if MISSING or common.RANKS > 1:
         raise common.BadInput(MISSING or f"got {common.RANKS} ranks, allowed is one process")
     given = common.collect(Config, typed)
@@ -128,7 +107,7 @@ def configure(typed):
 
 # ------------------------------------------------------------------------------------ images
 def read_folder(path, classes=None):
-    """The images of train/ or val/."""
+    """Returns the images of train/ or val/."""
     with common.instead(f"--data: got {path}, allowed is a folder a class, with its images"):
         images = ImageDataset(str(path), class_map=classes or "")
     for name in images.filenames():
@@ -138,8 +117,8 @@ def read_folder(path, classes=None):
 
 
 def find_classes(train, val):
-    """{class: its number}. Raises BadInput where timm's classes are not the folders that a user
-    sees, or would be left out in silence."""
+    """Returns {class: its number}. Raises BadInput where timm's classes are not the folders that a
+    user sees, or where timm would leave out a class in silence."""
     names = set(read_folder(train).reader.class_to_idx)
     tested = set(read_folder(val).reader.class_to_idx)
     folders = {p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -158,8 +137,8 @@ def find_classes(train, val):
 
 
 def load_images(c):
-    """A timm model with as many classes as the folder has, batches to train and to test on, and
-    a checksum of the images' names."""
+    """Returns a timm model with as many classes as the folder has, batches to train and to test on,
+    and a checksum of the images' names."""
     train, val = Path(c.data or "", "train"), Path(c.data or "", "val")
     there = c.data and train.is_dir() and val.is_dir()
     check(c, "data", there, "a folder with train/ and val/ in it")
@@ -185,7 +164,7 @@ def load_images(c):
 
 # ------------------------------------------------------------------------------------ training
 def make_optimizer(c, model, steps):
-    """timm's optimizer, in SAM if rho is not 0, in IRE if not --base. steps: those of an epoch."""
+    """Makes timm's optimizer, in SAM if rho is not 0, in IRE if not --base. steps: of an epoch."""
     opt = create_optimizer_v2(model, c.opt, lr=c.lr, weight_decay=c.weight_decay)
     if c.rho:
         opt = SAM(opt, rho=c.rho)
@@ -196,7 +175,7 @@ def make_optimizer(c, model, steps):
 
 
 def train_step(c, model, opt, x, y):
-    """One step on images x and labels y, which Mixup may have made soft. Returns the loss."""
+    """Makes a step on images x and labels y, which Mixup may have made soft. Returns the loss."""
     autocast = torch.autocast(c.device, getattr(torch, c.dtype), enabled=c.dtype != "float32")
     if getattr(opt, "probe_due", False):
         with opt.probe(model):
@@ -221,7 +200,7 @@ def train_step(c, model, opt, x, y):
 
 @torch.no_grad()
 def accuracy(c, model, batches, kind=""):
-    """Top-1 and top-5 in percent, by name."""
+    """Returns top-1 and top-5 in percent, by name."""
     model.eval()
     hits = torch.zeros(2, device=c.device)
     for x, y in batches:
@@ -233,7 +212,7 @@ def accuracy(c, model, batches, kind=""):
 
 
 def make_schedule(c, opt, steps):
-    """From almost 0 up to --lr, then a cosine down to 0."""
+    """Makes a schedule from almost 0 up to --lr, then a cosine down to 0."""
     warmup = c.warmup_epochs * steps
     return CosineLRScheduler(
         opt,
@@ -246,10 +225,9 @@ def make_schedule(c, opt, steps):
 
 
 def train(c):
-    """Returns the model and the average of its weights."""
+    """Trains, and returns the model and the average of its weights."""
     common.choose_device(c, float16=False)
     common.choose_folder(c)
-    common.require("matplotlib")
     common.set_up_torch(c)
     model, batches, tests, names = load_images(c)
     net = torch.compile(model) if c.compile else model
@@ -263,7 +241,7 @@ def train(c):
         done = run.load(**parts)["step"] // steps if c.resume else 0
         banner(c, model, batches, done)
         for epoch in range(done, c.stop or c.epochs):
-            # of torch, numpy and random: then an epoch's order, crops and mixtures need no past
+            # a seed for each epoch: its order, crops and mixtures do not depend on the past
             random_seed((10_000 * c.seed + epoch) % 2**32)
             model.train()
             losses = []
@@ -276,7 +254,7 @@ def train(c):
                 losses.append(train_step(c, net, opt, x, y))
                 ema.update(model, step)
                 if run.asked_to_stop():
-                    raise run.stopped(f"last checkpoint: {run.kept}")
+                    raise run.stopped()
                 if step % c.log_interval == 0 or step % steps == 0:
                     report(run, step, losses, opt)
                     losses = []
@@ -284,13 +262,11 @@ def train(c):
             run.log(step, epoch=epoch + 1, **rates)
             run.save(step, names=names, **parts)
         draw(c)
-    if c.stop:  # the run is to go on
-        run.write_config(finished=c.stop == c.epochs)
     return model, ema.module
 
 
 def banner(c, model, batches, done):
-    """What will be trained, and where."""
+    """Prints what will be trained, and where."""
     method = f"{c.opt}, lr {c.lr:g}" + (f"; SAM, rho {c.rho:g}" if c.rho else "")
     if not c.base:
         method += f"; IRE, kappa {c.kappa:g}, gamma {c.gamma:g}, on from epoch {c.ire_epoch}"
@@ -305,20 +281,19 @@ def banner(c, model, batches, done):
 
 
 def draw(c):
-    """OUT/loss.png."""
+    """Draws OUT/loss.png."""
     log = common.read_log(c.out)
-    loss = [(row["step"], row["train_loss"]) for row in log if "train_loss" in row]
-    top1 = [(row["step"], row["top1"]) for row in log if "top1" in row]
-    panels = {"loss": {"training": loss}, "accuracy (%)": {"top1": top1}}
+    panels = {
+        "loss": {"training": common.curve(log, "train_loss")},
+        "accuracy (%)": {"top1": common.curve(log, "top1")},
+    }
     common.draw(Path(c.out, "loss.png"), panels)
 
 
 def report(run, step, losses, opt):
-    """A line of the log about the last steps."""
+    """Writes a line of the log about the last steps."""
     loss = torch.stack(losses).mean().item()  # waits for the device
-    if not math.isfinite(loss):
-        text = f"step {step}: the loss is {loss}; last checkpoint: {run.kept}"
-        raise common.Diverged(f"{text}; try a lower --lr or --kappa")
+    run.check_finite(step, [loss], "a lower --lr or --kappa")
     speed = len(losses) * run.c.batch / run.stop_clock()
     lr = opt.param_groups[0]["lr"]
     run.log(step, train_loss=loss, lr=lr, images_per_second=round(speed, 1))

@@ -2,15 +2,18 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Script:
@@ -46,6 +49,12 @@ class Script:
             assert re.search(part, err), (part, err)
         assert files() == before
 
+    def stopped(self, flags, step):
+        """Ctrl-C in this step of a run."""
+        with in_step(step, lambda _: signal.raise_signal(signal.SIGINT)):
+            code, _, err = self.run(flags)
+        assert (code, err.count("\n")) == (130, 1) and "--resume" in err, err
+
     def start(self, flags="", options=()):
         """The same in a process of its own; options of Python stand before the script."""
         paths = os.pathsep.join([str(self.path.parent), str(Path(__file__).parents[1])])
@@ -56,6 +65,22 @@ class Script:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+
+
+@contextlib.contextmanager
+def in_step(number, act):
+    """Calls act(optimizer) in this step of the base optimizer, counted from 1 in this process."""
+    count = itertools.count(1)
+
+    def hook(optimizer, *_):
+        if type(optimizer) in (torch.optim.SGD, torch.optim.AdamW) and next(count) == number:
+            act(optimizer)
+
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def torchrun(ranks):
@@ -71,7 +96,7 @@ def wait_for(ready, process):
 
 
 def files(root="."):
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(root).rglob("*")}
+    return {p: p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
 
 
 def same(a, b):

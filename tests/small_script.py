@@ -23,10 +23,15 @@ class Config(common.Settings):
     compare: str = common.setting(None, "names", command=True, alone="sgd,adam")
 
 
-def walk(typed):
+def configure(typed):
     given = common.collect(Config, typed)
     c = Config(**PRESETS.get(given.get("preset"), {}) | given)
     common.refuse_unread(Config, typed, [c.optimizer], f"--optimizer {c.optimizer}")
+    return c
+
+
+def walk(typed):
+    c = configure(typed)
     common.choose_device(c)
     common.choose_folder(c)
     common.set_up_torch(c)
@@ -46,8 +51,7 @@ def walk(typed):
             stopping = run.asked_to_stop()
             run.stop_clock()
             run.log(step, loss=loss, norm=float("inf"), numbers_per_second=100)
-            if loss > 1e6:
-                raise common.Diverged(f"step {step}: the loss is {loss}")
+            run.check_finite(step, [loss if loss < 1e6 else float("nan")], "a lower --lr")
             if step % c.save_interval == 0 or step == c.steps or stopping:
                 run.save(step, x=x)
             if stopping and step < c.steps:

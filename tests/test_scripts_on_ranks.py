@@ -77,9 +77,8 @@ def agree(run, alone, rtol=1e-5, keys=("val_loss", "train_loss", "grad_norm")):
 
 
 # -------------------------------------------------------------------------------- the worker
-def worker(task):
-    """The script itself, with a hook after every optimizer step: step 3 fails on rank 1, or step 7
-    waits for a file."""
+def worker():
+    """The script itself, with a hook that waits for a file after step 7."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     rank, steps = int(os.environ["RANK"]), 0
@@ -87,15 +86,12 @@ def worker(task):
     def hook(optimizer, *_):
         nonlocal steps
         steps += isinstance(optimizer, torch.optim.AdamW)
-        if task == "fail" and steps == 3 and rank == 1:
-            raise OSError("rank 1 has lost its disk")
-        if task == "pause" and steps == 7:
+        if os.environ["TASK"] == "pause" and steps == 7:
             Path(f"paused{rank}").touch()
             while not Path("go").exists():
                 time.sleep(0.01)
 
-    if task:
-        register_optimizer_step_post_hook(hook)
+    register_optimizer_step_post_hook(hook)
     sys.argv[0] = str(SCRIPT)
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
@@ -160,7 +156,7 @@ def test_sigterm_and_resume_at_the_same_and_another_number_of_ranks(root, sharde
     assert same(checkpoint(trained(folder, 2, "--resume")), checkpoint(sharded))
     # The stop has added a line of training loss. Any sharding may go on:
     agree(trained(root / "copies", 2, "--resume --no-fsdp"), alone, keys=["val_loss"])
-    agree(trained(root / "plain", 0, "--resume"), alone, keys=["val_loss"])
+    agree(trained(root / "plain", 0, "--resume --no-fsdp"), alone, keys=["val_loss"])
 
 
 # Half of the pairs of optimizers and ways to share: each kind of IRE and each way is among them.
@@ -189,18 +185,6 @@ def test_resume_on_two_ranks_ends_with_the_same_bits(root, optimizer, flags):
         assert log(whole, "val_loss") == pytest.approx(expected, rel=2e-3)
 
 
-def test_an_error_on_one_rank_ends_all(root):
-    assert start(root / "broken", 2, "", "fail").wait(timeout=100) != 0
-    assert said(root / "broken") == ["train_gpt.py: rank 1: rank 1 has lost its disk"]
-
-
-def test_a_wrong_flag_says_so_once(root):
-    assert start(root / "wrong", 2, "--gamma 1.5").wait(timeout=100) != 0
-    assert said(root / "wrong") == [
-        "train_gpt.py: --gamma: got 1.5, allowed is above 0 and below 1"
-    ]
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(os.environ["TASK"])
+    worker()

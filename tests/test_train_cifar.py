@@ -1,10 +1,8 @@
 """train_cifar.py on a few digits, most tests in this process. What all scripts do is tested in
 test_common.py."""
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -21,8 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scripts import Script, checkpoint, same, torchrun
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from scripts import Script, checkpoint, in_step, same, torchrun
 
 import common
 import train_cifar
@@ -48,28 +45,14 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_vit(monkeypatch):
-    vit = lambda classes: train_cifar.ViT(16, 2, classes, depth=2, patch=8)  # noqa: E731
+    def vit(classes):
+        return train_cifar.ViT(16, 2, classes, depth=2, patch=8)
+
     monkeypatch.setitem(train_cifar.MODELS, "vit_t", vit)
 
 
 def log(key, folder=RUN):
-    return [(row["step"], row[key]) for row in common.read_log(folder) if key in row]
-
-
-@contextlib.contextmanager
-def in_step(number, act):
-    """Calls act(optimizer) inside that step of the base optimizer, counted from 1."""
-    count = itertools.count(1)
-
-    def hook(opt, *_):
-        if type(opt) in (torch.optim.SGD, torch.optim.AdamW) and next(count) == number:
-            act(opt)
-
-    handle = register_optimizer_step_post_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return common.curve(common.read_log(folder), key)
 
 
 def settings(**typed):
@@ -246,21 +229,17 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
     assert [step for step, _ in log("test_acc")] == [4, 8, 12]
     assert [step for step, _ in log("flat")] == [6, 8, 10, 12]
     assert log("images_per_second") and len(log("lr")) == 6
-    (((path, panels, marks)),) = drawn
-    assert path == RUN / "loss.png" and marks == {"IRE switches on": 4}
+    ((path, panels),) = drawn
+    assert path == RUN / "loss.png"
     assert any("smoothed" in label for label in panels["loss"])  # why test may lie below
-    assert {len(points) for curves in panels.values() for points in curves.values()} == {3, 4, 6}
+    counts = {len(points) for curves in panels.values() for points in curves.values()}
+    assert counts == {0, 3, 4, 6}
 
 
 def test_a_small_network_for_digits_and_how_long_it_will_take():
     assert settings(data="digits").model == "resnet8"
     out = CIFAR.done(TINY)
-    assert re.search(r"[\d.]+ (s|min) left$", out.splitlines()[7])
-
-
-def test_the_rate_may_stay_constant():
-    CIFAR.done(TINY + "--schedule constant --warmup 1")
-    assert {lr for step, lr in log("lr") if step > 4} == {0.005}
+    assert re.search(r"\d+ min left$", out.splitlines()[7])
 
 
 @pytest.mark.slow
@@ -271,9 +250,8 @@ def test_seeds_print_mean_and_error():
     line = f"{mean:.4g} +- {error:.2g}, mean and standard error of 3 seeds"
     assert line in out
     (RUN / "seed-7").rename("again")
-    assert line in CIFAR.done("--seeds 3 --resume --out run")
+    assert line in CIFAR.done("--seeds 3 --seed 5 --resume --out run")
     assert same(checkpoint(RUN / "seed-7"), checkpoint("again"))
-    CIFAR.refused("--seeds 2 --resume --out nowhere", "--out.*nowhere.*folder of --seeds")
 
 
 # ------------------------------------------------------------------------------- resume
@@ -292,9 +270,8 @@ def test_seeds_print_mean_and_error():
 )
 def test_resume_ends_with_the_same_bits(flags, step, small_vit):
     CIFAR.done(f"{TINY} {flags} --out whole")
-    with in_step(step, lambda _: signal.raise_signal(signal.SIGINT)):
-        code, _, err = CIFAR.run(TINY + flags)
-    assert (code, err.count("\n")) == (130, 1) and checkpoint(RUN)["step"] == step
+    CIFAR.stopped(TINY + flags, step)
+    assert checkpoint(RUN)["step"] == step
     out = CIFAR.done("--resume --out run --log-interval 1 --tta")  # reports may change
     assert f"goes on from step {step}" in out
     whole = checkpoint("whole")
@@ -334,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
     with in_step(last, poison):
         code, _, err = CIFAR.run(TINY + "--optimizer sgd")
     assert code == 1 and err.count("\n") == 1 and checkpoint(RUN)["step"] == saved
-    text = f"step {found}: the loss is nan; last checkpoint: step {saved}; .*--lr.*--kappa"
+    text = f"step {found}: .* is nan; last checkpoint: step {saved}; .*--lr.*--kappa"
     assert re.search(text, err), err
 
 
@@ -342,9 +319,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
 @pytest.mark.parametrize(
     "flags, says",
     (
-        ("--model resnet18", "--model.*resnet18.*resnet56.*vit_s"),
-        ("--optimizer lion", "--optimizer.*lion.*sgd-ire"),
-        ("--gamma 1", "--gamma.*below 1"),
         ("--warmup 3", "--warmup.*3.*0 to --epochs - 1, 2"),
         ("--ire-epoch 3", "--ire-epoch.*3.*2"),
         ("--ire-warmup 999", "--ire-warmup.*999.*0 to the last step, 11"),
@@ -353,13 +327,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
         ("--optimizer sam --dtype float16", "--dtype.*float16"),
         ("--batch-size 71", "--batch-size.*71.*70"),
         ("--holdout 1437", "--holdout.*1437"),
-        ("--sharpness-probes 1", "--sharpness-probes"),
         ("--optimizer sgd --kappa 3", "--kappa.*--optimizer sgd does not read"),
         ("--optimizer adamw --momentum 0.5", "--momentum.*adamw does not read"),
         ("--optimizer sgd-ire --rho 0.3", "--rho.*sgd-ire does not read"),
         ("--optimizer sgd --base adamw", "--base.*--optimizer sgd"),
         ("--curvature squares --probe fresh", "--probe.*does not read"),
-        ("--data-dir ''", "--data-dir.*''.*not empty"),
     ),
 )
 def test_wrong_settings(flags, says):
@@ -449,9 +421,8 @@ class Evil:
 
 GOOD = batch(20, 10, 3, b"labels")
 DAMAGE = {
-    "missing": (None, "No such file"),
+    "missing": (None, "No such file.*data_batch_3"),
     "cut": (pickle.dumps(GOOD, protocol=2)[:1000], ""),
-    "empty": (b"", "EOFError"),
     "shape": (GOOD | {b"data": GOOD[b"data"][:, :100]}, "3072"),
     "label": (GOOD | {b"labels": [10] * 20}, "0 to 9"),
     "float": (GOOD | {b"labels": [1.5] * 20}, "whole numbers"),
@@ -498,19 +469,6 @@ def test_a_batch_is_a_function_of_seed_and_step(kind):
         assert len(shown.unique(dim=0)) == 64
 
 
-def test_each_picture_is_augmented_by_itself():
-    x = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
-    u = torch.rand(8, 4)
-    floats = x.permute(0, 3, 1, 2) / 255
-    shifted = train_cifar.shift_and_flip(x, u, True)
-    cut = train_cifar.cutout(floats, u, 16)
-    for i in range(8):
-        one = slice(i, i + 1)
-        assert torch.equal(shifted[one], train_cifar.shift_and_flip(x[one], u[one], True))
-        assert torch.equal(cut[one], train_cifar.cutout(floats[one], u[one], 16))
-        assert not torch.equal(shifted[i], x[i]) and not torch.equal(cut[i], floats[i])
-
-
 def test_shift_and_flip_by_hand():
     x = torch.randint(1, 256, (3, 32, 32, 3), dtype=torch.uint8)
     u = torch.tensor([[4.5 / 9, 4.5 / 9, 0.9], [0.0, 4.5 / 9, 0.9], [8.5 / 9, 4.5 / 9, 0.1]])
@@ -529,8 +487,8 @@ def test_sharpness_of_a_run(model, small_vit):
     flags = f"{TINY} --model {model} --epochs 2 --augment basic --optimizer sgd "
     out = CIFAR.done(flags + "--sharpness --sharpness-images 16 --sharpness-probes 2")
     last = common.read_log(RUN)[-1]
-    assert last["trace_error"] > 0 and all(len(line) <= 100 for line in out.splitlines())
-    assert common.read_json(RUN / "config.json")["sharpness_images"] == 16
+    assert last["images"] == 16 and last["trace_error"] > 0
+    assert all(len(line) <= 100 for line in out.splitlines())
     assert last["lambda_max_error"] <= 0.01 * abs(last["lambda_max"])
     assert f"trace {last['trace']:.4g}" in out
     CIFAR.done(flags + "--out without")
@@ -538,8 +496,9 @@ def test_sharpness_of_a_run(model, small_vit):
 
 
 def test_a_signal_while_it_measures(monkeypatch):
-    def interrupted(*args, **about):
+    def interrupted(*args, tick, **about):
         signal.raise_signal(signal.SIGTERM)
+        tick()
 
     monkeypatch.setattr(train_cifar, "sharpness", interrupted)
     code, _, err = CIFAR.run(TINY + "--sharpness")
