@@ -300,7 +300,7 @@ if not found and "google.colab" in sys.modules:
     subprocess.run(["git", "clone", "--depth=1", address])
     found = glob("*/toy/valley.py")
 if not found:
-    raise SystemExit("Upload the repository's folder beside this notebook, then run again.")
+    raise SystemExit("Upload the repository's folder beside this notebook first.")
 os.chdir(os.path.dirname(found[0]) + "/../tutorials")
 sys.path.insert(0, os.path.abspath(".."))"""
 FOLDED = {

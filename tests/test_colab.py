@@ -55,7 +55,7 @@ def test_without_the_folder_one_line_says_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
     lost = run(tmp_path / "empty")
     assert lost.returncode == 1
-    assert lost.stderr == "Upload the repository's folder beside this notebook, then run again.\n"
+    assert lost.stderr == "Upload the repository's folder beside this notebook first.\n"
     assert not [*(tmp_path / "empty").iterdir()]
 
 
