@@ -127,7 +127,11 @@ class Study:
     def save(self):
         """Writes the file whole or not at all, each run on a line of its own."""
         command = f"python benchmarks/study.py results/{self.path.name}"
-        computed = {"command": command, "gains": gains(self), "changes": gains_of_changes(self)}
+        computed = {
+            "command": self.plan.get("command", command),
+            "gains": gains(self),
+            "changes": gains_of_changes(self),
+        }
         head = json.dumps({**self.plan, **computed, "runs": []}, indent=1)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
         content = head.replace('"runs": []', f'"runs": [\n{runs}\n ]').encode()
@@ -143,7 +147,7 @@ class Study:
     def form(self, name):
         """What is not said of a form has a default."""
         form = self.plan["forms"][name]
-        own = {"starts_at": None, "against": BASES[form["base"]]}
+        own = {"starts_at": None, "against": BASES.get(form["base"])}
         return {**own, **form, "grid": form["grid"] or self.plan["grid"]}
 
     def lines(self):
