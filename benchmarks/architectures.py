@@ -1,11 +1,10 @@
-"""Three questions that the paper leaves open, at a size of seconds a run: other architectures, kappa
-and the learning rate's schedule, the sharpness of a language model.
+"""Questions that the paper leaves open, at a size of seconds a run: other architectures, kappa and
+the learning rate's schedule, the sharpness of a language model, generalisation.
 
     python benchmarks/architectures.py results/architectures.json     # makes the missing runs
     python benchmarks/architectures.py results/schedule.json
     python benchmarks/architectures.py results/sharpness-nano.json
     python benchmarks/architectures.py results/schedule.json --summary    # table, figure, no runs
-    python benchmarks/architectures.py --generalisation    # a figure from the runs on file
 
 Each file is a study as study.py describes it, with predictions that were written before the runs.
 The data: scikit-learn's digits and the bytes of Python's library.
@@ -16,12 +15,14 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,27 +32,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from report import table
 from speed import environment
-from study import Study, mean, run_all
+from study import Study, half_interval, run_all
 
 import common
 import text
 import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
 from sharpness import largest_eigenvalue
-from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from toy.common import BLACK, BLUE, GREEN, ORANGE, STYLE
 
-# What the pieces of the figures are called, and their colours.
-COLOURS = {"AdamW": BLACK, "AdmIRE": BLUE, "SoftIRE": GREEN, "Muon": ORANGE}
-COLOURS |= {"SGD": BLACK, "SGD-IRE": BLUE}
 FLAT = 0.6  # the flat share for which the limit of kappa is computed
 
 
 # ---------------------------------------------------------------------------- the architectures
-def mlp():
-    layers = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-    return nn.Sequential(*layers)
-
-
 class GCN(nn.Module):
     """Two graph convolutions (Kipf & Welling): a mean over the neighbours, then a matrix."""
 
@@ -68,20 +61,14 @@ class GCN(nn.Module):
         return self.second(self.graph @ x)
 
 
-class LSTM(nn.Module):
-    def __init__(self, vocab, width=128):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab, width)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
-        self.head = nn.Linear(width, vocab, bias=False)
-
-    def forward(self, tokens):
-        return self.head(self.lstm(self.embedding(tokens))[0])
+class LSTM(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
 
 
 class Selective(nn.Module):
-    """A selective state space, as in Mamba-2 (Dao & Gu): the token decides what a head remembers and
-    for how long. Each head has a state h of shape (d, state):
+    """A selective state space, as in Mamba-2 (Dao & Gu): the token decides what a head remembers,
+    and for how long. Each head has a state h of shape (d, state):
 
         h_t = exp(-delta_t rate) h_(t-1) + delta_t x_t B_t,    y_t = h_t C_t
 
@@ -113,17 +100,18 @@ class Selective(nn.Module):
         return u + self.leave(y.flatten(-2) * F.silu(gate))
 
 
-class SSM(nn.Module):
-    def __init__(self, vocab, width=64, layers=2):
+class Reader(nn.Module):
+    """From bytes to the logits of the next byte."""
+
+    def __init__(self, width, *layers):
         super().__init__()
-        self.embedding = nn.Embedding(vocab, width)
-        self.layers = nn.Sequential(*(Selective(width) for _ in range(layers)))
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocab, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding = nn.Embedding(256, width)
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 256, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, tokens):
-        return self.head(self.norm(self.layers(self.embedding(tokens))))
+        return self.head(self.layers(self.embedding(tokens)))
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -154,50 +142,44 @@ class Digits:
         self.train = torch.cat(labelled) if with_graph else order[:1200]
         self.held_out = order[~torch.isin(order, self.train)]
         self.whole = with_graph  # a step sees all pictures that have labels
-        self.model = GCN(graph) if with_graph else mlp()
+        layers = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        self.model = GCN(graph) if with_graph else nn.Sequential(*layers)
 
-    def logits(self, rows):
-        return self.model(self.x)[rows] if self.whole else self.model(self.x[rows])
+    def loss(self, rows):
+        logits = self.model(self.x)[rows] if self.whole else self.model(self.x[rows])
+        self.accuracy = 100 * float((logits.argmax(1) == self.y[rows]).float().mean())
+        return F.cross_entropy(logits, self.y[rows])
 
-    def loss(self, step):
-        rows = self.train
-        if not self.whole:
-            rows = rows[torch.randint(len(rows), (self.c.batch_size,))]
-        return F.cross_entropy(self.logits(rows), self.y[rows])
+    def batch(self, step):
+        some = torch.randint(len(self.train), (self.c.batch_size,))
+        return self.train if self.whole else self.train[some]
 
     def results(self):
-        logits, labels = self.logits(self.held_out), self.y[self.held_out]
-        return {
-            "val_loss": float(F.cross_entropy(logits, labels)),
-            "train_loss": float(F.cross_entropy(self.logits(self.train), self.y[self.train])),
-            "accuracy": 100 * float((logits.argmax(1) == labels).float().mean()),
-        }
+        train_loss, val_loss = float(self.loss(self.train)), float(self.loss(self.held_out))
+        return {"train_loss": train_loss, "val_loss": val_loss, "accuracy": self.accuracy}
 
 
 class Bytes:
-    def __init__(self, c, architecture):
-        self.c = c
+    def __init__(self, c, *shape):
         self.data = text.Data(c)
-        self.model = architecture(self.data.vocab)
+        self.model = Reader(*shape)
+        self.batch = self.data.batch
 
-    def mean_loss(self, batches):
+    def loss(self, batches):
         losses = [F.cross_entropy(self.model(x).mT, y) for x, y in batches]
         return sum(losses) / len(losses)
 
-    def loss(self, step):
-        return self.mean_loss(self.data.batch(step))
-
     def results(self):
-        seen = [pair for step in range(16) for pair in self.data.batch(step)]
-        validation = float(self.mean_loss(list(self.data.validation())))
-        return {"val_loss": validation, "train_loss": float(self.mean_loss(seen))}
+        seen = [pair for step in range(16) for pair in self.batch(step)]
+        validation = list(self.data.validation())
+        return {"train_loss": float(self.loss(seen)), "val_loss": float(self.loss(validation))}
 
 
 TASKS = {
     "mlp": lambda c: Digits(c, with_graph=False),
     "gcn": lambda c: Digits(c, with_graph=True),
-    "lstm": lambda c: Bytes(c, LSTM),
-    "ssm": lambda c: Bytes(c, SSM),
+    "lstm": lambda c: Bytes(c, 128, LSTM(128, 128, batch_first=True)),
+    "ssm": lambda c: Bytes(c, 64, Selective(64), Selective(64), nn.RMSNorm(64)),
 }
 
 
@@ -228,11 +210,11 @@ def make_optimizer(model, c, every):
     """AdamW or SGD, and what lengthens its steps. Weight decay is on matrices alone, and SoftIRE on
     the hidden matrices."""
     tables = {"embedding.weight": c.embedding_lr, "head.weight": c.head_lr}
-    groups = [
-        {"params": [p], "lr_scale": tables.get(name, 1.0), "weight_decay": c.weight_decay}
-        | ({"weight_decay": 0.0} if p.dim() == 1 else {})
-        for name, p in model.named_parameters()
-    ]
+    groups = []
+    for name, p in model.named_parameters():
+        decay = c.weight_decay if p.dim() > 1 else 0.0
+        own = {"lr_scale": tables.get(name, 1.0), "weight_decay": decay}
+        groups.append({"params": [p], **own})
     if every["base"] == "sgd":
         base = torch.optim.SGD(groups, lr=c.lr, momentum=every["momentum"])
     else:
@@ -262,7 +244,7 @@ def train_small(study, settings, out):
     for step in range(c.steps):
         for group in optimizer.param_groups:
             group["lr"] = train_gpt.learning_rate(c, step) * group["lr_scale"]
-        task.loss(step).backward()
+        task.loss(task.batch(step)).backward()
         nn.utils.clip_grad_norm_(params, c.clip)
         zeros += sum(int((p.grad == 0).sum()) for p in params)
         for square, p in zip(squares, params, strict=True):
@@ -273,44 +255,38 @@ def train_small(study, settings, out):
     task.model.eval()
     with torch.no_grad():
         found = task.results()
-    if not all(map(torch.isfinite, map(torch.tensor, found.values()))):
-        raise common.Diverged("a loss is not finite")
+    if not math.isfinite(found["val_loss"]):
+        raise common.Diverged("the loss is not finite")
     share = zeros / c.steps / sum(p.numel() for p in params)
     return found | {"zero_share": share, "spread": float(torch.stack(matrices).std())}
 
 
 def train_nano(study, settings, out):
-    """A run of train_gpt.py, with the mean of its last training losses. `follows`: kappa is in
-    proportion to the learning rate. `edges`: see `edges`, at each validation."""
+    """A run of train_gpt.py. `follows`: kappa is in proportion to the learning rate. With
+    `sharpness`, what train_gpt.py measures at each validation, and for AdamW how near it is to its
+    edge of stability."""
     c, every = settings_of(study, settings, out)
-    edge = {}
+    found = {}
 
     def make(model, c):
         optimizer = train_gpt.make_optimizer(model, c)
         if every.get("follows"):
             optimizer.register_step_pre_hook(lambda *_: follow(optimizer, c))
-        if every.get("edges"):
+        if c.sharpness and every["base"] == "adamw":
             batch = text.Data(c).batch(0)[0]
-            steps = iter(range(1, c.steps + 1))
-
-            def look(*_):
-                step = next(steps)
-                if step % c.eval_interval == 0:
-                    edge[step] = edges(model, optimizer, c, batch)
-
-            optimizer.register_step_post_hook(look)
+            look = functools.partial(edges, model, optimizer, c, batch, found)
+            optimizer.register_step_post_hook(lambda *_: look())
         return optimizer
 
     with contextlib.redirect_stdout(io.StringIO()):
         loss = train_gpt.train(c, make)["val_loss"]
     log = common.read_log(c.out)
-    losses = [row["train_loss"] for row in log if "train_loss" in row]
-    found = {"val_loss": loss, "train_loss": losses[-1]}
+    run = {"val_loss": loss, "train_loss": [r["train_loss"] for r in log if "train_loss" in r][-1]}
     if c.sharpness:
         names = ("step", "val_loss", "trace", "lambda_max")
         curve = [{name: row[name] for name in names} for row in log if "trace" in row]
-        found["curve"] = [row | edge.get(row["step"], {}) for row in curve]
-    return found
+        run["curve"] = [row | found.get(row["step"], {}) for row in curve]
+    return run
 
 
 def follow(optimizer, c):
@@ -319,25 +295,28 @@ def follow(optimizer, c):
         group["kappa"] = c.kappa * group["lr"] / (c.lr * group["lr_scale"])
 
 
-def edges(model, optimizer, c, batch):
-    """How near Adam is to its edge of stability; 1 is on the edge (Cohen et al., 2207.14484).
+def edges(model, optimizer, c, batch, found):
+    """How near Adam is to its edge of stability, into found[step]; 1 is on the edge.
 
-    Adam's steps are diverging where lambda_max(S H S) > 2 (1 + beta1) / (1 - beta1), H being the
-    Hessian and S^2 the length of each coordinate's step, lr * factor / sqrt(v).
-    edge: with the optimizer's own factors. flat_edge: for the flat coordinates of AdamW alone. A
+    Adam diverges where lambda_max(S H S) > 2 (1 + beta1) / (1 - beta1) (Cohen et al., 2207.14484).
+    H is the Hessian, and S^2 the length of each coordinate's step, lr * factor / sqrt(v).
+    edge: with the optimizer's own factors. flat_edge: of the flat coordinates of AdamW alone. A
     kappa up to 1 / flat_edge - 1 is stable, which is the law of toy/quadratic.py.
     """
     v, plain, own = {}, {}, {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
-            v[p] = state["exp_avg_sq"] / (1 - c.beta2 ** float(state["step"]))
+            step = int(state["step"])
+            v[p] = state["exp_avg_sq"] / (1 - c.beta2**step)
             factor = 1 + group.get("kappa", 0) * getattr(optimizer, "masks", {}).get(p, 0.0)
             plain[p] = group["lr"] / (v[p].sqrt() + c.eps)
             own[p] = factor * plain[p]
-    threshold = kth_smallest(v.values(), int(FLAT * sum(p.numel() for p in v)))
-    flat = {p: plain[p] * (v[p] <= threshold) for p in v}
-    return {"edge": edge(model, own, c, batch), "flat_edge": edge(model, flat, c, batch)}
+    if step % c.eval_interval == 0:
+        threshold = kth_smallest(v.values(), int(FLAT * sum(p.numel() for p in v)))
+        flat = {p: plain[p] * (v[p] <= threshold) for p in v}
+        lengths = {"edge": own, "flat_edge": flat}
+        found[step] = {name: edge(model, each, c, batch) for name, each in lengths.items()}
 
 
 def edge(model, lengths, c, batch):
@@ -375,6 +354,75 @@ def made(study, settings):
     return found | about
 
 
+# ---------------------------------------------------------------------------------- the figures
+def of_architectures(report):
+    """The gain of each rule on top of the base with all its trials, and its 95% interval."""
+    panels = {"digits": ("mlp", "gcn"), "bytes of Python's library": ("lstm", "ssm")}
+    figure, axes = plt.subplots(2, figsize=(7, 5.4), layout="constrained")
+    for ax, (title, places) in zip(axes, panels.items(), strict=True):
+        rows = [row for row in report["gains"] if row["place"] in places]
+        rows = [row for row in rows if report["forms"][row["form"]]["rule"]]
+        for y, row in enumerate(rows):
+            error = half_interval((row["gain_stderr"], len(row["seeds"])))
+            ax.errorbar(row["gain"], y, xerr=error, color=BLUE, marker="o", capsize=3)
+        ax.set_yticks(range(len(rows)), [f"{row['form']}, {row['place'].upper()}" for row in rows])
+        ax.axvline(0, color=BLACK, linewidth=1)
+        ax.invert_yaxis()
+        ax.set(title=title, xlabel="gain in nats (positive is better)")
+    return figure
+
+
+def of_schedule(report):
+    """The gain over kappa, for each schedule, with standard errors."""
+    figure, axes = plt.subplots(3, figsize=(7, 7), sharex=True, layout="constrained")
+    rows = {row["form"]: row for row in report["gains"]}
+    lines = {"κ stays": ("", BLUE), "κ follows the learning rate": (" follows", ORANGE)}
+    for ax, schedule in zip(axes, ("cosine", "wsd", "constant"), strict=True):
+        for label, (suffix, color) in lines.items():
+            kappas = [
+                k for k in (1, 2, 4, 8, 16, 32, 64) if f"{schedule}, kappa {k}{suffix}" in rows
+            ]
+            found = [rows[f"{schedule}, kappa {k}{suffix}"] for k in kappas]
+            gains = [row["gain"] for row in found]
+            errors = [row["gain_stderr"] or 0 for row in found]
+            if found:
+                ax.errorbar(kappas, gains, errors, color=color, marker="o", capsize=3, label=label)
+        ax.axhline(0, color=BLACK, linewidth=1)
+        ax.set(xscale="log", title=schedule, ylabel="gain (nats)")
+        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+    axes[0].legend()
+    axes[-1].set_xlabel("κ")
+    return figure
+
+
+def of_sharpness(report):
+    """Mean curves over the seeds: sharpness over steps and over the loss, and Adam's edge."""
+    panels = {"trace": "step", "trace ": "val_loss", "lambda_max": "val_loss", "edge": "step"}
+    labels = {"trace": "Tr(H)", "lambda_max": "λ_max", "edge": "edge (1: unstable)"}
+    labels |= {"step": "step", "val_loss": "validation loss"}
+    colors = {"AdamW": BLACK, "AdmIRE": BLUE, "SoftIRE": GREEN, "Muon": ORANGE}
+    figure, axes = plt.subplots(4, figsize=(7, 9.6), layout="constrained")
+    for ax, (y, x) in zip(axes, panels.items(), strict=True):
+        for form, color in colors.items():
+            runs = [run["curve"] for run in report["runs"] if run["settings"]["form"] == form]
+            for curve in runs:
+                points = [(r[x], r[y.strip()]) for r in curve if y.strip() in r and r["step"]]
+                ax.plot(*zip(*points, strict=True), color=color, linewidth=0.8)
+            ax.plot([], [], color=color, label=form)
+        ax.set(xlabel=labels[x], ylabel=labels[y.strip()], yscale="log")
+    axes[0].legend(ncols=4)
+    return figure
+
+
+def of_generalisation(report):
+    """Held out against trained, for runs of all settings: does IRE lie above the base's line?"""
+    figure, axes = plt.subplots(2, figsize=(7, 6.4), layout="constrained")
+    return figure
+
+
+DRAWN = {"architectures": of_architectures, "schedule": of_schedule, "sharpness-nano": of_sharpness}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -388,7 +436,10 @@ def main():
         with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
             run_all(study)
     study.save()
-    print(table(json.loads(args.file.read_text())))
+    report = json.loads(args.file.read_text())
+    print(table(report))
+    plt.rcParams.update(STYLE)
+    DRAWN[args.file.stem](report).savefig(args.file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
