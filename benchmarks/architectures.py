@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,26 +40,24 @@ import text
 import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
 from sharpness import largest_eigenvalue
-from toy.common import BLACK, BLUE, GREEN, ORANGE, STYLE
+from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
 FLAT = 0.6  # the flat share for which the limit of kappa is computed
+COLOURS = {"AdamW": BLACK, "AdmIRE": BLUE, "SoftIRE": GREEN, "Muon": ORANGE}
+COLOURS |= {"SGD": GREY, "SGD-IRE": RED, "SAM": SKY, "SAM-IRE": PINK}
 
 
 # ---------------------------------------------------------------------------- the architectures
-class GCN(nn.Module):
-    """Two graph convolutions (Kipf & Welling): a mean over the neighbours, then a matrix."""
+class Neighbours(nn.Module):
+    """The mean over each node's neighbours, as in a graph convolution (Kipf & Welling)."""
 
-    def __init__(self, graph, width=64):
+    def __init__(self, graph):
         """graph: the weights of the neighbours, sparse, shape (nodes, nodes)."""
         super().__init__()
         self.graph = graph
-        self.first = nn.Linear(64, width)
-        self.second = nn.Linear(width, 10)
 
     def forward(self, x):
-        x = F.relu(self.first(self.graph @ x))
-        x = F.dropout(x, 0.5, self.training)
-        return self.second(self.graph @ x)
+        return self.graph @ x
 
 
 class LSTM(nn.LSTM):
@@ -142,8 +141,10 @@ class Digits:
         self.train = torch.cat(labelled) if with_graph else order[:1200]
         self.held_out = order[~torch.isin(order, self.train)]
         self.whole = with_graph  # a step sees all pictures that have labels
-        layers = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        self.model = GCN(graph) if with_graph else nn.Sequential(*layers)
+        near = Neighbours(graph)
+        gcn = near, nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), near, nn.Linear(64, 10)
+        mlp = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        self.model = nn.Sequential(*(gcn if with_graph else mlp))
 
     def loss(self, rows):
         logits = self.model(self.x)[rows] if self.whole else self.model(self.x[rows])
@@ -373,51 +374,85 @@ def of_architectures(report):
 
 
 def of_schedule(report):
-    """The gain over kappa, for each schedule, with standard errors."""
+    """The gain over kappa for each schedule, with standard errors."""
+    schedules = "cosine", "wsd", "constant"
     figure, axes = plt.subplots(3, figsize=(7, 7), sharex=True, layout="constrained")
-    rows = {row["form"]: row for row in report["gains"]}
-    lines = {"κ stays": ("", BLUE), "κ follows the learning rate": (" follows", ORANGE)}
-    for ax, schedule in zip(axes, ("cosine", "wsd", "constant"), strict=True):
-        for label, (suffix, color) in lines.items():
-            kappas = [
-                k for k in (1, 2, 4, 8, 16, 32, 64) if f"{schedule}, kappa {k}{suffix}" in rows
-            ]
-            found = [rows[f"{schedule}, kappa {k}{suffix}"] for k in kappas]
-            gains = [row["gain"] for row in found]
-            errors = [row["gain_stderr"] or 0 for row in found]
-            if found:
-                ax.errorbar(kappas, gains, errors, color=color, marker="o", capsize=3, label=label)
+    curves = {}
+    for row in report["gains"]:
+        own = report["forms"][row["form"]]["settings"]
+        if "kappa" in own:
+            curve = curves.setdefault((own["schedule"], "follows" in own), [])
+            curve.append((own["kappa"], row["gain"], row["gain_stderr"] or 0))
+    for (schedule, follows), points in curves.items():
+        color, label = (ORANGE, "κ follows the rate") if follows else (BLUE, "κ stays")
+        ax = axes[schedules.index(schedule)]
+        kappas, gains, errors = zip(*sorted(points), strict=True)
+        ax.errorbar(kappas, gains, errors, color=color, marker="o", capsize=3, label=label)
+        ax.set(title=schedule, ylabel="gain (nats)", xscale="log")
+    for ax in axes:
         ax.axhline(0, color=BLACK, linewidth=1)
-        ax.set(xscale="log", title=schedule, ylabel="gain (nats)")
-        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
     axes[0].legend()
-    axes[-1].set_xlabel("κ")
+    axes[2].set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+    axes[2].set_xlabel("κ")
     return figure
 
 
 def of_sharpness(report):
-    """Mean curves over the seeds: sharpness over steps and over the loss, and Adam's edge."""
-    panels = {"trace": "step", "trace ": "val_loss", "lambda_max": "val_loss", "edge": "step"}
-    labels = {"trace": "Tr(H)", "lambda_max": "λ_max", "edge": "edge (1: unstable)"}
-    labels |= {"step": "step", "val_loss": "validation loss"}
-    colors = {"AdamW": BLACK, "AdmIRE": BLUE, "SoftIRE": GREEN, "Muon": ORANGE}
+    """Sharpness over the steps and over the loss, and Adam's edge; a line for each seed."""
+    panels = ("trace", "step"), ("trace", "val_loss"), ("lambda_max", "val_loss"), ("edge", "step")
+    words = {"trace": "Tr(H)", "lambda_max": "λ_max", "edge": "edge (1: unstable)"}
+    words |= {"step": "step", "val_loss": "validation loss"}
+    four = "AdamW", "AdmIRE", "SoftIRE", "Muon"
     figure, axes = plt.subplots(4, figsize=(7, 9.6), layout="constrained")
-    for ax, (y, x) in zip(axes, panels.items(), strict=True):
-        for form, color in colors.items():
-            runs = [run["curve"] for run in report["runs"] if run["settings"]["form"] == form]
-            for curve in runs:
-                points = [(r[x], r[y.strip()]) for r in curve if y.strip() in r and r["step"]]
-                ax.plot(*zip(*points, strict=True), color=color, linewidth=0.8)
-            ax.plot([], [], color=color, label=form)
-        ax.set(xlabel=labels[x], ylabel=labels[y.strip()], yscale="log")
-    axes[0].legend(ncols=4)
+    for ax, (y, x) in zip(axes, panels, strict=True):
+        for run in report["runs"]:
+            form = run["settings"]["form"]
+            points = [(row[x], row[y]) for row in run["curve"] if row["step"] and y in row]
+            if form in four and points:
+                ax.plot(*zip(*points, strict=True), color=COLOURS[form], linewidth=1)
+        ax.set(xlabel=words[x], ylabel=words[y], yscale="log")
+    handles = [axes[0].plot([], color=COLOURS[form], label=form)[0] for form in four]
+    axes[0].legend(handles=handles, ncols=4)
     return figure
 
 
 def of_generalisation(report):
-    """Held out against trained, for runs of all settings: does IRE lie above the base's line?"""
-    figure, axes = plt.subplots(2, figsize=(7, 6.4), layout="constrained")
+    """Held out against trained, for the runs of all settings. A line goes through the runs of the
+    base; above the line, IRE generalises better at the same training loss."""
+    quick = json.loads((ROOT / "results" / "cifar-quick.json").read_text())
+    points = {}  # {(panel, optimizer): [(training loss, held out)]}
+    for run in quick["runs"]:
+        names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}
+        own = points.setdefault(("CIFAR-10, ResNet-8", names[run["optimizer"]]), [])
+        own.append((run["train_loss"], run["val_acc"]))
+    for run in report["runs"]:
+        place, form = run["settings"]["place"], run["settings"]["form"].removesuffix(", on")
+        if place == "mlp" and run["train_loss"]:
+            own = points.setdefault(("digits, MLP", form), [])
+            own.append((math.log10(run["train_loss"]), -run["val_loss"]))
+    figure, axes = plt.subplots(2, figsize=(7, 7), layout="constrained")
+    axes = dict(zip(dict.fromkeys(panel for panel, _ in points), axes, strict=True))
+    bases = {"SGD-IRE": "SGD", "SAM-IRE": "SAM", "AdmIRE": "AdamW", "SoftIRE": "AdamW"}
+    for (panel, form), own in points.items():
+        label = form
+        if form in bases:
+            value, error = above(points[panel, bases[form]], own)
+            label += f": {value:+.3f} ± {error:.3f}"
+        axes[panel].scatter(*zip(*own, strict=True), s=14, color=COLOURS[form], label=label)
+    for panel, ax in axes.items():
+        ax.set(title=panel)
+        ax.legend(ncols=2)
+    axes["CIFAR-10, ResNet-8"].set(xlabel="training loss", ylabel="validation accuracy (%)")
+    axes["digits, MLP"].set(xlabel="log10 of the training loss", ylabel="minus the held-out loss")
     return figure
+
+
+def above(base, own):
+    """The mean distance of the points above the line through those of the base, with its error."""
+    line = np.poly1d(np.polyfit(*zip(*base, strict=True), 1))
+    parts = [[y - line(x) for x, y in points] for points in (own, base)]
+    error = sum(np.var(part, ddof=1) / len(part) for part in parts) ** 0.5
+    return np.mean(parts[0]), error
 
 
 DRAWN = {"architectures": of_architectures, "schedule": of_schedule, "sharpness-nano": of_sharpness}
@@ -440,6 +475,8 @@ def main():
     print(table(report))
     plt.rcParams.update(STYLE)
     DRAWN[args.file.stem](report).savefig(args.file.with_suffix(".png"))
+    if args.file.stem == "architectures":
+        of_generalisation(report).savefig(args.file.with_name("generalisation.png"))
 
 
 if __name__ == "__main__":
