@@ -60,6 +60,17 @@ class Neighbours(nn.Module):
         return self.graph @ x
 
 
+def gcn(graph, width=64):
+    near = Neighbours(graph)
+    first = near, nn.Linear(64, width), nn.ReLU(), nn.Dropout()
+    return nn.Sequential(*first, near, nn.Linear(width, 10))
+
+
+def mlp(width=128):
+    first = nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return nn.Sequential(*first, nn.Linear(width, 10))
+
+
 class LSTM(nn.LSTM):
     def forward(self, x):
         return super().forward(x)[0]
@@ -141,10 +152,7 @@ class Digits:
         self.train = torch.cat(labelled) if with_graph else order[:1200]
         self.held_out = order[~torch.isin(order, self.train)]
         self.whole = with_graph  # a step sees all pictures that have labels
-        near = Neighbours(graph)
-        gcn = near, nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), near, nn.Linear(64, 10)
-        mlp = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        self.model = nn.Sequential(*(gcn if with_graph else mlp))
+        self.model = gcn(graph) if with_graph else mlp()
 
     def loss(self, rows):
         logits = self.model(self.x)[rows] if self.whole else self.model(self.x[rows])
