@@ -425,18 +425,19 @@ def of_sharpness(report):
 
 
 def of_generalisation(report):
-    """Held out against trained, for the runs of all settings. A line goes through the runs of the
-    base; above the line, IRE generalises better at the same training loss."""
+    """Held out against trained, for all settings that were tried on seed 0. A line goes through the
+    runs of the base; above the line, IRE generalises better at the same training loss."""
     quick = json.loads((ROOT / "results" / "cifar-quick.json").read_text())
     points = {}  # {(panel, optimizer): [(training loss, held out)]}
+    names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}
     for run in quick["runs"]:
-        names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}
-        own = points.setdefault(("CIFAR-10, ResNet-8", names[run["optimizer"]]), [])
-        own.append((run["train_loss"], run["val_acc"]))
+        if run["seed"] == 0:
+            own = points.setdefault(("CIFAR-10, ResNet-8", names[run["optimizer"]]), [])
+            own.append((run["train_loss"], run["val_acc"]))
     for run in report["runs"]:
-        place, form = run["settings"]["place"], run["settings"]["form"].removesuffix(", on")
-        if place == "mlp" and run["train_loss"]:
-            own = points.setdefault(("digits, MLP", form), [])
+        at = run["settings"]
+        if at["place"] == "mlp" and at["seed"] == 0 and "SGD" not in at["form"]:
+            own = points.setdefault(("digits, MLP", at["form"].removesuffix(", on")), [])
             own.append((math.log10(run["train_loss"]), -run["val_loss"]))
     figure, axes = plt.subplots(2, figsize=(7, 7), layout="constrained")
     axes = dict(zip(dict.fromkeys(panel for panel, _ in points), axes, strict=True))
@@ -449,7 +450,7 @@ def of_generalisation(report):
         axes[panel].scatter(*zip(*own, strict=True), s=14, color=COLOURS[form], label=label)
     for panel, ax in axes.items():
         ax.set(title=panel)
-        ax.legend(ncols=2)
+        ax.legend(ncols=2, loc="lower left")
     axes["CIFAR-10, ResNet-8"].set(xlabel="training loss", ylabel="validation accuracy (%)")
     axes["digits, MLP"].set(xlabel="log10 of the training loss", ylabel="minus the held-out loss")
     return figure
