@@ -366,61 +366,85 @@ def made(study, settings):
 # ---------------------------------------------------------------------------------- the figures
 def of_architectures(report):
     """The gain of each rule on top of the base with all its trials, and its 95% interval."""
-    panels = {"digits": ("mlp", "gcn"), "bytes of Python's library": ("lstm", "ssm")}
-    figure, axes = plt.subplots(2, figsize=(7, 5.4), layout="constrained")
-    for ax, (title, places) in zip(axes, panels.items(), strict=True):
-        rows = [row for row in report["gains"] if row["place"] in places]
-        rows = [row for row in rows if report["forms"][row["form"]]["rule"]]
-        for y, row in enumerate(rows):
+    panels = {}
+    for row in report["gains"]:
+        if report["forms"][row["form"]]["rule"] and len(row["seeds"]) > 1:
+            panels.setdefault(report["places"][row["place"]]["data"].split(",")[0], []).append(row)
+    figure, axes = panels_of(panels, 2.7)
+    for title, ax in axes.items():
+        for y, row in enumerate(panels[title]):
             error = half_interval((row["gain_stderr"], len(row["seeds"])))
             ax.errorbar(row["gain"], y, xerr=error, color=BLUE, marker="o", capsize=3)
-        ax.set_yticks(range(len(rows)), [f"{row['form']}, {row['place'].upper()}" for row in rows])
+        names = [f"{row['form']}, {row['place'].upper()}" for row in panels[title]]
+        ax.set_yticks(range(len(names)), names)
         ax.axvline(0, color=BLACK, linewidth=1)
-        ax.invert_yaxis()
-        ax.set(title=title, xlabel="gain in nats (positive is better)")
+        ax.set(xlabel="gain in nats (positive is better)", ylim=(len(names) - 0.5, -0.5))
     return figure
 
 
+def panels_of(titles, height):
+    """A figure of stacked panels, and {title: panel}."""
+    size = (7, height * len(titles))
+    figure, axes = plt.subplots(len(titles), figsize=size, layout="constrained", squeeze=False)
+    axes = dict(zip(titles, axes.flat, strict=True))
+    for title, ax in axes.items():
+        ax.set_title(title)
+    return figure, axes
+
+
 def of_schedule(report):
-    """The gain over kappa for each schedule, with standard errors."""
-    schedules = "cosine", "wsd", "constant"
-    figure, axes = plt.subplots(3, figsize=(7, 7), sharex=True, layout="constrained")
+    """The gain over kappa for each schedule, with standard errors, and the law's limit of kappa
+    for AdamW's run in sharpness-nano.json."""
     curves = {}
     for row in report["gains"]:
         own = report["forms"][row["form"]]["settings"]
         if "kappa" in own:
             curve = curves.setdefault((own["schedule"], "follows" in own), [])
             curve.append((own["kappa"], row["gain"], row["gain_stderr"] or 0))
+    figure, axes = panels_of(dict.fromkeys(schedule for schedule, _ in curves), 2.6)
     for (schedule, follows), points in curves.items():
         color, label = (ORANGE, "κ follows the rate") if follows else (BLUE, "κ stays")
-        ax = axes[schedules.index(schedule)]
         kappas, gains, errors = zip(*sorted(points), strict=True)
+        ax = axes[schedule]
         ax.errorbar(kappas, gains, errors, color=color, marker="o", capsize=3, label=label)
-        ax.set(title=schedule, ylabel="gain (nats)", xscale="log")
-    for ax in axes:
+    runs = json.loads((ROOT / "results" / "sharpness-nano.json").read_text())["runs"]
+    for schedule, ax in axes.items():
+        form = "AdamW" if schedule == "cosine" else f"AdamW, {schedule}"
+        curve = [row for run in runs if run["settings"]["form"] == form for row in run["curve"]]
+        if curve:
+            limit = 1 / max(row.get("flat_edge", 0) for row in curve) - 1
+            ax.axvline(limit, color=RED, linestyle="--", label=f"the law's κ_max, {limit:.1f}")
         ax.axhline(0, color=BLACK, linewidth=1)
-    axes[0].legend()
-    axes[2].set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
-    axes[2].set_xlabel("κ")
+        ax.set(xscale="log", xlabel="κ", ylabel="gain (nats)")
+        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+        ax.set_xticks([], minor=True)
+        ax.legend()
     return figure
 
 
 def of_sharpness(report):
     """Sharpness over the steps and over the loss, and Adam's edge; a line for each seed."""
-    panels = ("trace", "step"), ("trace", "val_loss"), ("lambda_max", "val_loss"), ("edge", "step")
-    words = {"trace": "Tr(H)", "lambda_max": "λ_max", "edge": "edge (1: unstable)"}
-    words |= {"step": "step", "val_loss": "validation loss"}
+    panels = {
+        "Tr(H)": ("step", "trace"),
+        "Tr(H) at equal loss": ("val_loss", "trace"),
+        "λ_max at equal loss": ("val_loss", "lambda_max"),
+        "how near to the edge of stability (1 is unstable)": ("step", "edge"),
+    }
     four = "AdamW", "AdmIRE", "SoftIRE", "Muon"
-    figure, axes = plt.subplots(4, figsize=(7, 9.6), layout="constrained")
-    for ax, (y, x) in zip(axes, panels, strict=True):
+    figure, axes = panels_of(panels, 2.4)
+    for title, ax in axes.items():
+        x, y = panels[title]
         for run in report["runs"]:
             form = run["settings"]["form"]
             points = [(row[x], row[y]) for row in run["curve"] if row["step"] and y in row]
             if form in four and points:
                 ax.plot(*zip(*points, strict=True), color=COLOURS[form], linewidth=1)
-        ax.set(xlabel=words[x], ylabel=words[y], yscale="log")
-    handles = [axes[0].plot([], color=COLOURS[form], label=form)[0] for form in four]
-    axes[0].legend(handles=handles, ncols=4)
+        ax.set(xlabel=x.replace("val_loss", "validation loss"), ylim=(0, None))
+    held = {run["settings"]["form"] for run in report["runs"]}
+    for form in four:
+        if form in held:
+            axes["Tr(H)"].plot([], color=COLOURS[form], label=form)
+    axes["Tr(H)"].legend()
     return figure
 
 
@@ -439,8 +463,7 @@ def of_generalisation(report):
         if at["place"] == "mlp" and at["seed"] == 0 and "SGD" not in at["form"]:
             own = points.setdefault(("digits, MLP", at["form"].removesuffix(", on")), [])
             own.append((math.log10(run["train_loss"]), -run["val_loss"]))
-    figure, axes = plt.subplots(2, figsize=(7, 7), layout="constrained")
-    axes = dict(zip(dict.fromkeys(panel for panel, _ in points), axes, strict=True))
+    figure, axes = panels_of(dict.fromkeys(panel for panel, _ in points), 3.5)
     bases = {"SGD-IRE": "SGD", "SAM-IRE": "SAM", "AdmIRE": "AdamW", "SoftIRE": "AdamW"}
     for (panel, form), own in points.items():
         label = form
@@ -448,8 +471,7 @@ def of_generalisation(report):
             value, error = above(points[panel, bases[form]], own)
             label += f": {value:+.3f} ± {error:.3f}"
         axes[panel].scatter(*zip(*own, strict=True), s=14, color=COLOURS[form], label=label)
-    for panel, ax in axes.items():
-        ax.set(title=panel)
+    for ax in axes.values():
         ax.legend(ncols=2, loc="lower left")
     axes["CIFAR-10, ResNet-8"].set(xlabel="training loss", ylabel="validation accuracy (%)")
     axes["digits, MLP"].set(xlabel="log10 of the training loss", ylabel="minus the held-out loss")
