@@ -1,0 +1,259 @@
+"""benchmarks/architectures.py: the models, the edge of stability, a run of each kind, the plans."""
+
+import collections
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import architectures
+import study
+
+import text
+import train_gpt
+
+FILES = ("architectures", "schedule", "sharpness-nano")
+sklearn = pytest.importorskip("sklearn")
+
+
+def held(name):
+    return study.Study.read(ROOT / "results" / f"{name}.json")
+
+
+# --------------------------------------------------------------------------- the models
+def test_a_selective_state_space_is_its_recurrence():
+    layer = architectures.Selective(8, heads=2, state=4).double()
+    u = torch.randn(3, 7, 8, dtype=torch.double)
+    parts = layer.enter(layer.norm(u)).split(layer.parts, -1)
+    x, gate, B, C, delta = parts
+    x = F.silu(layer.near(x.mT)[..., :7]).mT.unflatten(-1, (2, -1))  # (batch, time, heads, d)
+    delta = F.softplus(delta + layer.delta)
+    h = torch.zeros(3, 2, 8, 4, dtype=torch.double)  # (batch, heads, d, state)
+    rows = []
+    for t in range(7):
+        kept = torch.exp(-delta[:, t] * layer.rate.exp())[..., None, None]
+        new = delta[:, t, :, None, None] * x[:, t, :, :, None] * B[:, t, None, None]
+        h = kept * h + new
+        rows.append((h * C[:, t, None, None]).sum(-1) + layer.skip * x[:, t])
+    y = torch.stack(rows, 1).flatten(-2)
+    torch.testing.assert_close(layer(u), u + layer.leave(y * F.silu(gate)))
+
+
+@pytest.mark.parametrize("task", ["lstm", "ssm"])
+def test_readers_do_not_see_the_future(task):
+    shape = {
+        "lstm": lambda: (8, architectures.LSTM(8, 8, batch_first=True)),
+        "ssm": lambda: (8, architectures.Selective(8, 2, 4)),
+    }[task]()
+    model = architectures.Reader(*shape)
+    tokens = torch.randint(256, (2, 9))
+    other = tokens.clone()
+    other[:, 5:] = torch.randint(256, (2, 4))
+    a, b = model(tokens), model(other)
+    torch.testing.assert_close(a[:, :5], b[:, :5])
+    assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+def test_digits_are_split_by_the_seed():
+    c = train_gpt.Config(seed=3, batch_size=64)
+    few, many = architectures.Digits(c, True), architectures.Digits(c, False)
+    assert few.y[few.train].bincount().tolist() == [10] * 10
+    assert len(many.train) == 1200
+    for task in (few, many):
+        assert sorted([*task.train.tolist(), *task.held_out.tolist()]) == list(range(1797))
+    other = architectures.Digits(train_gpt.Config(seed=4, batch_size=64), False)
+    assert not torch.equal(many.train, other.train)
+
+
+def test_the_graph_is_normalised():
+    graph = architectures.digits()[2].to_dense()
+    assert torch.equal(graph, graph.T)
+    assert (graph.diagonal() > 0).all() and ((graph > 0).sum(1) > 10).all()
+    assert torch.linalg.eigvalsh(graph)[-1].item() == pytest.approx(1, abs=1e-4)
+
+
+# --------------------------------------------------------------------------- what is measured
+class Bowl(nn.Module):
+    """The loss is half of curvature * w^2."""
+
+    def __init__(self, curvature):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(len(curvature)))
+        self.curvature = curvature
+
+    def forward(self, x, y):
+        return (self.curvature * self.w**2).sum() / 2
+
+
+def test_edges_of_a_quadratic():
+    """After one step of Adam, v is the squared gradient, so S H S is lr * curvature / curvature,
+    times 1 + kappa where the mask is True. Flat alone: the same without kappa."""
+    model = Bowl(torch.tensor([100.0, 10.0, 1.0, 0.1, 0.01]))
+    c = train_gpt.Config(lr=0.19, beta1=0.9, beta2=0.98, eps=1e-12, eval_interval=1)
+    base = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = architectures.IRE(base, kappa=3.0, gamma=0.6)
+    model(None, None).backward()
+    with torch.no_grad():
+        start = model.w.clone()
+    optimizer.step()
+    with torch.no_grad():
+        model.w.copy_(start)
+    found = {}
+    architectures.edges(model, optimizer, c, (None, None), found)
+    limit = 2 * 1.9 / 0.1
+    assert found[1]["flat_edge"] == pytest.approx(0.19 / limit, rel=0.05)
+    assert found[1]["edge"] == pytest.approx(4 * 0.19 / limit, rel=0.05)
+
+
+def test_kappa_follows_the_learning_rate():
+    c = train_gpt.Config(lr=0.1, kappa=4.0)
+    w = nn.Parameter(torch.ones(3))
+    base = torch.optim.AdamW([{"params": [w], "lr_scale": 4.0, "lr": 0.2}])
+    optimizer = architectures.IRE(base, kappa=4.0, gamma=0.5)
+    architectures.follow(optimizer, c)
+    assert optimizer.param_groups[0]["kappa"] == pytest.approx(2.0)
+
+
+def test_distance_from_the_line():
+    base = [(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]
+    value, error = architectures.above(base, [(0.5, 3.0), (1.5, 5.0)])
+    assert value == pytest.approx(1.0) and error == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("place, form", [("mlp", "SGD-IRE"), ("gcn", "SoftIRE"), ("ssm", "AdmIRE")])
+def test_a_small_run(place, form, tmp_path):
+    own = held("architectures")
+    own.plan["places"][place] |= {"steps": 3, "settings": {"context": 8}}
+    own.plan["fixed"] |= {"eval_sequences": 16, "data_dir": str(tmp_path)}
+    (tmp_path / "text.txt").write_text("abcdefgh" * 400)
+    own.plan["fixed"]["data"] = str(tmp_path / "text.txt")
+    settings = {**own.plan["start"], **own.form(form)["settings"]}
+    run = architectures.made(own, {**settings, "place": place, "form": form, "seed": 1})
+    assert 0 < run["val_loss"] < 10 and 0 < run["zero_share"] < 1 and run["spread"] > 0
+
+
+# --------------------------------------------------------------------------- the files
+@pytest.mark.parametrize("name", FILES)
+def test_plans_have_predictions_and_forms(name):
+    plan = held(name).plan
+    assert len(plan["predictions"]) > 3 and plan["refuted_if"] and plan["smallest_detectable"]
+    assert all(form["expected"] for form in plan["forms"].values())
+    for place, names, *_ in plan["plan"]:
+        assert place in plan["places"] and set(names) <= plan["forms"].keys()
+
+
+def test_the_base_has_as_many_trials_as_base_and_rule():
+    """Every search may make as many trials, and a base has two searches, as a rule on it has."""
+    own = held("architectures")
+    for name, form in own.plan["forms"].items():
+        base = {"adamw": "AdamW", "sgd": "SGD"}[form["base"]]
+        assert "trials" not in form and form["against"] == f"{base}, on"
+        assert form.get("starts_at") == (None if name == base else base)
+    for row in study.gains(own):
+        assert row["trials"] <= own.place(row["place"])["trials"]
+
+
+# --------------------------------------------------------------------------- the references
+def reference(place):
+    """What the file says that others reach."""
+    (value,) = held("architectures").plan["references"][place].values()
+    return value
+
+
+def test_the_base_reaches_the_references_on_the_digits():
+    rows = {(row["place"], row["form"]): row for row in study.gains(held("architectures"))}
+    own = held("architectures")
+    for (place, name), row in rows.items():
+        if name == row["base"] and place in ("mlp", "gcn"):
+            settings, _ = study.tuned(own, place, name)
+            runs = [own.index[study.key({**settings, "seed": seed})] for seed in row["seeds"]]
+            assert statistics.mean(run["accuracy"] for run in runs) > reference(place) - 0.5
+
+
+def test_reference_mlp():
+    from sklearn.neural_network import MLPClassifier
+
+    reached = []
+    for seed in (1, 2, 3):
+        task = architectures.Digits(train_gpt.Config(seed=seed), False)
+        x, y = task.x.numpy(), task.y.numpy()
+        other = MLPClassifier((128, 128), max_iter=100, random_state=seed, tol=1e-3)
+        other.fit(x[task.train], y[task.train])
+        reached.append(100 * other.score(x[task.held_out], y[task.held_out]))
+    assert statistics.mean(reached) == pytest.approx(reference("mlp"), abs=0.3)
+
+
+def test_reference_gcn():
+    from sklearn.semi_supervised import LabelSpreading
+
+    reached = []
+    for seed in (1, 2, 3, 4, 5):
+        task = architectures.Digits(train_gpt.Config(seed=seed), True)
+        labels = torch.full_like(task.y, -1)
+        labels[task.train] = task.y[task.train]
+        other = LabelSpreading(kernel="knn", n_neighbors=10).fit(task.x.numpy(), labels.numpy())
+        found = torch.from_numpy(other.transduction_[task.held_out])
+        reached.append(100 * (found == task.y[task.held_out]).float().mean().item())
+    assert statistics.mean(reached) == pytest.approx(reference("gcn"), abs=0.3)
+
+
+class Ngram:
+    """Bytes after contexts of 5 bytes and fewer, mixed as Witten & Bell do."""
+
+    def __init__(self, rows, order=5):
+        self.order = order
+        self.counts = collections.defaultdict(collections.Counter)
+        for row in rows:
+            for i in range(1, len(row)):
+                for n in range(min(order, i) + 1):
+                    self.counts[row[i - n : i]][row[i]] += 1
+        self.totals = {context: seen.total() for context, seen in self.counts.items()}
+
+    def chance(self, context, byte):
+        share = 1 / 256
+        for n in range(min(self.order, len(context)) + 1):
+            seen = self.counts.get(context[len(context) - n :])
+            if seen is None:
+                break
+            kinds = len(seen)
+            share = (seen[byte] + kinds * share) / (
+                self.totals[context[len(context) - n :]] + kinds
+            )
+        return share
+
+    def loss(self, rows):
+        chances = [
+            self.chance(row[max(0, i - self.order) : i], row[i])
+            for row in rows
+            for i in range(1, len(row))
+        ]
+        return -torch.tensor(chances).log().mean().item()
+
+
+def test_ngram():
+    model = Ngram([b"abababababab"], order=2)
+    assert sum(model.chance(b"ab", byte) for byte in range(256)) == pytest.approx(1)
+    assert model.loss([b"ababab"]) < 0.5 < model.loss([b"xyxyxy"])
+
+
+@pytest.mark.parametrize("place", ["lstm", "ssm"])
+def test_reference_on_bytes(place):
+    """The text is that of the Python that runs, so it differs a little from the file's."""
+    shape = held("architectures").plan["places"][place]
+    size = {"batch_size": shape["batch"], "micro_batch": shape["batch"], **shape["settings"]}
+    c = train_gpt.Config(**size, seed=1, device="cpu", eval_sequences=64, out="runs/reference")
+    data = text.Data(c)
+
+    def rows(pairs):
+        lists = [(x.tolist(), y.tolist()) for x, y in pairs]
+        return [bytes([*x[:1], *y]) for xs, ys in lists for x, y in zip(xs, ys)]
+
+    seen = [pair for step in range(shape["steps"]) for pair in data.batch(step)]
+    loss = Ngram(rows(seen)).loss(rows(data.validation()))
+    assert loss == pytest.approx(reference(place), abs=0.1)
