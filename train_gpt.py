@@ -41,7 +41,7 @@ PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
     "tiny": dict(embedding_lr=4.0, head_lr=4.0),
     "baby": dict(layers=6, width=384, heads=6, ffn=1024, context=256)
-    | dict(batch_size=64, steps=5000, lr=1e-3),
+    | dict(batch_size=64, steps=5000, lr=1e-3, embedding_lr=4.0, head_lr=4.0),
     "60m": PAPER
     | dict(data="wikitext-103", steps=50_000, warmup=500, ire_warmup=500, batch_size=240)
     | dict(layers=16, width=384, heads=6, ffn=1024, context=150, kappa=2.0, gamma=0.7),

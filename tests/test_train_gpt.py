@@ -489,7 +489,8 @@ def test_outputs(finished):
     loss = f"{lines[-1]['val_loss']:.4f} on held-out text"
     for part in ("26,720 parameters", "text.txt", "cpu", "admire", loss, "runs/gpt/loss.png"):
         assert part in finished, part
-    assert all(len(line) <= 100 for line in finished.split("\n\n")[0].splitlines())
+    for line in finished.split("\n\n")[0].splitlines():
+        assert len(line) <= 110, line  # on a GPU the speed has more digits
 
 
 def test_grad_norm_is_that_before_clipping():
