@@ -95,8 +95,10 @@ class Steps:
     def __init__(self, count):
         self.left = count
 
-    def start_clock(self):
-        pass
+    def nothing(self, *_, **__):
+        return 1.0  # second, where the clock is asked
+
+    start_clock = stop_clock = check_finite = log = save = nothing
 
     def asked_to_stop(self):
         self.left -= 1
