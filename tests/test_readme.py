@@ -180,7 +180,7 @@ def facts():
     }
     for row in tiny["compared"].values():
         shown.add(number(-row["minus_adamw"], row["minus_adamw_stderr"]))
-    for study in ("baseline", "map"):
+    for study in ("baseline", "map", "architectures"):
         for row in load(study)["gains"]:
             shown.add(number(row["gain"], row["gain_stderr"]))
     for study in ("cifar-quick", "cifar-jpeg"):
