@@ -430,18 +430,23 @@ def frozen_batch_norm(model):
 
 
 def hidden_matrices(model):
-    """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. A block is a
-    module of several layers inside an nn.ModuleList or nn.Sequential. A single layer there, such as
-    an embedding or a head, is not a block.
+    """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
+    parameters of two dimensions inside an nn.ModuleList or nn.Sequential. Embeddings are left out.
+    So is a head: the last layer of an nn.Sequential, if it has the last matrix of the model.
     Raises ValueError if there are none."""
-    stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    blocks = [block for stack in stacks for block in stack if list(block.children())]
-    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    params = dict.fromkeys(p for block in blocks for p in block.parameters() if p not in tables)
-    matrices = [p for p in params if p.dim() == 2]
-    if not matrices:
-        raise ValueError(f"model: {type(model).__name__} has no blocks in an nn.ModuleList")
-    return matrices
+    matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
+    inside, apart = set(), set()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            apart.add(module.weight)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            inside.update(module.parameters())
+        if isinstance(module, nn.Sequential) and len(module) and matrices:
+            apart.update({*module[-1].parameters(recurse=False)} & {matrices[-1]})
+    found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
+    return found
 
 
 # ------------------------------------------------------------------------ the k-th smallest

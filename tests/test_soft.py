@@ -165,8 +165,9 @@ def test_hidden_matrices_are_those_of_the_blocks():
     blocks = nn.Sequential(Block(), Block())
     inside = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": blocks, "head": nn.Linear(2, 3)})
     assert len(list(hidden_matrices(inside))) == 4
-    with pytest.raises(ValueError, match="model: Sequential has no blocks"):
-        hidden_matrices(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+    embeddings = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
+    outer = nn.ModuleDict({"layers": embeddings})
+    assert [p.shape for p in hidden_matrices(outer)] == [(2, 2)]
 
 
 def test_groups_with_kappa_0_are_left_out_as_with_params():
