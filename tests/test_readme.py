@@ -118,8 +118,8 @@ def evidence():
         ("---", "---", "---"),
         (
             "a language model with AdamW",
-            "First give the embedding and the head learning rates of their own. 4 times the rate of "
-            "the blocks is a good start. After that `SoftIRE` and IRE's mask gained nothing more.",
+            "First give the embedding and the head learning rates of their own. 4 times the rate "
+            "of the blocks is a good start. After that `SoftIRE` and IRE's mask gained nothing more.",
             f"{gain['AdamW, rates']}. On top of that: `SoftIRE` {gain['SoftIRE, on rates']}; "
             f"IRE's mask {gain['mask, on rates']}",
         ),
@@ -145,12 +145,13 @@ def evidence():
         "",
         f"Lines 1 and 2: {steps:,} steps, a vocabulary of 4,096 tokens, three seeds "
         f'(`python benchmarks/report.py results/baseline.json "{place}"`).',
-        'Line 3: every byte is a token; 16 sequences a step (`python benchmarks/report.py results/map.json "SoftIRE on Muon"`).',
+        "Line 3: every byte is a token; 16 sequences a step (`python benchmarks/report.py "
+        'results/map.json "SoftIRE on Muon"`).',
         f"Line 4: {images['limit_train']:,} pictures of CIFAR-10; IRE had more trials "
         "(`python benchmarks/cifar.py quick`).",
         "",
-        "**Cost** on top of AdamW: 1 byte per parameter for IRE, 4 for `SoftIRE`, and 4 more during "
-        "a step, for a copy of the weights.",
+        "**Cost** on top of AdamW: 1 byte per parameter for IRE, 4 for `SoftIRE`, and 4 more "
+        "during a step, for a copy of the weights.",
         "There is no extra backward pass, except for the paper's probe. IRE kept "
         f"{speed()} of AdamW's speed (`python benchmarks/speed.py train`).",
     ]
