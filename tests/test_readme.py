@@ -119,7 +119,8 @@ def evidence():
         (
             "a language model with AdamW",
             "First give the embedding and the head learning rates of their own. 4 times the rate "
-            "of the blocks is a good start. After that `SoftIRE` and IRE's mask gained nothing more.",
+            "of the blocks is a good start. After that `SoftIRE` and IRE's mask gained nothing "
+            "more.",
             f"{gain['AdamW, rates']}. On top of that: `SoftIRE` {gain['SoftIRE, on rates']}; "
             f"IRE's mask {gain['mask, on rates']}",
         ),
