@@ -642,9 +642,7 @@ def _put_back(params, models, seed):
     grads = {p: p.grad for p in [*params, *others]}
     # DDP uses the memory of its gradients again, so there the values are copied.
     copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
-    owners = [owner for m in models for owner in m.modules()]
-    buffers = [(owner, *item) for owner in owners for item in owner._buffers.items()]
-    buffers = [(owner, name, x, x.clone()) for owner, name, x in buffers if x is not None]
+    buffers = _buffers_of(models)
     devices = {p.device.index for p in params if p.is_cuda}
     used = [torch.cuda.default_generators[i] for i in devices]
     opened = grads.keys() - _OPEN
@@ -662,10 +660,19 @@ def _put_back(params, models, seed):
         for p, grad in grads.items():
             p.grad = grad.copy_(copies[p]) if p in copies else grad
         for owner, name, x, values in buffers:
-            x.data.copy_(
-                values
-            )  # .data hides this from a graph that holds x since before the probe
+            # .data hides the change from a graph that holds x since before the probe.
+            x.data.copy_(values)
             owner._buffers[name] = x
+
+
+def _buffers_of(models):
+    """[(the module that owns a buffer, its name, the buffer, a copy)]"""
+    found = []
+    for owner in [module for m in models for module in m.modules()]:
+        for name, x in owner._buffers.items():
+            if x is not None:
+                found.append((owner, name, x, x.clone()))
+    return found
 
 
 # ------------------------------------------------------------------------ saving and loading
@@ -719,11 +726,7 @@ def _load(ire, saved):
         ire.base.load_state_dict(saved)
     finally:
         handle.remove()
-    for p in found.keys() & ire.state.keys():
-        for name in _OURS:
-            ire.state[p].pop(name, None)
-        if not ire.state[p]:
-            del ire.state[p]
+    _remove_ours(ire.state, found)
     for name, kept in _kept(ire).items():
         kept.clear()
         for p in [p for p in found if name in found[p]]:
@@ -733,6 +736,14 @@ def _load(ire, saved):
         for name in ire.settings:  # a bare base's state lacks them
             group.setdefault(name, old[name])
     ire.probed = None
+
+
+def _remove_ours(state, params):
+    for p in params.keys() & state.keys():
+        for name in _OURS:
+            state[p].pop(name, None)
+        if not state[p]:
+            del state[p]
 
 
 def _is_rehearsal(wrapper):

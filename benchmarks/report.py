@@ -236,13 +236,7 @@ def the_rates(report):
     warm-up at each rate, and a dot for each seed on which it was judged. The tuned forms where the
     smaller model saw 16 sequences."""
     rows = {(row["place"], row["form"]): row for row in report["gains"]}
-    curves = {}  # {place: {form: {lr: loss}}}
-    for run in report["runs"]:
-        at = run["settings"]
-        trial = at["seed"] == 0 and run["val_loss"] and "length" not in at
-        if trial and (at["place"], at["form"]) in rows and has_curve(report, at):
-            curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
-            curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))
+    curves = best_at_each_rate(report, rows)
     if not curves:
         return None
     figure, axes = panels_of([3.2] * len(curves))
@@ -268,6 +262,18 @@ def the_rates(report):
     lines = [shown[form] for form in report["forms"] if form in shown]
     figure.legend(handles=lines, loc="outside lower center", ncols=1)
     return figure
+
+
+def best_at_each_rate(report, rows):
+    """{place: {form: {lr: the lowest loss of the trials on seed 0}}}, of what is judged in rows."""
+    curves = {}
+    for run in report["runs"]:
+        at = run["settings"]
+        trial = at["seed"] == 0 and run["val_loss"] and "length" not in at
+        if trial and (at["place"], at["form"]) in rows and has_curve(report, at):
+            curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
+            curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))
+    return curves
 
 
 def has_curve(report, at):
