@@ -151,7 +151,7 @@ def evidence(args):
 
 
 def summary(rows):
-    """Mean and standard error by optimizer, and of IRE less its base, seed by seed: they share
+    """Mean and standard error by optimizer, and of IRE minus its base, seed by seed: they share
     weights and batches until IRE switches on."""
     value = {(row["optimizer"], row["seed"]): row for row in rows}
     table = {}
@@ -169,7 +169,7 @@ def summary(rows):
 
 def show(table):
     for optimizer, row in table.items():
-        for label, values in ((optimizer, row), ("  less its base", row.get("less_base", {}))):
+        for label, values in ((optimizer, row), ("  minus its base", row.get("less_base", {}))):
             texts = [
                 f"{key} {values[key][0]:.4g} +- {values[key][1]:.2g}"
                 for key in QUANTITIES

@@ -23,6 +23,9 @@ import train_cifar
 import train_gpt
 from ire import AdmIRE, kth_smallest, sampled_cross_entropy
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from speed import Enough, Steps
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 DEVICE = os.environ.get("DEVICE", "cuda")
 CPU = DEVICE == "cpu"
@@ -84,25 +87,9 @@ def language_model(tmp_path, **settings):
     return train_gpt.set_up(train_gpt.complete(train_gpt.Config(**given)))
 
 
-class Steps:
-    """In place of a run's folder: ends the loop after so many steps."""
-
-    def __init__(self, left):
-        self.left = left
-
-    def start_clock(self):
-        pass
-
-    def asked_to_stop(self):
-        self.left -= 1
-        if self.left == 0:
-            raise StopIteration
-        return False
-
-
 def train(job, steps):
     job.c.log_interval = job.c.eval_interval = job.c.checkpoint_interval = 10**6
-    with contextlib.suppress(StopIteration):
+    with contextlib.suppress(Enough):
         train_gpt.loop(Steps(steps), job)
 
 
