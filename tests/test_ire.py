@@ -163,9 +163,10 @@ def extra(opt):
 
 def test_what_it_keeps_and_says():
     """One byte a parameter over Adam, four more over SGD."""
+    settings = {"kappa": 2, "gamma": 0.6, "interval": 7, "warmup": 3, "curvature": "squares"}
     for make, bytes_each, source in ((AdmIRE, 1, True), (SGDIRE, 5, False)):
         model = make_model()
-        opt = make(model.parameters(), 0.01, interval=7, kappa=2, gamma=0.6, warmup=3)
+        opt = make(model.parameters(), 0.01, **settings)
         assert opt.flat_share() == {}
         train(model, opt, range(5))
         assert opt.flat_share() == {"flat": pytest.approx(40 / 67)}
@@ -290,7 +291,7 @@ def test_the_mask_changes_at_warmup_and_every_interval():
 )
 def test_floor_of_gamma_n_is_that_of_the_decimal(gamma, n, k):
     p = nn.Parameter(torch.ones(n))
-    opt = SGDIRE([p], 0.1, kappa=1, gamma=gamma)
+    opt = IRE(SGD([p], 0.1), kappa=1, gamma=gamma)
     (p * torch.arange(1, n + 1)).sum().backward()
     opt.step()
     assert opt.masks[p].sum() == k and opt.masks[p][:k].all()
@@ -342,7 +343,7 @@ def test_a_sharp_coordinate_at_infinity_stays_what_the_base_made_of_it(kappa):
 
 def test_a_mean_begins_anew_when_the_shape_changes():
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    opt = SGDIRE([p, q], 0.1, kappa=1, gamma=0.5, interval=1)
+    opt = IRE(SGD([p, q], 0.1), kappa=1, gamma=0.5, interval=1)
     for step in range(40):
         if step == 39:
             p.data = torch.ones(2)
@@ -958,3 +959,5 @@ def test_named_optimizers_pass_their_settings_on():
         opt = make(params, 0.1, curvature="fisher", **SETTINGS)
         assert (opt.interval, opt.warmup, opt.curvature) == (3, 2, "fisher")
         assert (opt.param_groups[0]["kappa"], opt.param_groups[0]["gamma"]) == (2, 0.6)
+    assert SGDIRE(params, 0.1, **SETTINGS).curvature == "fisher"
+    assert AdmIRE(params, 0.1, **SETTINGS).curvature == "squares"
