@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -369,14 +370,19 @@ def start(case, n, folder):
             "torch 2.6: FSDP2 does not run on a CPU, and DTensor's caches mix up the masks' dtype"
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", str(n), __file__, case, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    for _ in range(2):
+        done = subprocess.run(
+            [*torchrun, "--nproc_per_node", str(n), __file__, case, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if "Signal 6 (SIGABRT)" not in done.stderr:
+            break
+        # Python cannot abort, so this was torch. It happens once in several hundred runs.
+        warnings.warn(f"{case} on {n} ranks aborted, started again: {done.stderr}", stacklevel=2)
+    assert done.returncode == 0, done.stderr[-20000:]
 
 
 @pytest.mark.parametrize(
