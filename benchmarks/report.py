@@ -56,6 +56,7 @@ def optimizer_of(row):
         return BASES.get(row["form"], row["form"])
     name = own_name(row).replace("hard mask", "IRE's mask").replace("soft factor", "SoftIRE")
     name = f"IRE's {name}" if name.startswith("mask") else name
+    name = f"IRE {name}" if name == "as in the paper" else name
     return f"{name} on {base}"
 
 
@@ -285,11 +286,12 @@ def has_curve(report, at):
 
 
 def style_of(report, form):
-    """A base is black, IRE's mask orange, SoftIRE blue; what has own rates or Muon is dashed."""
-    from toy.common import BLACK, BLUE, ORANGE
+    """A base is black, IRE's mask orange, IRE as in the paper green, SoftIRE blue. What has own
+    rates or Muon is dashed."""
+    from toy.common import BLACK, BLUE, GREEN, ORANGE
 
     about = report["forms"][form]
-    color = {None: BLACK, "hard": ORANGE, "soft": BLUE}[about["rule"]]
+    color = {None: BLACK, "hard": ORANGE, "paper": GREEN, "soft": BLUE}[about["rule"]]
     dashed = form.endswith("rates") or about["base"] == "muon"
     return {"color": color, "ls": "--" if dashed else "-"}
 
