@@ -277,18 +277,13 @@ def choose_device(c, float16=True):
     c.device = here[0] if c.device == "auto" else c.device
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
     capability = torch.cuda.get_device_capability() if c.device == "cuda" else (0, 0)
-    if c.dtype is None and c.device == "cuda":
-        fast = "float16" if float16 else "float32"
-        c.dtype = "bfloat16" if capability >= (8, 0) else fast
-    c.dtype = c.dtype or "float32"
-    fits = c.dtype != "float16" or (float16 and c.device != "cpu")
-    check(c, "dtype", fits, "float32 or bfloat16 here, since losses are not scaled")
-    wanted = capability >= (7, 0) if c.compile is None else c.compile
-    why = compiler_error(c.device) if wanted else ""
-    check(c, "compile", not (c.compile and why), f"--no-compile here: {why}")
-    c.compile = wanted and not why
-    if why:
-        say(note=f"training goes on without torch.compile: {why}")
+    dtypes = ["float32", "bfloat16"]
+    if c.device == "cuda" and float16:
+        dtypes = ["float16", *dtypes]
+    c.dtype = c.dtype or ("bfloat16" if capability >= (8, 0) else dtypes[0])
+    check(c, "dtype", c.dtype in dtypes, f"{', '.join(dtypes)} here")
+    if c.compile is None:
+        c.compile = capability >= (7, 0) and not compiler_error(c.device)
 
 
 @functools.cache
@@ -297,7 +292,9 @@ def compiler_error(device):
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as e:  # errors of many kinds
-        return " ".join(str(e).split()[:16])
+        why = " ".join(str(e).split()[:16])
+        say(note=f"training goes on without torch.compile: {why}")
+        return why
     return ""
 
 

@@ -108,10 +108,19 @@ def test_an_old_gpu_has_no_bfloat16(monkeypatch, float16, dtype):
     assert (c.device, c.dtype, c.compile) == ("cuda", dtype, False)
 
 
-def test_compile_without_a_compiler(monkeypatch, capsys):
-    monkeypatch.setattr(common, "compiler_error", lambda device: "no C++ compiler")
-    with pytest.raises(common.BadInput, match="--compile: got True.*no C.. compiler"):
-        common.choose_device(small_script.Config(compile=True))
+def test_a_gpu_without_a_compiler(monkeypatch, capsys):
+    def fails(function):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch, "compile", fails)
+    common.compiler_error.cache_clear()
+    c = small_script.Config()
+    common.choose_device(c)
+    common.compiler_error.cache_clear()
+    assert (c.dtype, c.compile) == ("bfloat16", False)
+    assert "without torch.compile: no C++ compiler" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- resume
