@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import filelock
 import torch
@@ -90,7 +89,6 @@ class Range:
 
 COUNT = Range(1, 2**31 - 1, "1 to 2^31 - 1")
 STEPS = Range(0, 2**31 - 1, "0 to 2^31 - 1")
-SEED = Range(0, 2**62 - 1, "0 to 2^62 - 1")
 POSITIVE = Range(1e-30, 1e9, "above 0, up to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
@@ -107,7 +105,8 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
     of: the parts of an optimizer that read the setting, see refuse_unread; () for all.
     alone: the value of a flag that is typed without a value.
     """
-    about = {"help": help, "allowed": allowed, "of": of, "alone": alone}
+    words = allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
+    about = {"help": help, "allowed": allowed, "words": words, "of": of, "alone": alone}
     about |= {"resume": resume or command, "command": command}
     return dataclasses.field(default=default, metadata=about)
 
@@ -116,13 +115,13 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
 class Settings:
     """Holds the settings of every script, and checks each value when the object is made."""
 
-    home: ClassVar[str] = "runs/run"  # the default folder of a script's runs
+    home = "runs/run"  # the default folder of a script's runs
 
     out: str = setting(None, "folder of the run (default: a new one in runs)", command=True)
     resume: bool = setting(False, "go on with the run in --out, or the newest run", command=True)
     overwrite: bool = setting(False, "replace the run in --out", command=True)
     config: str = setting(None, "a JSON file with settings, as a run's config.json", command=True)
-    seed: int = setting(0, "of weights, batches and sampled labels", SEED)
+    seed: int = setting(0, "of weights, batches and sampled labels", STEPS)
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"), resume=True)
     dtype: str = setting(None, "precision of the passes (default: what is fast here)", DTYPES)
     compile: bool = setting(None, "torch.compile (default: on GPUs that can)", resume=True)
@@ -140,7 +139,7 @@ class Settings:
             check(self, f.name, right, f"a value of type {f.type.__name__}")
             check(self, f.name, value != "" or f.default == "", "a text that is not empty")
             allowed = f.metadata["allowed"]
-            check(self, f.name, allowed is None or value in allowed, words(allowed))
+            check(self, f.name, allowed is None or value in allowed, f.metadata["words"])
 
 
 def fields(config_class):
@@ -152,42 +151,40 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def words(allowed):
-    """Says what is allowed."""
-    return allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
-
-
 def collect(config_class, typed):
     """Returns the settings that a user gives: of the run that goes on < --config < typed. A script
     puts its own defaults below them: Config(**preset | common.collect(Config, typed)). Raises
     BadInput where a setting would change the run that goes on."""
     asked = read_config(config_class, typed["config"]) if "config" in typed else {}
     asked |= typed
-    if not asked.get("resume"):
+    if not typed.get("resume"):
         return asked | {"given": sorted(asked)}
-    folder = asked["out"] = asked.get("out") or newest_run(f"{config_class.home}*")
+    folder = typed.get("out") or newest_run(f"{config_class.home}*")
     before = read_checkpoint(folder, mmap=True)["config"]
-    saved = {}
+    saved = {"given": sorted({*before["given"], *asked})}
     for f in fields(config_class):
-        if f.metadata["command"] or f.name not in before:
-            continue
-        value = saved[f.name] = before[f.name]
+        value = before.get(f.name, f.default)
         if not f.metadata["resume"] and asked.get(f.name, value) != value:
             got = f"{flag(f.name)}: got {asked[f.name]}"
             raise BadInput(f"{got}, allowed is {value}, as {folder} began")
-    return saved | asked | {"given": sorted({*before.get("given", ()), *asked})}
+        if not f.metadata["command"]:
+            saved[f.name] = value
+    return saved | asked | {"out": folder}
 
 
 def read_config(config_class, path):
     """Returns the settings in a JSON file. Where this is a run's config.json, returns those that
     its user had given, since the others followed from them."""
     with instead(f"--config: got {path}, allowed is a JSON file with settings"):
-        values = dict(json.loads(Path(path).read_text()))
+        values = dict(read_json(path))
     known = {f.name: f for f in fields(config_class)}
-    values = {name: values[name] for name in values.pop("given", values)}
-    for name in values.keys() - known.keys():
-        raise BadInput(f"--config: {path} has {name!r}, which is no setting{alike(name, known)}")
-    return {k: x for k, x in values.items() if x is not None and not known[k].metadata["command"]}
+    settings = {}
+    for name in values.get("given", values):
+        if name not in known:
+            raise BadInput(f"--config: {path} has {name!r}, no setting{alike(name, known)}")
+        if not known[name].metadata["command"]:
+            settings[name] = values[name]
+    return settings
 
 
 def refuse_unread(config_class, typed, parts, by):
@@ -202,14 +199,12 @@ def refuse_unread(config_class, typed, parts, by):
 
 # -------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, once on each machine."""
+    """Says in one line what is wrong."""
 
     def error(self, message):
-        text = f"{message:.300}; --help shows all flags"
         if "unrecognized" in message:
-            wrong = message.split(": ", 1)[1]
-            text = f"no flag {wrong:.200}{alike(wrong, self._option_string_actions)}; see --help"
-        self.exit(2, f"{self.prog}: {text}\n" if LOCAL_RANK == 0 else "")
+            message += alike(message.split(": ")[1], self._option_string_actions)
+        raise BadInput(f"{message:.300}; --help shows all flags")
 
 
 def alike(name, known):
@@ -229,7 +224,7 @@ def parse(config_class, description, arguments=None):
     )
     for f in fields(config_class):
         about = f.metadata
-        text = about["help"] + (f"; {words(about['allowed'])}" if about["allowed"] else "")
+        text = "; ".join(filter(None, (about["help"], about["words"])))
         if f.default is not None and f.default is not False and f.default != "":
             text += f" (default {f.default})"
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
