@@ -310,8 +310,7 @@ def environment():
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    about = {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS}
-    return about | {"commit": commit}
+    return {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS, "commit": commit}
 
 
 # --------------------------------------------------------------------------------------- files
@@ -320,14 +319,11 @@ def write_atomically(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
 
 
 def write_json(path, value):
@@ -340,7 +336,6 @@ def read_json(path):
 
 def download(url, path, sha256, otherwise):
     """Fetches a file if it is missing, and checks it. otherwise: what the user can do."""
-    path = Path(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,8 +349,7 @@ def read_checkpoint(folder, mmap=False):
     if not path.exists():
         raise BadInput(f"{folder} is not the folder of a run: {path} is missing")
     with instead(f"{path} can't be read as the checkpoint of a run"):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return saved | {"config": dict(saved["config"])}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_log(folder):
@@ -377,11 +371,10 @@ def draw(path, panels):
 
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(max(6.4, 3.4 * len(panels)), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+    for i, (title, curves) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(1, len(panels), i)
         for label, points in curves.items():
-            if points:
-                ax.plot(*zip(*points, strict=True), label=label, marker="o", ms=2, lw=1)
+            ax.plot(*zip(*points, strict=True), label=label, marker="o", ms=2, lw=1)
         if "loss" in title:
             ax.set_yscale("log")
         ax.set(xlabel="step", title=title)
@@ -425,7 +418,6 @@ def choose_folder(c):
     """Fills in c.out. Raises BadInput where the run would replace another run unasked."""
     c.out = c.out or free_folder(c.home)
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
-    check(c, "out", not Path(c.out).is_file(), "a folder, not a file")
     kept = c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists()
     ways = "a folder without a run, or --resume to go on, or --overwrite to replace the run"
     check(c, "out", kept, ways)
@@ -503,8 +495,7 @@ class Run:
         self.seconds = saved["seconds"]
         self.kept = f"step {saved['step']}"
         for name, part in parts.items():
-            with instead(f"--resume: {name} in {self.out}/checkpoint.pt does not fit"):
-                part.load_state_dict(saved[name])
+            part.load_state_dict(saved[name])
         return saved
 
     def save(self, step, name="checkpoint.pt", **state):
