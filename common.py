@@ -239,13 +239,12 @@ def parse(config_class, description, arguments=None):
 # ----------------------------------------------------------------------------------- processes
 def start_ranks():
     """Joins the other processes of torchrun. Gloo carries what is on the CPU."""
-    if not LAUNCHED or dist.is_initialized():
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(LOCAL_RANK)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if LAUNCHED:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
@@ -385,12 +384,9 @@ def draw(path, panels):
 
 # --------------------------------------------------------------------------- folder of a run
 def free_folder(home):
-    """Returns the first of home, home-2, home-3, ... that does not exist. Rank 0 decides."""
+    """Returns the first of home, home-2, home-3, ... that does not exist."""
     names = (home if n == 1 else f"{home}-{n}" for n in itertools.count(1))
-    box = [next(name for name in names if not Path(name).exists())]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return next(name for name in names if not Path(name).exists())
 
 
 def newest_run(pattern):
@@ -440,7 +436,7 @@ def settings_of_runs(home, typed, changes, configure):
     return out, settings
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """Holds the folder of a run while the run goes on: `with Run(c, steps) as run`. No other
     process gets into the folder. Ctrl-C and SIGTERM wait until the script calls asked_to_stop().
 
@@ -449,6 +445,7 @@ class Run:
     """
 
     def __init__(self, c, steps):
+        super().__init__()
         self.c = c
         self.out = Path(c.out)
         self.steps = steps
@@ -458,32 +455,25 @@ class Run:
         self.wandb = None
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            if RANK == 0:
-                stack.enter_context(locked(self.out))
-                choose_folder(self.c)  # again, now that no other process can change it
-                settings = dataclasses.asdict(self.c)
-                if self.c.wandb:
-                    import wandb
+        if RANK == 0:
+            self.enter_context(locked(self.out))
+            choose_folder(self.c)  # again, now that no other process can change it
+            settings = dataclasses.asdict(self.c)
+            if self.c.wandb:
+                import wandb
 
-                    run = wandb.init(
-                        project="ire", name=self.out.name, dir=self.out, config=settings
-                    )
-                    self.wandb = stack.enter_context(run)
-                for name in () if self.c.resume else ("checkpoint.pt", "log.jsonl"):
-                    (self.out / name).unlink(missing_ok=True)
-                write_json(self.out / "config.json", settings | environment())
-            quiet = RANK > 0 or not sys.stderr.isatty()
-            self.bar = stack.enter_context(tqdm(total=self.steps, unit="step", disable=quiet))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, self.on_signal)
-                stack.callback(signal.signal, number, before)
-            self.stack = stack.pop_all()
-        self.start_clock()
+                run = wandb.init(project="ire", name=self.out.name, config=settings)
+                self.wandb = self.enter_context(run)
+            if not self.c.resume:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+            write_json(self.out / "config.json", settings | environment())
+        hidden = True if RANK else None  # None: shown on a terminal
+        self.bar = self.enter_context(tqdm(total=self.steps, unit="step", disable=hidden))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.on_signal)
+            self.callback(signal.signal, number, before)
         return self
-
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
 
     def load(self, **parts):
         """Returns the checkpoint, and loads its states into the parts of the same names, such as
@@ -574,25 +564,19 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
     memory: what to do when the memory is full."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may not have every letter
         sys.stdout.reconfigure(errors="replace")
-    code = 1
     try:
         typed = parse(config_class, description, arguments)
         start_ranks()
         command(typed)
         return 0
-    except KeyboardInterrupt:  # where there is no step to finish
-        code = 128 + signal.SIGINT
-        text = "stopped"
     except (Halt, OSError) as e:
         code = getattr(e, "code", 1)
         text = str(e)
     except ModuleNotFoundError as e:
         code = 2
         text = f"{e.name} is missing: pip install {e.name}"
-    except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate memory" not in str(e):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
+        code = 1
         text = f"out of memory: {memory}"
     if LOCAL_RANK > 0 and code > 128:  # a signal, and the first rank says so
         return code

@@ -247,10 +247,9 @@ def test_a_loss_that_is_not_finite():
     "error, code, says",
     (
         (MemoryError(), 1, "out of memory: take fewer numbers"),
-        (RuntimeError("can't allocate memory: 9 bytes"), 1, "out of memory: take fewer numbers"),
+        (torch.OutOfMemoryError(), 1, "out of memory: take fewer numbers"),
         (ModuleNotFoundError(name="wandb"), 2, "wandb is missing: pip install wandb"),
         (OSError("no such disk"), 1, "no such disk"),
-        (KeyboardInterrupt(), 130, "stopped"),
     ),
 )
 def test_errors_of_one_line(monkeypatch, error, code, says):

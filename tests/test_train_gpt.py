@@ -616,7 +616,7 @@ def test_wandb(monkeypatch):
         def log(self, values, step):
             logged.append({"step": step} | values)
 
-    def init(project, name, dir, config):
+    def init(project, name, config):
         started.append((name, config["lr"]))
         board = Board()
         board.enter_result = board
