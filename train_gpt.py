@@ -598,7 +598,7 @@ def sample(folder, typed):
     model, c, kind = load_run(folder, typed)
     codec = text.Codec(**kind)
     generator = torch.Generator().manual_seed(c.seed)
-    tokens = [int(t) for t in codec.encode([os.fsencode(c.prompt)])[0]] or [codec.between or 0]
+    tokens = [int(t) for t in codec.encode(os.fsencode(c.prompt))] or [codec.between or 0]
     texts = [llama.generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
     return "\n---------------\n".join(codec.decode(tokens) for tokens in texts)
 
