@@ -1,12 +1,7 @@
 """What the training scripts share: settings and their command line, the processes that torchrun
 starts, and the folder of a run. Nothing here knows a model, a data set or an optimizer.
 
-    with common.Run(c, steps) as run:  # locked; Ctrl-C waits for the end of a step
-        ...
-        run.log(step, train_loss=loss)
-        run.save(step, model=model)
-
-Top to bottom: errors, settings, command line, processes, machine, files, the folder of a run, main.
+Top to bottom: errors, settings, command line, machine, files, the folder of a run, main.
 """
 
 import argparse
@@ -19,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -67,10 +61,8 @@ def instead(text):
         yield
     except (Halt, ModuleNotFoundError):
         raise
-    except pickle.UnpicklingError:  # torch's own words advise to trust the file
-        raise BadInput(f"{text} (the file is damaged or holds code)") from None
-    except Exception as e:
-        why = " ".join(f"{type(e).__name__}: {e}".split())
+    except Exception as e:  # the first sentence: torch's next advises to trust a damaged file
+        why = " ".join(f"{type(e).__name__}: {e}".split()).split(". ")[0]
         raise BadInput(f"{text} ({why:.120})") from None
 
 
@@ -164,9 +156,9 @@ def collect(config_class, typed):
     saved = {"given": sorted({*before["given"], *asked})}
     for f in fields(config_class):
         value = before.get(f.name, f.default)
-        if not f.metadata["resume"] and asked.get(f.name, value) != value:
-            got = f"{flag(f.name)}: got {asked[f.name]}"
-            raise BadInput(f"{got}, allowed is {value}, as {folder} began")
+        new = asked.get(f.name, value)
+        if new != value and not f.metadata["resume"]:
+            raise BadInput(f"{flag(f.name)}: got {new}, allowed is {value}, as {folder} began")
         if not f.metadata["command"]:
             saved[f.name] = value
     return saved | asked | {"out": folder}
@@ -177,14 +169,11 @@ def read_config(config_class, path):
     its user had given, since the others followed from them."""
     with instead(f"--config: got {path}, allowed is a JSON file with settings"):
         values = dict(read_json(path))
-    known = {f.name: f for f in fields(config_class)}
-    settings = {}
-    for name in values.get("given", values):
-        if name not in known:
-            raise BadInput(f"--config: {path} has {name!r}, no setting{alike(name, known)}")
-        if not known[name].metadata["command"]:
-            settings[name] = values[name]
-    return settings
+    commands = {f.name: f.metadata["command"] for f in fields(config_class)}
+    given = values.get("given", values)
+    for name in set(given) - commands.keys():
+        raise BadInput(f"--config: {path} has {name!r}, allowed are names of settings")
+    return {name: values[name] for name in given if not commands[name]}
 
 
 def refuse_unread(config_class, typed, parts, by):
@@ -199,18 +188,14 @@ def refuse_unread(config_class, typed, parts, by):
 
 # -------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Says in one line what is wrong, and what may be meant."""
 
     def error(self, message):
         if "unrecognized" in message:
-            message += alike(message.split(": ")[1], self._option_string_actions)
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         raise BadInput(f"{message:.300}; --help shows all flags")
-
-
-def alike(name, known):
-    """Suggests what was meant by a name with a typing error."""
-    near = difflib.get_close_matches(name.split()[0].split("=")[0], known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(config_class, description, arguments=None):
@@ -236,7 +221,7 @@ def parse(config_class, description, arguments=None):
     return vars(parser.parse_args(arguments))
 
 
-# ----------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------- machine
 def start_ranks():
     """Joins the other processes of torchrun. Gloo carries what is on the CPU."""
     if LAUNCHED:
@@ -262,7 +247,6 @@ def say(**lines):
             print(f"{name:11}{text}", flush=True)
 
 
-# ------------------------------------------------------------------------------------- machine
 def choose_device(c, float16=True):
     """Fills in c.device, c.dtype and c.compile by what this machine can do. bfloat16 is slow before
     sm_80, and torch.compile fails before sm_70. float16: whether the script can scale losses."""
@@ -271,9 +255,8 @@ def choose_device(c, float16=True):
     c.device = here[0] if c.device == "auto" else c.device
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
     capability = torch.cuda.get_device_capability() if c.device == "cuda" else (0, 0)
-    dtypes = ["float32", "bfloat16"]
-    if c.device == "cuda" and float16:
-        dtypes = ["float16", *dtypes]
+    half = ["float16"] if c.device == "cuda" and float16 else []
+    dtypes = [*half, "float32", "bfloat16"]
     c.dtype = c.dtype or ("bfloat16" if capability >= (8, 0) else dtypes[0])
     check(c, "dtype", c.dtype in dtypes, f"{', '.join(dtypes)} here")
     if c.compile is None:
@@ -345,16 +328,13 @@ def download(url, path, sha256, otherwise):
 def read_checkpoint(folder, mmap=False):
     """Returns the checkpoint of a run. mmap: tensors are read when they are used."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise BadInput(f"{folder} is not the folder of a run: {path} is missing")
-    with instead(f"{path} can't be read as the checkpoint of a run"):
+    with instead(f"{folder} is not the folder of a run"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_log(folder):
     """Returns the lines of a run's log, without the half line that a kill may leave."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
@@ -391,11 +371,10 @@ def free_folder(home):
 
 def newest_run(pattern):
     """Returns the folder with the newest checkpoint among the folders of this pattern."""
-    found = Path().glob(f"{pattern}/checkpoint.pt")
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-    if newest is None:
+    found = sorted(Path().glob(f"{pattern}/checkpoint.pt"), key=os.path.getmtime)
+    if not found:
         raise BadInput(f"--out: got nothing, allowed is the folder of a run; none is at {pattern}")
-    return str(newest.parent)
+    return str(found[-1].parent)
 
 
 @contextlib.contextmanager
@@ -406,8 +385,7 @@ def locked(folder):
         with filelock.FileLock(Path(folder, ".lock")).acquire(blocking=False):
             yield
     except filelock.Timeout:
-        allowed = "a folder that no other process uses"
-        raise BadInput(f"--out: got {folder}, allowed is {allowed}") from None
+        raise BadInput(f"--out: got {folder}, allowed is a folder no other process uses") from None
 
 
 def choose_folder(c):
@@ -500,9 +478,8 @@ class Run(contextlib.ExitStack):
         saved = {"config": dataclasses.asdict(self.c)} | reached | state
         try:
             write_atomically(self.out / name, lambda f: torch.save(saved, f))
-        except (OSError, RuntimeError) as e:  # torch.save hides the disk's error in another
-            why = f"{e.__context__ or e}; last checkpoint: {self.kept}"
-            raise Halt(f"{self.out / name} can't be written: {why}") from None
+        except RuntimeError as e:  # torch.save hides the disk's error in this error
+            raise (e.__context__ or e) from None
         if name == "checkpoint.pt":
             self.kept = f"step {step}"
 
