@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -61,8 +62,10 @@ def instead(text):
         yield
     except (Halt, ModuleNotFoundError):
         raise
-    except Exception as e:  # the first sentence: torch's next advises to trust a damaged file
-        why = " ".join(f"{type(e).__name__}: {e}".split()).split(". ")[0]
+    except Exception as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        if isinstance(e, pickle.UnpicklingError):  # torch's own words advise to trust the file
+            why = "the file is damaged or holds code"
         raise BadInput(f"{text} ({why:.120})") from None
 
 
