@@ -357,9 +357,8 @@ def draw(path, panels):
         ax = figure.add_subplot(1, len(panels), i)
         for label, points in curves.items():
             ax.plot(*zip(*points, strict=True), label=label, marker="o", ms=2, lw=1)
-        if "loss" in title:
-            ax.set_yscale("log")
-        ax.set(xlabel="step", title=title)
+        scale = "log" if "loss" in title else "linear"
+        ax.set(xlabel="step", title=title, yscale=scale)
         ax.grid(alpha=0.3, which="both")
         ax.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
