@@ -128,13 +128,12 @@ class Settings:
     def __post_init__(self):
         for f in fields(type(self)):
             value = getattr(self, f.name)
-            if value is None:
-                continue
-            right = type(value) is f.type or (f.type is float and type(value) is int)
-            check(self, f.name, right, f"a value of type {f.type.__name__}")
-            check(self, f.name, value != "" or f.default == "", "a text that is not empty")
             allowed = f.metadata["allowed"]
-            check(self, f.name, allowed is None or value in allowed, f.metadata["words"])
+            if value is not None:
+                right = type(value) is f.type or (f.type is float and type(value) is int)
+                check(self, f.name, right, f"a value of type {f.type.__name__}")
+                check(self, f.name, value != "" or f.default == "", "a text that is not empty")
+                check(self, f.name, not allowed or value in allowed, f.metadata["words"])
 
 
 def fields(config_class):
