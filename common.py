@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import functools
 import itertools
 import json
 import math
@@ -265,7 +264,6 @@ def choose_device(c, float16=True):
         c.compile = capability >= (7, 0) and not compiler_error(c.device)
 
 
-@functools.cache
 def compiler_error(device):
     """Says why torch.compile does not work here, or returns an empty text where it works."""
     try:
