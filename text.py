@@ -222,29 +222,28 @@ class Data:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def windows(self, tokens, starts):
-        """Returns inputs and targets, (sequences, context) each, on the device."""
-        rows = tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64)
-        rows = torch.from_numpy(rows)
-        rows = rows.pin_memory() if self.c.device == "cuda" else rows
-        rows = rows.to(self.c.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+    def micro_batches(self, tokens, starts):
+        """Yields inputs and targets of this rank's share, (micro_batch, context) each."""
+        c = self.c
+        for first in range(RANK * c.micro_batch, len(starts), RANKS * c.micro_batch):
+            at = starts[first : first + c.micro_batch, None] + np.arange(c.context + 1)
+            rows = torch.from_numpy(tokens[at].astype(np.int64))
+            rows = rows.pin_memory() if c.device == "cuda" else rows
+            rows = rows.to(c.device, non_blocking=True)
+            yield rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):
         """Returns this rank's micro-batches of a step. The step's sequences do not depend on the
         number of ranks."""
-        c = self.c
-        rng = np.random.default_rng((c.seed, step))
-        starts = rng.integers(len(self.train) - c.context, size=c.batch_size)
-        firsts = range(RANK * c.micro_batch, c.batch_size, RANKS * c.micro_batch)
-        return [self.windows(self.train, starts[i : i + c.micro_batch]) for i in firsts]
+        rng = np.random.default_rng((self.c.seed, step))
+        starts = rng.integers(len(self.train) - self.c.context, size=self.c.batch_size)
+        return list(self.micro_batches(self.train, starts))
 
     def validation(self):
-        """Yields this rank's micro-batches for the validation. They have the shapes of training,
+        """Returns this rank's micro-batches for the validation. They have the shapes of training,
         for which the model is compiled. Their sequences do not depend on the number of ranks."""
         c = self.c
         count = min(c.eval_sequences, (len(self.val) - 1) // c.context)
         count = max(1, count // c.batch_size) * c.batch_size
         starts = np.linspace(0, len(self.val) - c.context - 1, count).astype(np.int64)
-        for first in range(RANK * c.micro_batch, count, RANKS * c.micro_batch):
-            yield self.windows(self.val, starts[first : first + c.micro_batch])
+        return self.micro_batches(self.val, starts)
