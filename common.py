@@ -107,9 +107,8 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
 
 @dataclasses.dataclass
 class Settings:
-    """Holds the settings of every script, and checks each value when the object is made."""
-
-    home = "runs/run"  # the default folder of a script's runs
+    """Holds the settings of every script, and checks each value when the object is made. The class
+    of a script adds `home`, the default folder of its runs."""
 
     out: str = setting(None, "folder of the run (default: a new one in runs)", command=True)
     resume: bool = setting(False, "go on with the run in --out, or the newest run", command=True)
@@ -538,8 +537,6 @@ class Run(contextlib.ExitStack):
 def main(config_class, description, command, arguments=None, memory="lower --batch-size"):
     """Runs command(typed) and returns the exit code. An error that a user can correct is one line.
     memory: what to do when the memory is full."""
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not have every letter
-        sys.stdout.reconfigure(errors="replace")
     try:
         typed = parse(config_class, description, arguments)
         start_ranks()
