@@ -1,12 +1,7 @@
 """What the training scripts share: settings and their command line, the processes that torchrun
 starts, and the folder of a run. Nothing here knows a model, a data set or an optimizer.
 
-    with common.Run(c, steps) as run:  # locked; Ctrl-C waits for the end of a step
-        ...
-        run.log(step, train_loss=loss)
-        run.save(step, model=model)
-
-Top to bottom: errors, settings, command line, processes, machine, files, the folder of a run, main.
+Top to bottom: errors, settings, command line, machine, files, the folder of a run, main.
 """
 
 import argparse
@@ -14,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import functools
 import itertools
 import json
 import math
@@ -25,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import filelock
 import torch
@@ -68,10 +61,10 @@ def instead(text):
         yield
     except (Halt, ModuleNotFoundError):
         raise
-    except pickle.UnpicklingError:  # torch's own words advise to trust the file
-        raise BadInput(f"{text} (the file is damaged or holds code)") from None
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())
+        if isinstance(e, pickle.UnpicklingError):  # torch's own words advise to trust the file
+            why = "the file is damaged or holds code"
         raise BadInput(f"{text} ({why:.120})") from None
 
 
@@ -90,7 +83,6 @@ class Range:
 
 COUNT = Range(1, 2**31 - 1, "1 to 2^31 - 1")
 STEPS = Range(0, 2**31 - 1, "0 to 2^31 - 1")
-SEED = Range(0, 2**62 - 1, "0 to 2^62 - 1")
 POSITIVE = Range(1e-30, 1e9, "above 0, up to 1e9")
 NOT_NEGATIVE = Range(0, 1e9, "0 or more, up to 1e9")
 DECAY = Range(0, math.nextafter(1, 0), "0 or more and below 1")
@@ -107,22 +99,22 @@ def setting(default, help, allowed=None, *, resume=False, command=False, of=(), 
     of: the parts of an optimizer that read the setting, see refuse_unread; () for all.
     alone: the value of a flag that is typed without a value.
     """
-    about = {"help": help, "allowed": allowed, "of": of, "alone": alone}
+    words = allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
+    about = {"help": help, "allowed": allowed, "words": words, "of": of, "alone": alone}
     about |= {"resume": resume or command, "command": command}
     return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
 class Settings:
-    """Holds the settings of every script, and checks each value when the object is made."""
-
-    home: ClassVar[str] = "runs/run"  # the default folder of a script's runs
+    """Holds the settings of every script, and checks each value when the object is made. The class
+    of a script adds `home`, the default folder of its runs."""
 
     out: str = setting(None, "folder of the run (default: a new one in runs)", command=True)
     resume: bool = setting(False, "go on with the run in --out, or the newest run", command=True)
     overwrite: bool = setting(False, "replace the run in --out", command=True)
     config: str = setting(None, "a JSON file with settings, as a run's config.json", command=True)
-    seed: int = setting(0, "of weights, batches and sampled labels", SEED)
+    seed: int = setting(0, "of weights, batches and sampled labels", STEPS)
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"), resume=True)
     dtype: str = setting(None, "precision of the passes (default: what is fast here)", DTYPES)
     compile: bool = setting(None, "torch.compile (default: on GPUs that can)", resume=True)
@@ -134,13 +126,12 @@ class Settings:
     def __post_init__(self):
         for f in fields(type(self)):
             value = getattr(self, f.name)
-            if value is None:
-                continue
-            right = type(value) is f.type or (f.type is float and type(value) is int)
-            check(self, f.name, right, f"a value of type {f.type.__name__}")
-            check(self, f.name, value != "" or f.default == "", "a text that is not empty")
             allowed = f.metadata["allowed"]
-            check(self, f.name, allowed is None or value in allowed, words(allowed))
+            if value is not None:
+                right = type(value) is f.type or (f.type is float and type(value) is int)
+                check(self, f.name, right, f"a value of type {f.type.__name__}")
+                check(self, f.name, value != "" or f.default == "", "a text that is not empty")
+                check(self, f.name, not allowed or value in allowed, f.metadata["words"])
 
 
 def fields(config_class):
@@ -152,42 +143,37 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def words(allowed):
-    """Says what is allowed."""
-    return allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ())
-
-
 def collect(config_class, typed):
     """Returns the settings that a user gives: of the run that goes on < --config < typed. A script
     puts its own defaults below them: Config(**preset | common.collect(Config, typed)). Raises
     BadInput where a setting would change the run that goes on."""
     asked = read_config(config_class, typed["config"]) if "config" in typed else {}
     asked |= typed
-    if not asked.get("resume"):
+    if not typed.get("resume"):
         return asked | {"given": sorted(asked)}
-    folder = asked["out"] = asked.get("out") or newest_run(f"{config_class.home}*")
+    folder = typed.get("out") or newest_run(f"{config_class.home}*")
     before = read_checkpoint(folder, mmap=True)["config"]
-    saved = {}
+    saved = {"given": sorted({*before["given"], *asked})}
     for f in fields(config_class):
-        if f.metadata["command"] or f.name not in before:
-            continue
-        value = saved[f.name] = before[f.name]
-        if not f.metadata["resume"] and asked.get(f.name, value) != value:
-            got = f"{flag(f.name)}: got {asked[f.name]}"
-            raise BadInput(f"{got}, allowed is {value}, as {folder} began")
-    return saved | asked | {"given": sorted({*before.get("given", ()), *asked})}
+        value = before.get(f.name, f.default)
+        new = asked.get(f.name, value)
+        if new != value and not f.metadata["resume"]:
+            raise BadInput(f"{flag(f.name)}: got {new}, allowed is {value}, as {folder} began")
+        if not f.metadata["command"]:
+            saved[f.name] = value
+    return saved | asked | {"out": folder}
 
 
 def read_config(config_class, path):
     """Returns the settings in a JSON file. Where this is a run's config.json, returns those that
     its user had given, since the others followed from them."""
     with instead(f"--config: got {path}, allowed is a JSON file with settings"):
-        values = dict(json.loads(Path(path).read_text()))
-    known = {f.name: f for f in fields(config_class)}
-    values = {name: values[name] for name in values.pop("given", values)}
-    for name in values.keys() - known.keys():
-        raise BadInput(f"--config: {path} has {name!r}, which is no setting{alike(name, known)}")
-    return {k: x for k, x in values.items() if x is not None and not known[k].metadata["command"]}
+        values = dict(read_json(path))
+    commands = {f.name: f.metadata["command"] for f in fields(config_class)}
+    given = values.get("given", values)
+    for name in set(given) - commands.keys():
+        raise BadInput(f"--config: {path} has {name!r}, allowed are names of settings")
+    return {name: values[name] for name in given if not commands[name]}
 
 
 def refuse_unread(config_class, typed, parts, by):
@@ -202,20 +188,14 @@ def refuse_unread(config_class, typed, parts, by):
 
 # -------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, once on each machine."""
+    """Says in one line what is wrong, and what may be meant."""
 
     def error(self, message):
-        text = f"{message:.300}; --help shows all flags"
         if "unrecognized" in message:
-            wrong = message.split(": ", 1)[1]
-            text = f"no flag {wrong:.200}{alike(wrong, self._option_string_actions)}; see --help"
-        self.exit(2, f"{self.prog}: {text}\n" if LOCAL_RANK == 0 else "")
-
-
-def alike(name, known):
-    """Suggests what was meant by a name with a typing error."""
-    near = difflib.get_close_matches(name.split()[0].split("=")[0], known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(f"{message:.300}; --help shows all flags")
 
 
 def parse(config_class, description, arguments=None):
@@ -229,7 +209,7 @@ def parse(config_class, description, arguments=None):
     )
     for f in fields(config_class):
         about = f.metadata
-        text = about["help"] + (f"; {words(about['allowed'])}" if about["allowed"] else "")
+        text = "; ".join(filter(None, (about["help"], about["words"])))
         if f.default is not None and f.default is not False and f.default != "":
             text += f" (default {f.default})"
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
@@ -241,16 +221,15 @@ def parse(config_class, description, arguments=None):
     return vars(parser.parse_args(arguments))
 
 
-# ----------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------- machine
 def start_ranks():
     """Joins the other processes of torchrun. Gloo carries what is on the CPU."""
-    if not LAUNCHED or dist.is_initialized():
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(LOCAL_RANK)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if LAUNCHED:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
@@ -268,7 +247,6 @@ def say(**lines):
             print(f"{name:11}{text}", flush=True)
 
 
-# ------------------------------------------------------------------------------------- machine
 def choose_device(c, float16=True):
     """Fills in c.device, c.dtype and c.compile by what this machine can do. bfloat16 is slow before
     sm_80, and torch.compile fails before sm_70. float16: whether the script can scale losses."""
@@ -277,27 +255,22 @@ def choose_device(c, float16=True):
     c.device = here[0] if c.device == "auto" else c.device
     check(c, "device", c.device in here, f"what this machine has: {', '.join(here)}")
     capability = torch.cuda.get_device_capability() if c.device == "cuda" else (0, 0)
-    if c.dtype is None and c.device == "cuda":
-        fast = "float16" if float16 else "float32"
-        c.dtype = "bfloat16" if capability >= (8, 0) else fast
-    c.dtype = c.dtype or "float32"
-    fits = c.dtype != "float16" or (float16 and c.device != "cpu")
-    check(c, "dtype", fits, "float32 or bfloat16 here, since losses are not scaled")
-    wanted = capability >= (7, 0) if c.compile is None else c.compile
-    why = compiler_error(c.device) if wanted else ""
-    check(c, "compile", not (c.compile and why), f"--no-compile here: {why}")
-    c.compile = wanted and not why
-    if why:
-        say(note=f"training goes on without torch.compile: {why}")
+    half = ["float16"] if c.device == "cuda" and float16 else []
+    dtypes = [*half, "float32", "bfloat16"]
+    c.dtype = c.dtype or ("bfloat16" if capability >= (8, 0) else dtypes[0])
+    check(c, "dtype", c.dtype in dtypes, f"{', '.join(dtypes)} here")
+    if c.compile is None:
+        c.compile = capability >= (7, 0) and not compiler_error(c.device)
 
 
-@functools.cache
 def compiler_error(device):
     """Says why torch.compile does not work here, or returns an empty text where it works."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as e:  # errors of many kinds
-        return " ".join(str(e).split()[:16])
+        why = " ".join(str(e).split()[:16])
+        say(note=f"training goes on without torch.compile: {why}")
+        return why
     return ""
 
 
@@ -318,8 +291,7 @@ def environment():
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    about = {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS}
-    return about | {"commit": commit}
+    return {"torch": torch.__version__, "hardware": hardware, "ranks": RANKS, "commit": commit}
 
 
 # --------------------------------------------------------------------------------------- files
@@ -328,14 +300,11 @@ def write_atomically(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
 
 
 def write_json(path, value):
@@ -348,7 +317,6 @@ def read_json(path):
 
 def download(url, path, sha256, otherwise):
     """Fetches a file if it is missing, and checks it. otherwise: what the user can do."""
-    path = Path(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,17 +327,13 @@ def download(url, path, sha256, otherwise):
 def read_checkpoint(folder, mmap=False):
     """Returns the checkpoint of a run. mmap: tensors are read when they are used."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise BadInput(f"{folder} is not the folder of a run: {path} is missing")
-    with instead(f"{path} can't be read as the checkpoint of a run"):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return saved | {"config": dict(saved["config"])}
+    with instead(f"{folder} is not the folder of a run"):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_log(folder):
     """Returns the lines of a run's log, without the half line that a kill may leave."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
@@ -385,14 +349,12 @@ def draw(path, panels):
 
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(max(6.4, 3.4 * len(panels)), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+    for i, (title, curves) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(1, len(panels), i)
         for label, points in curves.items():
-            if points:
-                ax.plot(*zip(*points, strict=True), label=label, marker="o", ms=2, lw=1)
-        if "loss" in title:
-            ax.set_yscale("log")
-        ax.set(xlabel="step", title=title)
+            ax.plot(*zip(*points, strict=True), label=label, marker="o", ms=2, lw=1)
+        scale = "log" if "loss" in title else "linear"
+        ax.set(xlabel="step", title=title, yscale=scale)
         ax.grid(alpha=0.3, which="both")
         ax.legend()
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
@@ -400,21 +362,17 @@ def draw(path, panels):
 
 # --------------------------------------------------------------------------- folder of a run
 def free_folder(home):
-    """Returns the first of home, home-2, home-3, ... that does not exist. Rank 0 decides."""
+    """Returns the first of home, home-2, home-3, ... that does not exist."""
     names = (home if n == 1 else f"{home}-{n}" for n in itertools.count(1))
-    box = [next(name for name in names if not Path(name).exists())]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return next(name for name in names if not Path(name).exists())
 
 
 def newest_run(pattern):
     """Returns the folder with the newest checkpoint among the folders of this pattern."""
-    found = Path().glob(f"{pattern}/checkpoint.pt")
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-    if newest is None:
+    found = sorted(Path().glob(f"{pattern}/checkpoint.pt"), key=os.path.getmtime)
+    if not found:
         raise BadInput(f"--out: got nothing, allowed is the folder of a run; none is at {pattern}")
-    return str(newest.parent)
+    return str(found[-1].parent)
 
 
 @contextlib.contextmanager
@@ -425,15 +383,13 @@ def locked(folder):
         with filelock.FileLock(Path(folder, ".lock")).acquire(blocking=False):
             yield
     except filelock.Timeout:
-        allowed = "a folder that no other process uses"
-        raise BadInput(f"--out: got {folder}, allowed is {allowed}") from None
+        raise BadInput(f"--out: got {folder}, allowed is a folder no other process uses") from None
 
 
 def choose_folder(c):
     """Fills in c.out. Raises BadInput where the run would replace another run unasked."""
     c.out = c.out or free_folder(c.home)
     check(c, "resume", not (c.resume and c.overwrite), "one of --resume and --overwrite")
-    check(c, "out", not Path(c.out).is_file(), "a folder, not a file")
     kept = c.resume or c.overwrite or not Path(c.out, "checkpoint.pt").exists()
     ways = "a folder without a run, or --resume to go on, or --overwrite to replace the run"
     check(c, "out", kept, ways)
@@ -456,7 +412,7 @@ def settings_of_runs(home, typed, changes, configure):
     return out, settings
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """Holds the folder of a run while the run goes on: `with Run(c, steps) as run`. No other
     process gets into the folder. Ctrl-C and SIGTERM wait until the script calls asked_to_stop().
 
@@ -465,6 +421,7 @@ class Run:
     """
 
     def __init__(self, c, steps):
+        super().__init__()
         self.c = c
         self.out = Path(c.out)
         self.steps = steps
@@ -474,32 +431,25 @@ class Run:
         self.wandb = None
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            if RANK == 0:
-                stack.enter_context(locked(self.out))
-                choose_folder(self.c)  # again, now that no other process can change it
-                settings = dataclasses.asdict(self.c)
-                if self.c.wandb:
-                    import wandb
+        if RANK == 0:
+            self.enter_context(locked(self.out))
+            choose_folder(self.c)  # again, now that no other process can change it
+            settings = dataclasses.asdict(self.c)
+            if self.c.wandb:
+                import wandb
 
-                    run = wandb.init(
-                        project="ire", name=self.out.name, dir=self.out, config=settings
-                    )
-                    self.wandb = stack.enter_context(run)
-                for name in () if self.c.resume else ("checkpoint.pt", "log.jsonl"):
-                    (self.out / name).unlink(missing_ok=True)
-                write_json(self.out / "config.json", settings | environment())
-            quiet = RANK > 0 or not sys.stderr.isatty()
-            self.bar = stack.enter_context(tqdm(total=self.steps, unit="step", disable=quiet))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, self.on_signal)
-                stack.callback(signal.signal, number, before)
-            self.stack = stack.pop_all()
-        self.start_clock()
+                run = wandb.init(project="ire", name=self.out.name, config=settings)
+                self.wandb = self.enter_context(run)
+            if not self.c.resume:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+            write_json(self.out / "config.json", settings | environment())
+        hidden = True if RANK else None  # None: shown on a terminal
+        self.bar = self.enter_context(tqdm(total=self.steps, unit="step", disable=hidden))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.on_signal)
+            self.callback(signal.signal, number, before)
         return self
-
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
 
     def load(self, **parts):
         """Returns the checkpoint, and loads its states into the parts of the same names, such as
@@ -511,8 +461,7 @@ class Run:
         self.seconds = saved["seconds"]
         self.kept = f"step {saved['step']}"
         for name, part in parts.items():
-            with instead(f"--resume: {name} in {self.out}/checkpoint.pt does not fit"):
-                part.load_state_dict(saved[name])
+            part.load_state_dict(saved[name])
         return saved
 
     def save(self, step, name="checkpoint.pt", **state):
@@ -527,9 +476,8 @@ class Run:
         saved = {"config": dataclasses.asdict(self.c)} | reached | state
         try:
             write_atomically(self.out / name, lambda f: torch.save(saved, f))
-        except (OSError, RuntimeError) as e:  # torch.save hides the disk's error in another
-            why = f"{e.__context__ or e}; last checkpoint: {self.kept}"
-            raise Halt(f"{self.out / name} can't be written: {why}") from None
+        except RuntimeError as e:  # torch.save hides the disk's error in this error
+            raise (e.__context__ or e) from None
         if name == "checkpoint.pt":
             self.kept = f"step {step}"
 
@@ -589,27 +537,19 @@ class Run:
 def main(config_class, description, command, arguments=None, memory="lower --batch-size"):
     """Runs command(typed) and returns the exit code. An error that a user can correct is one line.
     memory: what to do when the memory is full."""
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not have every letter
-        sys.stdout.reconfigure(errors="replace")
-    code = 1
     try:
         typed = parse(config_class, description, arguments)
         start_ranks()
         command(typed)
         return 0
-    except KeyboardInterrupt:  # where there is no step to finish
-        code = 128 + signal.SIGINT
-        text = "stopped"
     except (Halt, OSError) as e:
         code = getattr(e, "code", 1)
         text = str(e)
     except ModuleNotFoundError as e:
         code = 2
         text = f"{e.name} is missing: pip install {e.name}"
-    except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate memory" not in str(e):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
+        code = 1
         text = f"out of memory: {memory}"
     if LOCAL_RANK > 0 and code > 128:  # a signal, and the first rank says so
         return code

@@ -7,10 +7,7 @@ meta.json with "tokenizer", "vocab_size" and either "dtype" ("uint16" or "uint32
 
 import contextlib
 import hashlib
-import itertools
-import os
 import random
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -32,6 +29,7 @@ HUB = {  # on huggingface.co: name and configuration
     "minipile": ("JeanKaddour/minipile", None),
     "openwebtext": ("Skylion007/openwebtext", None),
 }
+PIECE = 1 << 19  # bytes of text that are read at a time
 NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # in Python's library
 
 
@@ -50,8 +48,7 @@ def text_files(c):
         url, sha256 = SHAKESPEARE
         common.download(url, path, sha256, f"--data: put the text at {path}")
     for name in ("out", "data_dir"):  # files in there would become text
-        folder = Path(getattr(c, name)).resolve()
-        holds = path.is_dir() and path.resolve() in (folder, *folder.parents)
+        holds = Path(getattr(c, name)).resolve().is_relative_to(path.resolve())
         check(c, "data", not holds, f"a folder that does not hold {common.flag(name)}")
     found = [path] if path.is_file() else sorted(p for p in path.rglob(pattern) if p.is_file())
     parts = {p: p.relative_to(path).parts for p in found}
@@ -83,11 +80,9 @@ def from_files(files):
         with open(path, "rb") as f:
             for part, end in (("train", cut), ("val", size)):
                 begins = True
-                while text := f.read(min(1 << 19, end - f.tell())):
-                    rest = f.readline(
-                        min(1 << 19, end - f.tell())
-                    )  # up to the end of a line, so that no word is cut
-                    yield part, text + rest, begins
+                while text := f.read(min(PIECE, end - f.tell())):
+                    text += f.readline(min(PIECE, end - f.tell()))  # so that no word is cut
+                    yield part, text, begins
                     begins = False
 
 
@@ -121,13 +116,12 @@ class Codec:
             self.vocab = self.bpe.n_vocab
             self.between = self.bpe.eot_token
 
-    def encode(self, texts):
+    def encode(self, text):
         if self.kind == "gpt2":
-            texts = [text.decode(errors="replace") for text in texts]
-            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-        if self.kind != "bytes" and any(texts):
+            return self.bpe.encode_ordinary(text.decode(errors="replace"))
+        if self.kind != "bytes" and text:
             raise common.BadInput("--prompt: allowed is none for tokens of another tokenizer")
-        return [np.frombuffer(text, np.uint8) for text in texts]
+        return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens):
         if self.kind == "gpt2":
@@ -165,24 +159,13 @@ def write_tokens(c, folder, pieces):
     meta = {"tokenizer": c.tokenizer, "vocab_size": codec.vocab, "dtype": "uint16"}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         bins = {"train": train, "val": val}
-        batches = iter(lambda: list(itertools.islice(pieces, 64)), [])
-        quiet = not sys.stderr.isatty()
-        for batch in tqdm(batches, f"tokens of {c.data}", unit=" batches", disable=quiet):
-            encoded = codec.encode([text for _, text, _ in batch])
-            for (part, _, begins), tokens in zip(batch, encoded, strict=True):
-                separator = [codec.between] if begins and bins[part].tell() else []
-                bins[part].write(np.concatenate((separator, tokens)).astype("<u2").tobytes())
+        for part, text, begins in tqdm(pieces, f"tokens of {c.data}", disable=None):
+            separator = [codec.between] if begins and bins[part].tell() else []
+            tokens = np.concatenate((separator, codec.encode(text)))
+            bins[part].write(tokens.astype("<u2").tobytes())
         for part, f in bins.items():
-            f.flush()
-            os.fsync(f.fileno())
             meta[f"{part}_tokens"] = f.tell() // 2
-            check_length(c, part, f.tell() // 2)
     common.write_json(folder / "meta.json", meta)
-
-
-def check_length(c, part, n):
-    more = f"more text: {part} has {n} tokens, no more than one --context of {c.context}"
-    check(c, "data", n > c.context, more)
 
 
 def padded(vocab):
@@ -203,8 +186,8 @@ class Data:
         common.over_ranks([0])  # the other ranks find the tokens made
         self.c = c
         folder = folder or prepare(c)
-        files = f"train.bin, val.bin, and meta.json with tokenizer and vocab_size in {folder}"
-        with instead(f"--data: got {c.data}, allowed is a folder with {files}"):
+        meta = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
+        with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {meta}"):
             meta = common.read_json(folder / "meta.json")
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
             self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
@@ -212,17 +195,17 @@ class Data:
         self.sha256 = self.checksum()
 
     def read(self, folder, meta, part):
-        """Returns the tokens in a file, which fits the type and the number that meta.json names."""
+        """Returns the tokens in a file. Their number, or else their type, says how wide each is."""
         path = folder / f"{part}.bin"
         size = path.stat().st_size
         n = meta.get(f"{part}_tokens")
-        width = size / n if n else 0
-        if meta.get("dtype"):
-            width = {"uint16": 2, "uint32": 4}.get(meta["dtype"], 0)
-        fits = width in (2, 4) and size == width * (n or size // width)
-        names = f"dtype (uint16 or uint32) or {part}_tokens in {folder / 'meta.json'}"
-        check(self.c, "data", fits, f"{path} of {size:,} bytes with fitting {names}")
-        check_length(self.c, part, size // int(width))
+        width = size / n if n else {"uint16": 2, "uint32": 4}[meta["dtype"]]
+        fits = width in (2, 4) and size % width == 0
+        fitting = f"{part}_tokens of 2 or 4 bytes, as meta.json says"
+        check(self.c, "data", fits, f"{path} of {size:,} bytes with {fitting}")
+        count = size // int(width)
+        more = f"more text: {part} has {count} tokens, no more than one --context"
+        check(self.c, "data", count > self.c.context, f"{more} of {self.c.context}")
         return np.memmap(path, f"<u{int(width)}", "r")
 
     def checksum(self):
@@ -239,29 +222,28 @@ class Data:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def windows(self, tokens, starts):
-        """Returns inputs and targets, (sequences, context) each, on the device."""
-        rows = tokens[starts[:, None] + np.arange(self.c.context + 1)].astype(np.int64)
-        rows = torch.from_numpy(rows)
-        rows = rows.pin_memory() if self.c.device == "cuda" else rows
-        rows = rows.to(self.c.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+    def micro_batches(self, tokens, starts):
+        """Yields inputs and targets of this rank's share, (micro_batch, context) each."""
+        c = self.c
+        for first in range(RANK * c.micro_batch, len(starts), RANKS * c.micro_batch):
+            at = starts[first : first + c.micro_batch, None] + np.arange(c.context + 1)
+            rows = torch.from_numpy(tokens[at].astype(np.int64))
+            rows = rows.pin_memory() if c.device == "cuda" else rows
+            rows = rows.to(c.device, non_blocking=True)
+            yield rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):
         """Returns this rank's micro-batches of a step. The step's sequences do not depend on the
         number of ranks."""
-        c = self.c
-        rng = np.random.default_rng((c.seed, step))
-        starts = rng.integers(len(self.train) - c.context, size=c.batch_size)
-        firsts = range(RANK * c.micro_batch, c.batch_size, RANKS * c.micro_batch)
-        return [self.windows(self.train, starts[i : i + c.micro_batch]) for i in firsts]
+        rng = np.random.default_rng((self.c.seed, step))
+        starts = rng.integers(len(self.train) - self.c.context, size=self.c.batch_size)
+        return list(self.micro_batches(self.train, starts))
 
     def validation(self):
-        """Yields this rank's micro-batches for the validation. They have the shapes of training,
+        """Returns this rank's micro-batches for the validation. They have the shapes of training,
         for which the model is compiled. Their sequences do not depend on the number of ranks."""
         c = self.c
         count = min(c.eval_sequences, (len(self.val) - 1) // c.context)
         count = max(1, count // c.batch_size) * c.batch_size
         starts = np.linspace(0, len(self.val) - c.context - 1, count).astype(np.int64)
-        for first in range(RANK * c.micro_batch, count, RANKS * c.micro_batch):
-            yield self.windows(self.val, starts[first : first + c.micro_batch])
+        return self.micro_batches(self.val, starts)

@@ -27,12 +27,16 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import fully_shard
 
 import common
+import hf
 import llama
 import text
 from common import COUNT, DECAY, FRACTION, NOT_NEGATIVE, POSITIVE, STEPS, Range, check, setting
 from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
+from sharpness import sharpness
 
 # ------------------------------------------------------------------------------------ settings
 # The three rows of the paper as Llamas, with its own form of IRE; its 60M has width 410, 10 heads.
@@ -54,15 +58,11 @@ PRESETS = {
     "1b": dict(data="openwebtext", tokenizer="gpt2", steps=20_000, warmup=1000, batch_size=512)
     | dict(layers=18, width=2048, heads=16, ffn=5632, context=2048, lr=4e-4),
 }
-OPTIMIZERS = {  # the base, and what makes its steps longer
-    "adamw": ("adamw", None),
-    "admire": ("adamw", "ire"),
-    "adamw-soft": ("adamw", "soft"),
-    "muon": ("muon", None),
-    "muon-ire": ("muon", "ire"),
-    "muon-soft": ("muon", "soft"),
-}
+OPTIMIZERS = {"adamw": None, "admire": "ire", "adamw-soft": "soft"}  # what makes steps longer
+OPTIMIZERS |= {"muon": None, "muon-ire": "ire", "muon-soft": "soft"}
 ANY_IRE = ("ire", "soft")
+FISHER = ("fisher",)
+SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
 DATA = """stdlib (Python's own source), shakespeare, wikitext-2, wikitext-103, minipile,
 openwebtext, a text file, a folder of text files, or a folder with train.bin, val.bin, meta.json"""
 FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
@@ -72,7 +72,6 @@ COMPARE = "optimizers to train in turn; the first is the base (adamw,admire if n
 SCHEDULES = ("cosine", "wsd", "constant")
 LOSS = "loss (nats per token)"
 ADVICE = "a lower --lr, --kappa or --alpha, or a longer --warmup"
-LAYERS = Range(1, 1000, "1 to 1,000")
 SIZE = Range(1, 2**20, "1 to 2^20")
 UNIT = Range(0, 1, "0 to 1")
 
@@ -88,7 +87,7 @@ class Config(common.Settings):
     data: str = setting("stdlib", DATA, resume=True)  # the same text in another place
     data_dir: str = setting("data", "folder for prepared data", resume=True)
     tokenizer: str = setting("bytes", "what a token is", ("bytes", "gpt2"))
-    layers: int = setting(4, "transformer blocks", LAYERS)
+    layers: int = setting(4, "transformer blocks", SIZE)
     width: int = setting(128, "size of an embedding", SIZE)
     heads: int = setting(4, "attention heads; width / heads is even", COUNT)
     ffn: int = setting(336, "width inside the feed-forward", SIZE)
@@ -117,9 +116,7 @@ class Config(common.Settings):
     interval: int = setting(10, "steps until IRE looks again where it is flat", COUNT, of=ANY_IRE)
     ire_warmup: int = setting(0, "steps before IRE switches on", STEPS, of=ANY_IRE)
     curvature: str = setting("squares", FLAT, ("squares", "fisher"), of=ANY_IRE)
-    probe_batches: int = setting(
-        None, "micro-batches for fisher (default 1/4)", COUNT, of=("fisher",)
-    )
+    probe_batches: int = setting(None, "micro-batches of fisher (default 1/4)", COUNT, of=FISHER)
     # how to compute it
     micro_batch: int = setting(None, "sequences in a pass (default: what fits)", COUNT, resume=True)
     fsdp: bool = setting(False, "shard over torchrun's GPUs (FSDP2), not DDP", resume=True)
@@ -148,9 +145,6 @@ class Config(common.Settings):
     top_k: int = setting(50, "choose among so many tokens", COUNT, command=True)
 
 
-SHAPE = ("tokenizer", "layers", "width", "heads", "ffn")  # what weights fix
-
-
 def configure(typed, names=()):
     """Returns the settings of a command: preset < --init < saved run (--resume) < --config < typed.
     names: the optimizers of a comparison. At least one of them must read what was typed."""
@@ -162,7 +156,7 @@ def configure(typed, names=()):
         shape = {name: source[name] for name in SHAPE}
     c = Config(**preset | shape | given)
     names = names or [c.optimizer]
-    read = {OPTIMIZERS[name][1] for name in names} - {None}
+    read = {OPTIMIZERS.get(name) for name in names} - {None}
     if read:
         read.add(c.curvature)
     by = f"{' or '.join(names)} with --curvature {c.curvature}"
@@ -170,11 +164,6 @@ def configure(typed, names=()):
     if c.resume:
         check_steps(c)
     return c
-
-
-def rule(c):
-    """Returns "ire" (a mask), "soft" (a factor for each coordinate) or None."""
-    return OPTIMIZERS[c.optimizer][1]
 
 
 def complete(c):
@@ -211,7 +200,7 @@ def largest_micro_batch(c, share):
 def check_settings(c):
     check(c, "width", c.width % (2 * c.heads) == 0, f"a multiple of twice --heads, {2 * c.heads}")
     check(c, "warmup", c.warmup < c.steps, f"0 to --steps - 1, {c.steps - 1}")
-    never = rule(c) and c.ire_warmup >= c.steps
+    never = OPTIMIZERS[c.optimizer] and c.ire_warmup >= c.steps
     check(c, "ire_warmup", not never, f"0 to --steps - 1, {c.steps - 1}: later is the base alone")
     check(c, "fsdp", not c.fsdp or common.LAUNCHED, "--no-fsdp without torchrun")
     old = c.optimizer.startswith("muon") and not hasattr(torch.optim, "Muon")
@@ -239,14 +228,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW(others, **adamw)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self, closure=None):  # always None, in our loop and where torch loads a state dict
         for part in (self.muon, self.adamw):  # a loaded state dict has made new groups and state
             part.state = self.state
             part.param_groups = [g for g in self.param_groups if g["muon"] == (part is self.muon)]
             part.step()
-        return loss
 
 
 def make_optimizer(model, c):
@@ -262,12 +248,12 @@ def make_optimizer(model, c):
         {"params": norms, "lr_scale": 1.0, "weight_decay": 0.0, "muon": False},
     ]
     adamw = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "fused": c.device != "mps"}
-    muon = OPTIMIZERS[c.optimizer][0] == "muon"
+    muon = c.optimizer.startswith("muon")
     base = MuonAndAdamW(groups, **adamw) if muon else torch.optim.AdamW(groups, **adamw)
     about = {"interval": c.interval, "warmup": c.ire_warmup, "curvature": c.curvature}
-    if rule(c) == "ire":
+    if OPTIMIZERS[c.optimizer] == "ire":
         return IRE(base, kappa=c.kappa, gamma=c.gamma, **about)
-    if rule(c) == "soft":
+    if OPTIMIZERS[c.optimizer] == "soft":
         return SoftIRE(base, params=hidden, alpha=c.alpha, **about)
     return base
 
@@ -299,7 +285,7 @@ def train(c, make_optimizer=make_optimizer):
             for name in ("best", "hf"):
                 shutil.rmtree(run.out / name, ignore_errors=True)
         if c.resume:
-            restore(job, run.load())
+            restore(run, job)
         banner(run, job)
         if job.step == 0:
             run.log(0, val_loss=validation_loss(job.forward, job.data), **sharp(job))
@@ -355,8 +341,6 @@ def make_model(c, data):
     if c.compile:
         llama.compile_blocks(model)
     if c.fsdp:
-        from torch.distributed.fsdp import fully_shard
-
         mesh = dist.init_device_mesh(c.device, (common.RANKS,))
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh)
@@ -423,17 +407,17 @@ def gradients_shared(forward, now):
 def log(run, job, pending, lr):
     """Writes a line about the last steps. Raises Diverged."""
     c = job.c
-    table = common.over_ranks(torch.stack(pending).cpu())  # waits for the device
+    pending = torch.stack(pending).cpu().double()  # waits for the device
+    losses, norms = zip(*common.over_ranks(pending / common.RANKS), strict=True)
     seconds = run.stop_clock()
-    losses, norms = ([x / common.RANKS for x in column] for column in zip(*table, strict=True))
     run.check_finite(job.step, losses, ADVICE)
     if not job.scaler.is_enabled():  # its first steps may overflow, and are left out
         run.check_finite(job.step, norms, ADVICE)
-    values = {"train_loss": sum(losses) / len(table), "lr": lr}
-    values["grad_norm"] = sum(norms) / len(table)
+    values = {"train_loss": sum(losses) / len(losses), "lr": lr}
+    values["grad_norm"] = sum(norms) / len(norms)
     if type(job.optimizer) is IRE and job.step > c.ire_warmup:
         values |= job.optimizer.flat_share()
-    rate = len(table) * c.batch_size * c.context / seconds
+    rate = len(losses) * c.batch_size * c.context / seconds
     run.log(job.step, **values, tokens_per_second=round(rate))
 
 
@@ -459,8 +443,6 @@ def sharp(job):
     """Measures the Hessian of the loss of the first micro-batch."""
     if not job.c.sharpness or common.RANK:
         return {}
-    from sharpness import sharpness
-
     x, y = job.data.batch(0)[0]
     job.model.dtype = torch.float32
     with torch.compiler.set_stance("force_eager"):  # a compiled model has no second derivative
@@ -485,7 +467,7 @@ def banner(run, job):
         model=f"Llama, {count:,} parameters: {c.layers} layers of width {c.width}",
         data=f"{c.data}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
         device=", ".join(filter(None, place)),
-        optimizer=c.optimizer + strength.get(rule(c), ""),
+        optimizer=c.optimizer + strength.get(OPTIMIZERS[c.optimizer], ""),
         lr=f"up to {c.lr:g}; embedding {c.embedding_lr:g} and head {c.head_lr:g} times as much",
         run=f"{c.steps} steps of {tokens:,} tokens, {share:.0%} of the data, into {run.out}",
         start=f"step {job.step} of {c.steps}" if job.step else start,
@@ -493,31 +475,27 @@ def banner(run, job):
 
 
 # --------------------------------------------------------------------------------------- files
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all shards
+
+
 def save(run, job, name="checkpoint.pt"):
     """Writes a checkpoint and the figure. The checkpoint is whole also where the model is sharded,
     so that any number of ranks can go on."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, optimizer = get_state_dict(job.model, job.optimizer, options=options)
-    state = {"model": model, "optimizer": optimizer, "scaler": job.scaler.state_dict()}
+    model, optimizer = states.get_state_dict(job.model, job.optimizer, options=WHOLE)
+    parts = {"model": model, "optimizer": optimizer, "scaler": job.scaler}
     about = {"data": job.data.sha256, "tokens": job.data.tokens}
-    reached = {"val_loss": job.val_loss, "best": job.best}
-    run.save(job.step, name, **state, **about, **reached)
+    run.save(job.step, name, **parts, **about, val_loss=job.val_loss, best=job.best)
     if common.RANK == 0:
         log = common.read_log(run.out)
         curves = {key: common.curve(log, key) for key in ("train_loss", "val_loss")}
         common.draw(run.out / "loss.png", {LOSS: curves})
 
 
-def restore(job, saved):
-    """Goes on from a checkpoint."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    options = StateDictOptions(full_state_dict=True)
-    states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
-    set_state_dict(job.model, job.optimizer, options=options, **states)
-    job.scaler.load_state_dict(saved["scaler"])
+def restore(run, job):
+    """Goes on from the checkpoint of the run."""
+    saved = run.load(scaler=job.scaler)
+    parts = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+    states.set_state_dict(job.model, job.optimizer, options=WHOLE, **parts)
     for name in ("step", "val_loss", "best"):
         setattr(job, name, saved[name])
 
@@ -527,20 +505,13 @@ def load_weights(model, folder, tokens):
     saved = common.read_checkpoint(folder, mmap=True)
     if saved["tokens"] != tokens:
         raise common.BadInput(f"--data: got {tokens}, allowed is {saved['tokens']}, as {folder}")
-    if not all(w.isfinite().all() for w in saved["model"].values()):
-        raise common.BadInput(f"{folder}: its weights are not finite, so the run had failed")
     with common.instead(f"the sizes given do not fit the weights of {folder}"):
         model.load_state_dict(saved["model"])
 
 
 def export(job, folder):
     """Writes the folder hf, for transformers."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    import hf  # and with it safetensors
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(job.model, options=options)
+    weights = states.get_model_state_dict(job.model, options=WHOLE)
     if common.RANK == 0:
         hf.write(folder, weights, job.c, job.data.vocab, text.Codec(**job.data.tokens))
 
@@ -549,9 +520,6 @@ def export(job, folder):
 def compare(typed):
     """Trains with several optimizers on the same seed, batches and settings, in OUT/NAME each."""
     names = typed["compare"].split(",")
-    if len(names) < 2 or len(set(names)) < len(names) or not set(names) <= OPTIMIZERS.keys():
-        allowed = f"two or more of {', '.join(OPTIMIZERS)}, with commas between them"
-        raise common.BadInput(f"--compare: got {typed['compare']}, allowed is {allowed}")
     if "optimizer" in typed:
         raise common.BadInput("--optimizer: allowed with --compare is to leave it out")
     changes = {name: {"optimizer": name} for name in names}
@@ -598,7 +566,7 @@ def sample(folder, typed):
     model, c, kind = load_run(folder, typed)
     codec = text.Codec(**kind)
     generator = torch.Generator().manual_seed(c.seed)
-    tokens = [int(t) for t in codec.encode([os.fsencode(c.prompt)])[0]] or [codec.between or 0]
+    tokens = [int(t) for t in codec.encode(os.fsencode(c.prompt))] or [codec.between or 0]
     texts = [llama.generate(model, c, tokens, codec.vocab, generator) for _ in range(c.num_samples)]
     return "\n---------------\n".join(codec.decode(tokens) for tokens in texts)
 

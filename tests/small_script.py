@@ -43,6 +43,7 @@ def walk(typed):
         if c.resume:
             saved = run.load()
             step, x = saved["step"], saved["x"]
+        run.start_clock()
         while step < c.steps:
             torch.manual_seed(step)
             x = c.momentum * x + c.lr * torch.randn(100)

@@ -88,13 +88,12 @@ def test_token_files_of_either_size(dtype, meta):
         ({"val": [1] * 99 + [65535]}, {}, "below vocab_size, 256, in .*val.bin.*has 65535"),
         ({"train": [1] * 32}, {}, "train has 32 tokens, no more than one --context of 32"),
         ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin of 198 bytes"),
-        ({"stored": "uint32"}, {"train_tokens": 22536}, "train.bin"),
-        ({"stored": "int64"}, {"dtype": None, "train_tokens": 22536}, "train.bin of .* uint32"),
-        ({"stored": "int64"}, {"dtype": "int64"}, "uint16 or uint32"),
+        ({"stored": "int64"}, {"dtype": None, "train_tokens": 22536}, "tokens of 2 or 4 bytes"),
+        ({"stored": "int64"}, {"dtype": "int64"}, "dtype .uint16 or uint32.*KeyError: 'int64'"),
         ({"stored": "float32"}, {"dtype": None, "train_tokens": 22536, "val_tokens": 200}, "below"),
-        ({}, {"dtype": None}, "dtype .uint16 or uint32. or train_tokens in ready/meta.json"),
-        ({}, {"vocab_size": "many"}, "meta.json with tokenizer and vocab_size in ready"),
-        ({}, {"tokenizer": None}, "meta.json with tokenizer and vocab_size in ready"),
+        ({}, {"dtype": None}, "dtype .uint16 or uint32.*KeyError: 'dtype'"),
+        ({}, {"vocab_size": "many"}, "got ready, .*meta.json with tokenizer, vocab_size.*many"),
+        ({}, {"tokenizer": None}, "meta.json with tokenizer, vocab_size.*KeyError: 'tokenizer'"),
     ),
 )
 def test_prepared_folder_that_does_not_fit(values, meta, says):
@@ -172,8 +171,6 @@ def test_the_end_of_one_text_is_held_out():
 @pytest.mark.parametrize(
     "content, flags, says",
     (
-        (TEXT[:33], "", "more text: train has 29 tokens"),
-        (TEXT, "--context 30000", "--context of 30000"),
         (None, "", "a text file or a folder of text files"),
         ({".env": TEXT}, "", "a text file or a folder of text files"),
         ({"a.txt": TEXT.decode().encode("utf-16")}, "", "in UTF-8"),
@@ -188,6 +185,15 @@ def test_text_that_cannot_be_trained_on(content, flags, says):
         for name, words in content.items():
             Path("text.txt", name).write_bytes(words)
     GPT.refused(f"--data text.txt {flags}", "--data: ", says)
+
+
+def test_text_that_is_too_short():
+    """Its tokens stay prepared, since a shorter context may fit."""
+    Path("text.txt").write_bytes(TEXT[:33])
+    code, _, err = GPT.run("--data text.txt")
+    assert code == 2 and "--data: " in err and "more text: train has 29 tokens" in err, err
+    code, _, err = GPT.run("--data text.txt --context 30000")
+    assert code == 2 and "--context of 30000" in err and not Path("runs").exists(), err
 
 
 def test_files_without_text_are_left_out_and_named():
