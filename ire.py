@@ -79,7 +79,8 @@ class IRE(_Wrapper):
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
             keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
             4 bytes per parameter. A gradient spike enters this mean even if the base skips the
-            step, so clip the gradients first.
+            step, so clip the gradients first. If `step` has a closure, IRE takes the gradients as
+            the base leaves them in `p.grad`.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
     beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
@@ -125,15 +126,19 @@ class IRE(_Wrapper):
         t = self.param_groups[0]["ire_step"]
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
-        new, closure = _new_squares(self, params, closure)
+        if closure is None:
+            _observe(self, params)  # first, as some bases change p.grad in place
 
         loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
 
-        squares = _running_means(self, params, new)
-        if self._due() and squares:
-            self._update_masks(squares)
-        elif self._due() and params and self.probed != t:
-            _warn_of_miss(self)
+        if closure is not None:
+            _observe(self, params)
+        if self._due():
+            squares = _mean_squares(self, params)
+            if squares:
+                self._update_masks(squares)
+            elif params and self.probed != t:
+                _warn_of_miss(self)
         for p, theta in old.items():
             if _fits(self.masks, p):
                 step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
@@ -494,66 +499,52 @@ def _gradient(p):
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _new_squares(ire, params, closure):
-    """Returns {p: the squared gradient of this step} and the closure. The dict stays empty if the
-    base keeps the mean. Squares are taken before the base's step, as Muon and others change p.grad
-    in place. If a closure is called several times, its last gradients count."""
-    new = {}
-
-    def look():
-        for p in params:
-            if p.grad is not None:
-                g = _values(_gradient(p)).to(_wide(p))
-                new[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
-
-    def watched():
-        loss = closure()
-        look()
-        return loss
-
-    if ire.curvature == "fisher" or _adams_squares(ire, params) is not None:
-        return new, closure
-    if closure is not None:
-        return new, watched
-    look()
-    return new, None
+def _observe(ire, params):
+    """Adds the gradients to the running means of their squares, if IRE keeps such means."""
+    if ire.curvature == "fisher":
+        return
+    if _adams_squares(ire, params):
+        ire.squares.clear()
+        ire.counts.clear()
+        return
+    for p in params:
+        if p.grad is not None:
+            if not _fits(ire.squares, p):
+                ire.counts[p] = torch.zeros(())
+            mean = _begin(ire.squares, p, _wide(p))
+            ire.counts[p] += 1
+            # Without the denominator, a mean that began later than others would look flat.
+            weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
+            g = _values(_gradient(p)).to(mean.dtype)
+            mean.lerp_((g * g).nan_to_num_(0, 0, 0), weight)  # the base may skip such a step
 
 
-def _running_means(ire, params, new):
+def _mean_squares(ire, params):
     """{p: running mean of the squared gradient}. All come from the base, or all are kept here."""
     if ire.curvature == "fisher":
         return {}
-    squares = _adams_squares(ire, params)
-    if squares is not None:
-        return _corrected(squares, params, ire.state) if ire._due() else squares
-    for p, square in new.items():
-        if not _fits(ire.squares, p):
-            ire.counts[p] = torch.zeros(())
-        mean = _begin(ire.squares, p, _wide(p))
-        ire.counts[p] += 1
-        # Without the denominator, a mean that began later than others would look flat.
-        weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
-        mean.lerp_(square, weight)
-    return {p: ire.squares[p] for p in params if p in ire.squares}
+    own = {p: ire.squares[p] for p in params if p in ire.squares}
+    return _corrected(_adams_squares(ire, params), params, ire.state) or own
 
 
 def _adams_squares(ire, params):
-    """{p: the base's running mean of squared gradients}. None if the base lacks the mean of some
-    parameter, or if IRE already keeps its own means. The two are on different scales."""
-    entries = {p: ire.state.get(p, {}) for p in params}
-    squares = {p: x.get("exp_avg_sq") for p, x in entries.items() if x or p.grad is not None}
+    """{p: the base's running mean of squared gradients}. {} if the base lacks the mean of some
+    parameter, as means of the base and of IRE are on different scales."""
+    states = {p: ire.state.get(p, {}) for p in params}
+    squares = {p: x.get("exp_avg_sq") for p, x in states.items() if x or p.grad is not None}
     fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
-    rotated = any("Q" in entry for entry in entries.values())  # SOAP keeps it in another basis
-    return squares if squares and fits and not rotated and not ire.squares else None
+    rotated = any("Q" in x for x in states.values())  # SOAP keeps it in another basis
+    return squares if fits and not rotated else {}
 
 
-def _corrected(squares, params, state):
+def _corrected(squares, params, states):
     """Adam's means, divided by 1 - beta2^t if some of them began later than others. A mean that
     began later is smaller and would look flat."""
-    weights = dict.fromkeys(squares, 1.0)
+    weights = {}
     for p in squares:
-        if "betas" in params[p] and "step" in state[p]:
-            weights[p] -= float(params[p]["betas"][1]) ** float(state[p]["step"])
+        _, beta2 = params[p].get("betas", (0, 0))
+        t = states[p].get("step", math.inf)
+        weights[p] = 1 - float(beta2) ** float(t)
     if len(set(weights.values())) == 1:
         return squares
     return {p: v / weights[p] for p, v in squares.items()}

@@ -177,10 +177,9 @@ def test_what_it_keeps_and_says():
             assert setting in repr(opt)
 
 
-@pytest.mark.parametrize("by_closure", [False, True])
 @pytest.mark.parametrize("wrap", [lambda base: IRE(base, kappa=1, gamma=0.5), SoftIRE])
-def test_squares_are_of_the_gradients_before_the_base_changes_them(by_closure, wrap):
-    """As Muon does, whose Nesterov step stands in p.grad afterwards."""
+def test_squares_are_of_the_gradients_before_the_base_changes_them(wrap):
+    """Some Muons leave their Nesterov step in p.grad."""
 
     class Changing(SGD):
         def step(self, closure=None):
@@ -192,18 +191,7 @@ def test_squares_are_of_the_gradients_before_the_base_changes_them(by_closure, w
     one, two = make_model(), make_model()
     expected = train(one, wrap(SGD(one.parameters(), 0.1)), range(12))
     opt = wrap(Changing(two.parameters(), 0.1))
-    for step in range(12):
-
-        def closure():
-            opt.zero_grad()
-            return backward(two, step)
-
-        if by_closure:
-            opt.step(closure)
-        else:
-            closure()
-            opt.step()
-    assert equal(expected, values(two))
+    assert equal(expected, train(two, opt, range(12)))
 
 
 def test_a_group_with_kappa_0_does_not_decide_on_the_source():
@@ -215,22 +203,27 @@ def test_a_group_with_kappa_0_does_not_decide_on_the_source():
         return {"exp_avg_sq": torch.arange(len(p)).to(p)} if p.dim() == 1 else {}
 
     opt = IRE(Keeps([matrices, vectors], entry), kappa=1, gamma=0.5)
-    train(model, opt, range(1))
+    train(model, opt, range(2))
     assert opt.masks[model[0].bias].tolist() == [True] * 3 + [False] * 5
     assert opt.masks[model[2].bias].tolist() == [True] * 3
     assert not any(x.is_floating_point() for x in extra(opt).values() if x.dim() > 0)
 
 
-def test_a_source_once_chosen_stays():
-    """Else the own squares would miss the gradients from here on."""
+def test_means_kept_by_ire_end_where_the_bases_serve():
+    """Else they would miss the gradients from here on, and take part again later."""
     model = make_model()
     matrices = {"params": [model[0].weight, model[2].weight]}
     vectors = {"params": [model[0].bias, model[2].bias]}
-    opt = IRE(Keeps([matrices, vectors], of_vectors), kappa=1, gamma=0.5, interval=2)
+    opt = IRE(Keeps([matrices, vectors], of_vectors), kappa=1, gamma=0.5, interval=1)
     train(model, opt, range(2))
+    assert len(opt.squares) == 4 and "kept by IRE" in repr(opt)
     opt.param_groups[0]["kappa"] = 0
     train(model, opt, range(2, 3))
-    assert sum(flat_counts(opt)[2:]) == 5  # the base's would all be flat
+    assert not opt.squares and not opt.counts and "exp_avg_sq" in repr(opt)
+    assert opt.masks[model[0].bias].all() and opt.masks[model[2].bias].all()  # all are 1
+    opt.param_groups[0]["kappa"] = 1
+    train(model, opt, range(3, 4))
+    assert {float(n) for n in opt.counts.values()} == {1}
 
 
 @each_base
