@@ -740,21 +740,20 @@ def _remove_ours(state, params):
 def _is_rehearsal(wrapper):
     """torch.distributed.checkpoint fills a fresh optimizer's state by a step with lr 0 and
     gradients of 0. Returns True in that step. It must not count or warn."""
-    grads = [p.grad for p in wrapper._params() if p.grad is not None]
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
-    return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
+    grads = [p.grad for p in wrapper._params() if p.grad is not None]
+    return still and not wrapper.state and _nonzero(grads) == 0
 
 
 def _rehearse(ire):
     """Creates what a saved state holds, with zeros in it."""
-    params = [p for p in ire._active() if p.grad is not None]
+    params = {p: group for p, group in ire._active().items() if p.grad is not None}
     loss = ire.base.step()
-    own = ire.curvature == "squares" and _adams_squares(ire, params) is None
+    _observe(ire, params)
     for p in params:
         _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
-        if own:
-            _begin(ire.squares, p, _wide(p))
-            ire.counts.setdefault(p, torch.zeros(()))
+    for count in ire.counts.values():
+        count.zero_()
     return loss
 
 
