@@ -437,18 +437,16 @@ def frozen_batch_norm(model):
 
 def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
-    parameters of two dimensions inside an nn.ModuleList or nn.Sequential. Embeddings are left out.
-    So is a head: the last layer of an nn.Sequential, if it has the last matrix of the model.
+    parameters of two dimensions inside an nn.ModuleList or nn.Sequential, without embeddings. The
+    last matrix of the model is left out, too, since it is the head.
     Raises ValueError if there are none."""
     matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
-    inside, apart = set(), set()
+    inside, apart = set(), set(matrices[-1:])
     for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            apart.add(module.weight)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             inside.update(module.parameters())
-        if isinstance(module, nn.Sequential) and len(module) and matrices:
-            apart.update({*module[-1].parameters(recurse=False)} & {matrices[-1]})
+        if isinstance(module, nn.Embedding):
+            apart.add(module.weight)
     found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
