@@ -625,29 +625,25 @@ _OPEN = set()  # the parameters whose gradients an open probe will put back
 @contextmanager
 def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
-    and the random streams begin at `seed`, so that labels are drawn anew in every probe. A nested
-    probe puts back its own params only; the outer one puts back the rest."""
-    others = [p for m in models for p in m.parameters() if p not in _OPEN]
-    grads = {p: p.grad for p in [*params, *others]}
-    # DDP uses the memory of its gradients again, so there the values are copied.
-    copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
+    and the random streams begin at `seed`, so that labels are drawn anew in every probe. A probe
+    inside another one leaves the gradients to be put back by the outer one."""
+    params = {*params, *(p for m in models for p in m.parameters())} - _OPEN
+    grads = {p: p.grad for p in params}
+    if _several_ranks():  # DDP uses the memory of its gradients again
+        grads = {p: g if g is None else g.clone() for p, g in grads.items()}
     buffers = _buffers_of(models)
     devices = {p.device.index for p in params if p.is_cuda}
-    used = [torch.cuda.default_generators[i] for i in devices]
-    opened = grads.keys() - _OPEN
-    _OPEN.update(opened)
-    for p in grads:
+    _OPEN.update(params)
+    for p in params:
         p.grad = None
     try:
         with torch.random.fork_rng(devices):
-            # torch.manual_seed would also seed devices that are not in use.
-            for generator in [torch.default_generator, *used]:
-                generator.manual_seed(seed % 2**63)
+            torch.manual_seed(seed)
             yield
     finally:
-        _OPEN.difference_update(opened)
+        _OPEN.difference_update(params)
         for p, grad in grads.items():
-            p.grad = grad.copy_(copies[p]) if p in copies else grad
+            p.grad = grad
         for owner, name, x, values in buffers:
             # .data hides the change from a graph that holds x since before the probe.
             x.data.copy_(values)
