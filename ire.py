@@ -631,7 +631,9 @@ def _put_back(params, models, seed):
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
         grads = {p: g if g is None else g.clone() for p, g in grads.items()}
-    buffers = _buffers_of(models)
+    modules = [module for m in models for module in m.modules()]
+    buffers = [(m, name, x) for m in modules for name, x in m._buffers.items() if x is not None]
+    values = [x.clone() for _, _, x in buffers]
     devices = {p.device.index for p in params if p.is_cuda}
     _OPEN.update(params)
     for p in params:
@@ -644,20 +646,10 @@ def _put_back(params, models, seed):
         _OPEN.difference_update(params)
         for p, grad in grads.items():
             p.grad = grad
-        for owner, name, x, values in buffers:
+        for (module, name, x), value in zip(buffers, values, strict=True):
             # .data hides the change from a graph that holds x since before the probe.
-            x.data.copy_(values)
-            owner._buffers[name] = x
-
-
-def _buffers_of(models):
-    """[(the module that owns a buffer, its name, the buffer, a copy)]"""
-    found = []
-    for owner in [module for m in models for module in m.modules()]:
-        for name, x in owner._buffers.items():
-            if x is not None:
-                found.append((owner, name, x, x.clone()))
-    return found
+            x.data.copy_(value)
+            module._buffers[name] = x
 
 
 # ------------------------------------------------------------------------ saving and loading
