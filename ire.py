@@ -632,8 +632,9 @@ def _put_back(params, models, seed):
     if _several_ranks():  # DDP uses the memory of its gradients again
         grads = {p: g if g is None else g.clone() for p, g in grads.items()}
     modules = [module for m in models for module in m.modules()]
-    buffers = [(m, name, x) for m in modules for name, x in m._buffers.items() if x is not None]
-    values = [x.clone() for _, _, x in buffers]
+    buffers = [
+        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
+    ]
     devices = {p.device.index for p in params if p.is_cuda}
     _OPEN.update(params)
     for p in params:
@@ -646,9 +647,9 @@ def _put_back(params, models, seed):
         _OPEN.difference_update(params)
         for p, grad in grads.items():
             p.grad = grad
-        for (module, name, x), value in zip(buffers, values, strict=True):
+        for module, name, x, values in buffers:
             # .data hides the change from a graph that holds x since before the probe.
-            x.data.copy_(value)
+            x.data.copy_(values)
             module._buffers[name] = x
 
 
@@ -667,8 +668,7 @@ def _kept(ire):
 def _keys(ire, saved):
     """[(p, its key in a saved state)]"""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    params = [p for group in ire.param_groups for p in group["params"]]
-    return zip(params, keys, strict=False)  # the base refuses a mismatch
+    return zip(ire._params(), keys, strict=False)  # the base refuses a mismatch
 
 
 def _save(ire):
@@ -687,40 +687,36 @@ def _load(ire, saved):
     before = [dict(group) for group in ire.param_groups]
     found = {}
 
-    def look(_, state):
-        entries = state["state"]
+    def take(_, state):
+        entries = dict(state["state"])
         for p, key in _keys(ire, state):
             entry = entries.get(key, {})
-            if entry is not None:  # ZeRO has put None where another rank has the parameter
-                found[p] = {name: x for name, x in entry.items() if name in _OURS}
-        # Adam takes an entry that is not empty for one of its own. SGD has none of its own at all.
-        kept = {k: x for k, x in entries.items() if not isinstance(x, dict) or x.keys() - _OURS}
-        return {**state, "state": kept or entries}
+            found[p] = {name: entry[name] for name in _OURS & entry.keys()}
+            if len(found[p]) == len(entry):
+                entries.pop(key, None)
+        return {**state, "state": entries}
 
-    look(ire, saved)  # in case that the base calls no hooks
-    handle = ire.base.register_load_state_dict_pre_hook(look)
+    take(ire, saved)  # in case that the base calls no hooks
+    handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
         ire.base.load_state_dict(saved)
     finally:
         handle.remove()
-    _remove_ours(ire.state, found)
-    for name, kept in _kept(ire).items():
-        kept.clear()
-        for p in [p for p in found if name in found[p]]:
-            device = "cpu" if name == "ire_count" else p.device
-            kept[p] = found[p][name].to(device, copy=True)
+    kept = _kept(ire)
+    for tensors in kept.values():
+        tensors.clear()
+    for p, own in found.items():
+        entry = ire.state.get(p, {})
+        for name, x in own.items():
+            entry.pop(name, None)  # a base that calls no hooks has taken x for its own
+            if name in kept:
+                kept[name][p] = x.to("cpu" if name == "ire_count" else p.device, copy=True)
+        if not entry:
+            ire.state.pop(p, None)
     for group, old in zip(ire.base.param_groups, before, strict=True):
         for name in ire.settings:  # a bare base's state lacks them
             group.setdefault(name, old[name])
     ire.probed = None
-
-
-def _remove_ours(state, params):
-    for p in params.keys() & state.keys():
-        for name in _OURS:
-            state[p].pop(name, None)
-        if not state[p]:
-            del state[p]
 
 
 def _is_rehearsal(wrapper):
