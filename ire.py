@@ -140,7 +140,7 @@ class IRE(_Wrapper):
             elif params and self.probed != t:
                 _warn_of_miss(self)
         for p, theta in old.items():
-            if _fits(self.masks, p):
+            if p in self.masks:
                 step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
                 step.nan_to_num_(0, 0, 0)  # a step that is not finite is not lengthened
                 _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(params[p]["kappa"]))
@@ -507,12 +507,10 @@ def _observe(ire, params):
         return
     for p in params:
         if p.grad is not None:
-            if not _fits(ire.squares, p):
-                ire.counts[p] = torch.zeros(())
             mean = _begin(ire.squares, p, _wide(p))
-            ire.counts[p] += 1
+            count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
             # Without the denominator, a mean that began later than others would look flat.
-            weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
+            weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
             g = _values(_gradient(p)).to(mean.dtype)
             mean.lerp_((g * g).nan_to_num_(0, 0, 0), weight)  # the base may skip such a step
 
@@ -581,13 +579,9 @@ def _warn(ire, text):
     warnings.warn(f"{type(ire).__name__}: {text}", stacklevel=4)
 
 
-def _fits(kept, p):
-    return p in kept and kept[p].shape == p.shape
-
-
 def _begin(kept, p, dtype):
-    """This rank's part of kept[p]: zeros at first, and if p's shape has changed."""
-    if not _fits(kept, p):
+    """This rank's part of kept[p], zeros at first."""
+    if p not in kept:
         kept[p] = torch.zeros_like(p, dtype=dtype)
     return _values(kept[p])
 
