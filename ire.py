@@ -492,8 +492,6 @@ def kth_smallest(tensors, k):
 # ------------------------------------------------------------------------ curvature
 def _gradient(p):
     """p's gradient, laid out over the ranks as p is."""
-    layout = p.grad.layout
-    _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
