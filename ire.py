@@ -244,9 +244,9 @@ class AdmIRE(IRE):
     """IRE on top of torch.optim.AdamW, by default the fused one. AdmIRE is the paper's name. Takes
     the keyword arguments of IRE and of AdamW."""
 
-    def __init__(self, params, lr, **kwargs):
+    def __init__(self, params, lr, *, fused=True, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
+        super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
 
 
 class SAMIRE(IRE):
