@@ -297,9 +297,9 @@ class SoftIRE(IRE):
     def _update_masks(self, curvature):
         """In place of Eq. 5: masks = factor - 1."""
         h = list(curvature.values())
+        n = sum(x.numel() for x in h)
         live = _nonzero(h)
-        zeros = sum(x.numel() for x in h) - live
-        median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
+        median = kth_smallest(h, n - live // 2)  # of those that are not 0
         if not _is_usable(self, median, curvature):
             return
         power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
@@ -310,9 +310,9 @@ class SoftIRE(IRE):
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
         factors = [self.masks[p] for p in curvature]
-        total = _total(lambda x: x.sum(dtype=torch.float64), factors)
+        mean = float(_total(lambda x: x.sum(dtype=torch.float64), factors)) / live
         for factor, x in zip(factors, h, strict=True):
-            _values(factor).div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
+            _values(factor).div_(mean).sub_(1).mul_(_values(x) != 0)
 
 
 class SAM(_Wrapper):
