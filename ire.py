@@ -598,15 +598,18 @@ def _wide(x):
 
 
 def _random_direction(sam):
-    """For Average SAM: standard normal directions, and the root of the number of coordinates.
-    Shards draw different numbers, replicas the same."""
-    direction = {p: torch.empty_like(_values(p)) for p in sam._params() if p.requires_grad}
-    seed = torch.randint(2**62, (), device=next(iter(direction)).device)
-    if _several_ranks():
-        dist.broadcast(seed, 0)
-    for i, (p, x) in enumerate(direction.items()):
-        key = hash((int(seed), i, *map(dist.get_rank, _shard_groups(p)))) % 2**63
-        x.normal_(generator=torch.Generator(x.device).manual_seed(key))
+    """For Average SAM: standard normal directions, the same on all ranks, and the root of the
+    number of coordinates."""
+    direction = {}
+    for p in [p for p in sam._params() if p.requires_grad]:
+        x = torch.randn(p.shape, dtype=p.dtype, device=p.device)
+        if hasattr(p, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            x = distribute_tensor(x, p.device_mesh, p.placements)
+        elif _several_ranks():
+            dist.broadcast(x, 0)
+        direction[p] = _values(x)
     return direction, sum(p.numel() for p in direction) ** 0.5
 
 
@@ -716,7 +719,7 @@ def _is_rehearsal(wrapper):
     gradients of 0. Returns True in that step. It must not count or warn."""
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
     grads = [p.grad for p in wrapper._params() if p.grad is not None]
-    return still and not wrapper.state and _nonzero(grads) == 0
+    return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
 
 
 def _rehearse(ire):

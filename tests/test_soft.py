@@ -165,9 +165,16 @@ def test_hidden_matrices_are_those_of_the_blocks():
     blocks = nn.Sequential(Block(), Block())
     inside = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": blocks, "head": nn.Linear(2, 3)})
     assert len(list(hidden_matrices(inside))) == 4
-    embeddings = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
-    outer = nn.ModuleDict({"layers": embeddings})
+    layers = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
+    outer = nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 3)})
     assert [p.shape for p in hidden_matrices(outer)] == [(2, 2)]
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert [p.shape for p in hidden_matrices(plain)] == [(8, 4), (6, 8)]
+    tied = nn.ModuleDict({"embed": nn.Embedding(6, 6), "blocks": blocks, "head": nn.Linear(6, 6)})
+    tied["head"].weight = tied["embed"].weight
+    assert len(hidden_matrices(tied)) == 4
+    with pytest.raises(ValueError, match="has no matrices in an nn.ModuleList"):
+        hidden_matrices(nn.Linear(2, 3))
 
 
 def test_groups_with_kappa_0_are_left_out_as_with_params():
