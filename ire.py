@@ -153,17 +153,17 @@ class IRE(_Wrapper):
 
         curvature: {p: a tensor of p's shape}. It holds squares, or the probe's gradients. Gradients
         are not squared, as small squares are 0 in float32."""
+        groups = self._params()
         by_gamma = {}
-        for p, group in self._params().items():
-            if p in curvature:
-                by_gamma.setdefault(float(group["gamma"]), {})[p] = curvature[p]
+        for p, x in curvature.items():
+            by_gamma.setdefault(groups[p]["gamma"], {})[p] = x
         for gamma, h in by_gamma.items():
             n = sum(p.numel() for p in h)
             k = math.floor(Fraction(str(gamma)) * n)  # int(0.29 * 100) is 28
             threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
-                    flat = _values(x).abs().to(threshold.dtype) <= threshold.to(x.device)
+                    flat = _values(x).abs().to(threshold.dtype) <= threshold
                     _begin(self.masks, p, torch.bool).copy_(flat)
 
     @property
@@ -369,7 +369,7 @@ class SAM(_Wrapper):
         params = [p for p in self._params() if p.grad is not None]
         scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
-        square = _total(_squared_norm, scaled.values())
+        square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled.values())
         return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
 
@@ -456,7 +456,7 @@ def hidden_matrices(model):
 # ------------------------------------------------------------------------ the k-th smallest
 def kth_smallest(tensors, k):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
-    float32 tensor (float64 if one of them is). NaN is largest; signs are ignored. Shards of
+    float32 tensor (float64 if one of them is) on the CPU. NaN is largest; signs are ignored. Shards of
     DTensors count over their ranks.
     Raises ValueError if k is not in 1 .. n.
 
@@ -486,12 +486,13 @@ def kth_smallest(tensors, k):
         digit = int(torch.searchsorted(counts.cumsum(0), k))
         k -= int(counts[:digit].sum())
         prefix = (prefix or 0) << 16 | digit
-    return torch.tensor(prefix, dtype=ints).view(floats).to(tensors[0].device)
+    return torch.tensor(prefix, dtype=ints).view(floats)
 
 
 # ------------------------------------------------------------------------ curvature
 def _gradient(p):
     """p's gradient, laid out over the ranks as p is."""
+    _require(not p.grad.is_sparse, "gradient", "a sparse one", "a dense one")
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
@@ -586,10 +587,6 @@ def _begin(kept, p, dtype):
 
 def _nonzero(tensors):
     return int(_total(torch.count_nonzero, tensors))
-
-
-def _squared_norm(x):
-    return torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2
 
 
 def _wide(x):
@@ -824,8 +821,10 @@ def _check_settings(wrapper):
         for name in ranges.keys() & settings.keys():
             fits, allowed = ranges[name]
             value = settings[name]
-            number = isinstance(value, (numbers.Real, torch.Tensor)) or name == "curvature"
+            number = isinstance(value, numbers.Real) or name == "curvature"
             _require(number and fits(value), name, value, allowed)
+    for name in wrapper.settings.keys() & vars(wrapper).keys():
+        _require(False, f"opt.{name}", vars(wrapper)[name], f'opt.param_groups[i]["{name}"] = ...')
 
 
 def _require(fits, name, value, allowed):
