@@ -70,9 +70,9 @@ class IRE(_Wrapper):
     """Algorithm 1 of the paper on top of `base`, any optimizer that makes one step per call.
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
-    gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. An embedding row that no batch has used has curvature 0, so it counts as flat. A
-        branch that begins at zero also looks flat at first: then set warmup to one interval.
+    gamma: the fraction of all coordinates that is flat, in (0, 1). Ties are flat. An embedding row
+        that no batch has used has curvature 0, so it is flat. A branch that begins at zero is flat
+        at first: then set warmup to one interval.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
     curvature: what tells where the loss is flat.
@@ -85,11 +85,10 @@ class IRE(_Wrapper):
     beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
     `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
-    group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
-    are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
-    If you move the state to another device, move `masks` and `squares` too. To set an attribute of
-    the base, set it on `opt.base`. If the base keeps its own copy of the weights, it undoes the
-    longer steps. Raises ValueError if an argument is out of range.
+    group with kappa 0 is left out. Groups with the same gamma are ranked together. `masks[p]` is
+    True where p is flat, in 1 byte per parameter. If you move the state to another device, move
+    `masks` and `squares` too. To set an attribute of the base, set it on `opt.base`. If the base
+    keeps its own copy of the weights, it undoes the longer steps.
     """
 
     _saved_as = "flat"
@@ -116,8 +115,8 @@ class IRE(_Wrapper):
     @torch.compiler.disable
     def step(self, closure=None):
         """Algorithm 1: theta_new = theta_base + kappa * mask * (theta_base - theta), where the base
-        leads from theta to theta_base. Returns what the base returns. Before `warmup`, without a
-        mask, and where kappa is 0, this is the base's step exactly."""
+        leads from theta to theta_base. Before `warmup`, without a mask, and where kappa is 0, this
+        is the base's step exactly. Returns what the base returns."""
         _check_settings(self)
         if self._probing:
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
@@ -151,8 +150,8 @@ class IRE(_Wrapper):
     def _update_masks(self, curvature):
         """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
 
-        curvature: {p: a tensor of p's shape}. It holds squares, or the probe's gradients. Gradients
-        are not squared, as small squares are 0 in float32."""
+        curvature: {p: squares, or the probe's gradients}. Gradients are ranked by |g|, as small
+        squares are 0 in float32."""
         groups = self._params()
         by_gamma = {}
         for p, x in curvature.items():
@@ -185,12 +184,10 @@ class IRE(_Wrapper):
                 cross_entropy(model(x), y).backward()
                 opt.step()
 
-        Several backward passes add up, and the loss may be scaled. Pass every module whose buffers
-        must stay, such as those of batch norm. Afterwards `.grad`, the buffers
-        of `models` and torch's random streams are as before; those of
-        numpy and `random` are not. If two optimizers share a model, nest their probes.
-        DDP needs a forward pass for the probe alone, through the DDP module.
-        Raises ValueError if `curvature` is "squares", or if no gradient was made."""
+        Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
+        of `models` (such as batch norm's statistics) and torch's random streams are as before;
+        those of numpy and `random` are not. If two optimizers share a model, nest their probes. DDP
+        needs a forward pass for the probe alone, through the DDP module."""
         _check_settings(self)
         wanted = 'curvature="fisher", as curvature="squares" needs no probe'
         _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
@@ -232,8 +229,8 @@ class IRE(_Wrapper):
 
 
 class SGDIRE(IRE):
-    """IRE on top of torch.optim.SGD. Takes the keyword arguments of IRE and of SGD. Here curvature
-    is "fisher" by default, as the probe was better than the squares on images."""
+    """IRE on top of torch.optim.SGD, with the keyword arguments of both. Here curvature is "fisher"
+    by default, as the probe was better than the squares on images."""
 
     def __init__(self, params, lr, *, curvature="fisher", **kwargs):
         ire = _arguments_of_ire(kwargs)
@@ -241,21 +238,12 @@ class SGDIRE(IRE):
 
 
 class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, by default the fused one. AdmIRE is the paper's name. Takes
-    the keyword arguments of IRE and of AdamW."""
+    """IRE on top of torch.optim.AdamW, with the keyword arguments of both. AdmIRE is the paper's
+    name."""
 
     def __init__(self, params, lr, *, fused=True, **kwargs):
         ire = _arguments_of_ire(kwargs)
         super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
-
-
-class SAMIRE(IRE):
-    """IRE on top of SAM on top of `base_cls(params)`. Takes the keyword arguments of all three."""
-
-    def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
-        super().__init__(base, **ire)
 
 
 class SoftIRE(IRE):
@@ -268,8 +256,8 @@ class SoftIRE(IRE):
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
     its meaning. Coordinates with v = 0 are left out and move as the base moves them.
 
-    params: the parameters that get factors; the base moves all others. This was measured with
-        `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
+    params: the parameters that get factors; the base moves all others. None: all of two or more
+        dimensions. It was measured with `hidden_matrices(model)` of transformers only.
     alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
     kappa: strength in a parameter group, in [0, 1]. The new weights are
@@ -286,13 +274,17 @@ class SoftIRE(IRE):
         self.alpha = alpha
         self.limit = limit
         self._set_up(base, {"kappa": kappa}, **others)
-        if self.params == [] or set(self.params or ()) - self._params().keys():
+        if not self._wanted() or self._wanted() - self._params().keys():
             raise ValueError("params: some are not in the base, or there are none")
 
+    def _wanted(self):
+        if self.params is None:
+            return {p for p in self._params() if p.dim() >= 2}
+        return set(self.params)
+
     def _active(self):
-        active = super()._active()
-        wanted = [p for p in active if p.dim() >= 2] if self.params is None else self.params
-        return {p: active[p] for p in wanted if p in active}
+        wanted = self._wanted()
+        return {p: group for p, group in super()._active().items() if p in wanted}
 
     def _update_masks(self, curvature):
         """In place of Eq. 5: masks = factor - 1."""
@@ -313,6 +305,34 @@ class SoftIRE(IRE):
         mean = float(_total(lambda x: x.sum(dtype=torch.float64), factors)) / live
         for factor, x in zip(factors, h, strict=True):
             _values(factor).div_(mean).sub_(1).mul_(_values(x) != 0)
+
+
+def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
+    """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
+    from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
+    dim: where the classes are. Logits of two and three dimensions have them last by default;
+        others must say it, such as images (batch, classes, height, width) with dim=1.
+    Raises ValueError if dim is needed and missing, or if there is a single class."""
+    shape = tuple(logits.shape)
+    known = dim is not None or logits.dim() in (2, 3)
+    _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
+    logits = logits.movedim(-1 if dim is None else dim, -1)
+    several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
+    _require(logits.shape[-1] > 1, "logits", shape, several)
+    with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial raises on NaN
+        noise = torch.empty_like(logits, dtype=_wide(logits)).exponential_(generator=generator)
+        labels = (logits - noise.log_()).argmax(-1)
+        if ignore is not None:
+            labels = labels.masked_fill(ignore, -100)
+    logits = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(logits, labels.reshape(-1))  # -100 is ignored
+
+
+# ================================================================================================
+# You can stop reading here: this was IRE. What follows is SAM, losses for other tasks, and helpers
+# that make IRE exact (the k-th smallest, the probe that leaves no trace), resumable (saving and
+# loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
+# ================================================================================================
 
 
 class SAM(_Wrapper):
@@ -373,28 +393,16 @@ class SAM(_Wrapper):
         return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
 
-# ------------------------------------------------------------------------ losses for the probe
-def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
-    """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
-    from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
-    dim: where the classes are. Logits of two and three dimensions have them last by default;
-        others must say it, such as images (batch, classes, height, width) with dim=1.
-    Raises ValueError if dim is needed and missing, or if there is a single class."""
-    shape = tuple(logits.shape)
-    known = dim is not None or logits.dim() in (2, 3)
-    _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
-    logits = logits.movedim(-1 if dim is None else dim, -1)
-    several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
-    _require(logits.shape[-1] > 1, "logits", shape, several)
-    with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial raises on NaN
-        noise = torch.empty_like(logits, dtype=_wide(logits)).exponential_(generator=generator)
-        labels = (logits - noise.log_()).argmax(-1)
-        if ignore is not None:
-            labels = labels.masked_fill(ignore, -100)
-    logits = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(logits, labels.reshape(-1))  # -100 is ignored
+class SAMIRE(IRE):
+    """IRE on top of SAM on top of `base_cls(params)`, with the keyword arguments of all three."""
+
+    def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
+        super().__init__(base, **ire)
 
 
+# ------------------------------------------------------------------------ other losses and tools
 def sampled_binary_cross_entropy(logits, *, generator=None):
     """The same for yes/no and multi-label outputs: mean binary cross entropy of `logits`, of any
     shape, against labels drawn from Bernoulli(sigmoid(logits))."""
@@ -409,13 +417,6 @@ def sampled_mse(prediction, *, generator=None):
     N(prediction, 1)."""
     noise = torch.empty_like(prediction, requires_grad=False).normal_(generator=generator)
     return F.mse_loss(prediction, prediction.detach() + noise)
-
-
-# ================================================================================================
-# You can stop reading here: this was the method. What follows are helpers. They make it exact (the
-# k-th smallest, the probe that leaves no trace), resumable (saving and loading) and sharded (DDP,
-# FSDP2 and DTensors on several ranks).
-# ================================================================================================
 
 
 @contextmanager
@@ -824,7 +825,7 @@ def _check_settings(wrapper):
             number = isinstance(value, numbers.Real) or name == "curvature"
             _require(number and fits(value), name, value, allowed)
     for name in wrapper.settings.keys() & vars(wrapper).keys():
-        _require(False, f"opt.{name}", vars(wrapper)[name], f'opt.param_groups[i]["{name}"] = ...')
+        raise ValueError(f"{name}: set it in opt.param_groups, not as opt.{name}")
 
 
 def _require(fits, name, value, allowed):

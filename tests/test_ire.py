@@ -870,6 +870,16 @@ def test_wrong_values_are_refused_before_anything_moves(cls, name, value, allowe
     assert when == "at first" or equal(before, values(model))
 
 
+@pytest.mark.parametrize("name", ["kappa", "gamma"])
+def test_an_attribute_in_place_of_a_setting_of_the_groups_is_refused(name):
+    """It would do nothing in silence."""
+    model = make_model()
+    opt = SGDIRE(model.parameters(), 0.1, **SETTINGS)
+    setattr(opt, name, 0.5)
+    with pytest.raises(ValueError, match=f"{name}: set it in opt.param_groups, not as opt.{name}"):
+        opt.step()
+
+
 WRONG_BASES = {
     "LBFGS": lambda p: IRE(torch.optim.LBFGS(p), **SETTINGS),
     "AdmIRE": lambda p: IRE(AdmIRE(p, 0.1, **SETTINGS), **SETTINGS),

@@ -336,8 +336,10 @@ def test_low_precision():
 
 
 # ---------------------------------------------------------------- bad input
-def test_params_that_the_base_does_not_have_are_refused():
+def test_params_that_the_base_does_not_have_and_vectors_alone_are_refused():
     net = Net()
-    with pytest.raises(ValueError, match="params: ") as error:
-        SoftIRE(torch.optim.SGD(net.head.parameters(), 0.1), params=hidden_matrices(net))
-    assert "\n" not in str(error.value)
+    vectors = [p for p in net.parameters() if p.dim() == 1]
+    for base, params in ((net.head.parameters(), hidden_matrices(net)), (vectors, None)):
+        with pytest.raises(ValueError, match="params: ") as error:
+            SoftIRE(torch.optim.SGD(base, 0.1), params=params)
+        assert "\n" not in str(error.value)
