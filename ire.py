@@ -92,7 +92,6 @@ class IRE(_Wrapper):
     """
 
     _saved_as = "flat"
-    _probing = False
     _missed = 0
 
     def __init__(
@@ -118,20 +117,21 @@ class IRE(_Wrapper):
         leads from theta to theta_base. Before `warmup`, without a mask, and where kappa is 0, this
         is the base's step exactly. Returns what the base returns."""
         _check_settings(self)
-        if self._probing:
+        if _OPEN & self._params().keys():
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
         if _is_rehearsal(self):
             return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
+
         if closure is None:
             _observe(self, params)  # first, as some bases change p.grad in place
-
-        loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
-
-        if closure is not None:
+            loss = self.base.step()  # theta_base
+        else:
+            loss = self.base.step(closure)
             _observe(self, params)
+
         if self._due():
             squares = _mean_squares(self, params)
             if squares:
@@ -193,11 +193,7 @@ class IRE(_Wrapper):
         _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
         t = self.param_groups[0]["ire_step"]
         with _put_back(self._params(), models, torch.initial_seed() + t):
-            self._probing = True
-            try:
-                yield
-            finally:
-                self._probing = False
+            yield
             params = self._active()
             gradients = {p: _gradient(p) for p in params if p.grad is not None}
             if params and not gradients:
@@ -365,7 +361,7 @@ class SAM(_Wrapper):
         _require(callable(closure), "closure", closure, what)
         _check_settings(self)
         here = None if self.average else torch.enable_grad()(closure)()
-        direction, length = _random_direction(self) if self.average else self._uphill()
+        direction, length = self._at_random() if self.average else self._uphill()
         if not math.isfinite(length):
             text = f"SAM: skipped a step, since the norm of the gradient is {length}"
             warnings.warn(text, stacklevel=2)
@@ -391,6 +387,20 @@ class SAM(_Wrapper):
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
         square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled.values())
         return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
+
+    def _at_random(self):
+        """The same for Average SAM: normal directions, equal on all ranks, and the root of n."""
+        direction = {}
+        for p in [p for p in self._params() if p.requires_grad]:
+            x = torch.randn(p.shape, dtype=p.dtype, device=p.device)
+            if hasattr(p, "placements"):
+                from torch.distributed.tensor import distribute_tensor
+
+                x = distribute_tensor(x, p.device_mesh, p.placements)
+            elif _several_ranks():
+                dist.broadcast(x, 0)
+            direction[p] = _values(x)
+        return direction, sum(p.numel() for p in direction) ** 0.5
 
 
 class SAMIRE(IRE):
@@ -439,7 +449,7 @@ def frozen_batch_norm(model):
 def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
     parameters of two dimensions inside an nn.ModuleList or nn.Sequential, without embeddings. The
-    last matrix of the model is left out, too, since it is the head.
+    last matrix of the model is taken for its head and left out.
     Raises ValueError if there are none."""
     matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
     inside, apart = set(), set(matrices[-1:])
@@ -457,8 +467,8 @@ def hidden_matrices(model):
 # ------------------------------------------------------------------------ the k-th smallest
 def kth_smallest(tensors, k):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
-    float32 tensor (float64 if one of them is) on the CPU. NaN is largest; signs are ignored. Shards of
-    DTensors count over their ranks.
+    float32 tensor on the CPU (float64 if one of them is). NaN is largest; signs are ignored. Shards
+    of DTensors count over their ranks.
     Raises ValueError if k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
@@ -498,7 +508,8 @@ def _gradient(p):
 
 
 def _observe(ire, params):
-    """Adds the gradients to the running means of their squares, if IRE keeps such means."""
+    """Adds the gradients to the running means of their squares. Does nothing with "fisher", or if
+    the base keeps such means."""
     if ire.curvature == "fisher":
         return
     if _adams_squares(ire, params):
@@ -593,22 +604,6 @@ def _nonzero(tensors):
 def _wide(x):
     """x's dtype, or float32 if x has fewer bits."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _random_direction(sam):
-    """For Average SAM: standard normal directions, the same on all ranks, and the root of the
-    number of coordinates."""
-    direction = {}
-    for p in [p for p in sam._params() if p.requires_grad]:
-        x = torch.randn(p.shape, dtype=p.dtype, device=p.device)
-        if hasattr(p, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
-            x = distribute_tensor(x, p.device_mesh, p.placements)
-        elif _several_ranks():
-            dist.broadcast(x, 0)
-        direction[p] = _values(x)
-    return direction, sum(p.numel() for p in direction) ** 0.5
 
 
 # ------------------------------------------------------------------------ the probe leaves no trace
