@@ -40,8 +40,7 @@ class _Wrapper(Optimizer):
     state_dict = _of_base("state_dict")
     load_state_dict = _of_base("load_state_dict")
 
-    def __init__(self, base, **settings):
-        """settings: entries that are added to every parameter group."""
+    def __init__(self, base, **settings):  # entries of every parameter group
         _check_base(self, base, settings)
         # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
@@ -79,8 +78,7 @@ class IRE(_Wrapper):
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
             keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
             4 bytes per parameter. A gradient spike enters this mean even if the base skips the
-            step, so clip the gradients first. If `step` has a closure, IRE takes the gradients as
-            the base leaves them in `p.grad`.
+            step, so clip the gradients first. With a closure IRE reads `p.grad` after the step.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
     beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
@@ -148,10 +146,8 @@ class IRE(_Wrapper):
         return loss
 
     def _update_masks(self, curvature):
-        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
-
-        curvature: {p: squares, or the probe's gradients}. Gradients are ranked by |g|, as small
-        squares are 0 in float32."""
+        """Eq. 5: the mask is True for the floor(gamma * n) smallest of `curvature`, squares or the
+        probe's gradients. Gradients are ranked by |g|, as small squares are 0 in float32."""
         groups = self._params()
         by_gamma = {}
         for p, x in curvature.items():
@@ -186,19 +182,18 @@ class IRE(_Wrapper):
 
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
         of `models` (such as batch norm's statistics) and torch's random streams are as before;
-        those of numpy and `random` are not. If two optimizers share a model, nest their probes. DDP
-        needs a forward pass for the probe alone, through the DDP module."""
+        those of numpy and `random` are not. If two optimizers share a model, nest their probes."""
         _check_settings(self)
-        wanted = 'curvature="fisher", as curvature="squares" needs no probe'
-        _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
+        _require(self.curvature == "fisher", "probe()", self.curvature, 'curvature="fisher"')
         t = self.param_groups[0]["ire_step"]
         with _put_back(self._params(), models, torch.initial_seed() + t):
             yield
             params = self._active()
             gradients = {p: _gradient(p) for p in params if p.grad is not None}
-            if params and not gradients:
+            if gradients:
+                self._update_masks(gradients)
+            elif params:
                 raise ValueError("probe(): there was no backward pass inside")
-            self._update_masks(gradients)
         self.probed = t
 
     def flat_share(self):
@@ -224,24 +219,6 @@ class IRE(_Wrapper):
         return f"{super().__repr__()}\n{_described(self)}"
 
 
-class SGDIRE(IRE):
-    """IRE on top of torch.optim.SGD, with the keyword arguments of both. Here curvature is "fisher"
-    by default, as the probe was better than the squares on images."""
-
-    def __init__(self, params, lr, *, curvature="fisher", **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        super().__init__(SGD(params, lr, **kwargs), curvature=curvature, **ire)
-
-
-class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, with the keyword arguments of both. AdmIRE is the paper's
-    name."""
-
-    def __init__(self, params, lr, *, fused=True, **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
-
-
 class SoftIRE(IRE):
     """IRE without a threshold. This variant is ours, not the paper's. The step of a coordinate with
     curvature v becomes `factor` times as long:
@@ -250,10 +227,10 @@ class SoftIRE(IRE):
                  divided by the mean of all factors.
 
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
-    its meaning. Coordinates with v = 0 are left out and move as the base moves them.
+    its meaning. Coordinates with v = 0 move as the base moves them.
 
     params: the parameters that get factors; the base moves all others. None: all of two or more
-        dimensions. It was measured with `hidden_matrices(model)` of transformers only.
+        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only.
     alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
     kappa: strength in a parameter group, in [0, 1]. The new weights are
@@ -307,11 +284,10 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
     from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
     dim: where the classes are. Logits of two and three dimensions have them last by default;
-        others must say it, such as images (batch, classes, height, width) with dim=1.
-    Raises ValueError if dim is needed and missing, or if there is a single class."""
+        others must say it, such as images (batch, classes, height, width) with dim=1."""
     shape = tuple(logits.shape)
-    known = dim is not None or logits.dim() in (2, 3)
-    _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
+    if dim is None:
+        _require(len(shape) in (2, 3), "dim", dim, f"the dimension of the classes in {shape}")
     logits = logits.movedim(-1 if dim is None else dim, -1)
     several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
     _require(logits.shape[-1] > 1, "logits", shape, several)
@@ -325,9 +301,9 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
 
 
 # ================================================================================================
-# You can stop reading here: this was IRE. What follows is SAM, losses for other tasks, and helpers
-# that make IRE exact (the k-th smallest, the probe that leaves no trace), resumable (saving and
-# loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
+# You can stop reading here: this was the method. What follows is SAM, the named optimizers, losses
+# for other tasks, and helpers. They make IRE exact (the k-th smallest, the probe that leaves no
+# trace), resumable (saving and loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
 # ================================================================================================
 
 
@@ -403,6 +379,25 @@ class SAM(_Wrapper):
         return direction, sum(p.numel() for p in direction) ** 0.5
 
 
+# ------------------------------------------------------------------------ named optimizers
+class SGDIRE(IRE):
+    """IRE on top of torch.optim.SGD, with the keyword arguments of both. Here curvature is "fisher"
+    by default, as the probe was better than the squares on images."""
+
+    def __init__(self, params, lr, *, curvature="fisher", **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(SGD(params, lr, **kwargs), curvature=curvature, **ire)
+
+
+class AdmIRE(IRE):
+    """IRE on top of torch.optim.AdamW, with the keyword arguments of both. AdmIRE is the paper's
+    name."""
+
+    def __init__(self, params, lr, *, fused=True, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
+
+
 class SAMIRE(IRE):
     """IRE on top of SAM on top of `base_cls(params)`, with the keyword arguments of all three."""
 
@@ -410,6 +405,12 @@ class SAMIRE(IRE):
         ire = _arguments_of_ire(kwargs)
         base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
         super().__init__(base, **ire)
+
+
+def _arguments_of_ire(kwargs):
+    """Takes them out of kwargs."""
+    names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 # ------------------------------------------------------------------------ other losses and tools
@@ -614,7 +615,8 @@ _OPEN = set()  # the parameters whose gradients an open probe will put back
 def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
     and the random streams begin at `seed`, so that labels are drawn anew in every probe. A probe
-    inside another one leaves the gradients to be put back by the outer one."""
+    inside another one leaves the gradients to be put back by the outer one. DDP needs a forward
+    pass for the probe alone, through the DDP module."""
     params = {*params, *(p for m in models for p in m.parameters())} - _OPEN
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
@@ -788,12 +790,6 @@ def _check_base(wrapper, base, settings):
         not again, "base", name, "one that was never wrapped and has not loaded a state of IRE"
     )
     base._is_wrapped = True
-
-
-def _arguments_of_ire(kwargs):
-    """Takes them out of kwargs."""
-    names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 _RANGES = {

@@ -54,6 +54,18 @@ def test_a_probe_without_fisher_is_refused(wrap):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "cls", [SoftIRE, lambda base, **settings: IRE(base, gamma=0.5, **settings)]
+)
+def test_a_probe_at_kappa_0_does_nothing(cls):
+    model = make_model()
+    opt = cls(SGD(model.parameters(), 0.1), kappa=0.0, curvature="fisher")
+    probe(model, opt)
+    with opt.probe():  # nothing is ranked, so no gradient is missing
+        pass
+    assert not opt.masks and not opt.probe_due
+
+
 def test_probe_due_at_warmup_and_every_interval():
     model = make_model()
     opt = SGDIRE(model.parameters(), **SETTINGS)
