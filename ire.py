@@ -550,7 +550,7 @@ def _corrected(squares, params, states):
     began later is smaller and would look flat."""
     weights = {}
     for p in squares:
-        _, beta2 = params[p].get("betas", (0, 0))
+        beta2 = params[p].get("betas", (0, 0))[1]
         t = states[p].get("step", math.inf)
         weights[p] = 1 - float(beta2) ** float(t)
     if len(set(weights.values())) == 1:
@@ -684,7 +684,8 @@ def _load(ire, saved):
             found[p] = {name: entry[name] for name in _OURS & entry.keys()}
             if len(found[p]) == len(entry):
                 entries.pop(key, None)
-        return {**state, "state": entries}
+        # A base without any state may look for the entries that it has handed in.
+        return {**state, "state": entries or state["state"]}
 
     take(ire, saved)  # in case that the base calls no hooks
     handle = ire.base.register_load_state_dict_pre_hook(take)

@@ -117,6 +117,17 @@ class Keeps(SGD):
                     self.state[p].update(self.entry(p))
 
 
+class ThreeBetas(AdamW):
+    """The groups of Adan and AdEMAMix hold three numbers."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["betas"] = group["betas"][:2]
+        super().step(closure)
+        for group in self.param_groups:
+            group["betas"] = (*group["betas"], 0.5)
+
+
 def of_vectors(p):
     return {"exp_avg_sq": torch.ones_like(p)} if p.dim() == 1 else {}
 
@@ -126,6 +137,7 @@ SOURCES = {
     "AdamW": (lambda p: AdamW(p, 0.02, betas=(0.9, 0.95), weight_decay=0.1), 0.95),
     "AMSGrad": (lambda p: torch.optim.Adam(p, 0.02, betas=(0.9, 0.95), amsgrad=True), 0.95),
     "SGD": (lambda p: SGD(p, 0.1, momentum=0.9), 0.8),
+    "three betas": (lambda p: ThreeBetas(p, 0.02, betas=(0.9, 0.95)), 0.95),
     "Adamax": (lambda p: torch.optim.Adamax(p, 0.01, betas=(0.9, 0.95)), 0.8),
     "of vectors alone": (lambda p: Keeps(p, of_vectors), 0.8),
     "factored": (lambda p: Keeps(p, lambda p: {"exp_avg_sq": torch.ones(1)}), 0.8),
@@ -513,6 +525,30 @@ def test_a_base_that_saves_and_loads_in_its_own_way():
     assert again.base.count == again.state["k"] == 3
     assert equal(masks(opt), masks(again)) and masks(opt)[0].any()
     assert equal(train(model, opt, range(3, 9)), train(other, again, range(3, 9)))
+
+
+class ReadsTwice(SGD):
+    """Looks at its state again after torch has loaded it, as those of pytorch_optimizer do."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            for name in state_dict["state"].get(i, {}):
+                self.state[p][name] = self.state[p][name].clone()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_base_that_reads_a_saved_state_twice(momentum):
+    model, other = make_model(), make_model()
+    opt, again = (
+        IRE(ReadsTwice(m.parameters(), lr=0.1, momentum=momentum), **SETTINGS)
+        for m in (model, other)
+    )
+    train(model, opt, range(4))
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(reload(opt.state_dict()))
+    assert not any("flat" in entry for entry in again.base.state.values())
+    assert equal(train(model, opt, range(4, 9)), train(other, again, range(4, 9)))
 
 
 # Bases that match saved state by the names of parameters, whose order has changed.
