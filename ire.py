@@ -40,8 +40,7 @@ class _Wrapper(Optimizer):
     state_dict = _of_base("state_dict")
     load_state_dict = _of_base("load_state_dict")
 
-    def __init__(self, base, **settings):
-        """settings: entries that are added to every parameter group."""
+    def __init__(self, base, **settings):  # entries of every parameter group
         _check_base(self, base, settings)
         # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
@@ -70,29 +69,27 @@ class IRE(_Wrapper):
     """Algorithm 1 of the paper on top of `base`, any optimizer that makes one step per call.
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
-    gamma: the fraction of all coordinates that is flat, in (0, 1). All ties at the threshold are
-        flat. An embedding row that no batch has used has curvature 0, so it counts as flat. A
-        branch that begins at zero also looks flat at first: then set warmup to one interval.
+    gamma: the fraction of all coordinates that is flat, in (0, 1). Ties are flat. An embedding row
+        that no batch has used has curvature 0, so it is flat. A branch that begins at zero is flat
+        at first: then set warmup to one interval.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
     curvature: what tells where the loss is flat.
         "squares": the running mean of the squared gradient. IRE reads the base's own if the base
             keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
             4 bytes per parameter. A gradient spike enters this mean even if the base skips the
-            step, so clip the gradients first.
+            step, so clip the gradients first. With a closure IRE reads `p.grad` after the step.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
     beta: decay per step of the mean that IRE keeps itself, in [0, 1).
 
     `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
-    group with kappa 0 is left out: it is neither ranked nor lengthened. Groups with the same gamma
-    are ranked together. `masks[p]`, of p's shape, is True where p is flat, in 1 byte per parameter.
-    If you move the state to another device, move `masks` and `squares` too. To set an attribute of
-    the base, set it on `opt.base`. If the base keeps its own copy of the weights, it undoes the
-    longer steps. Raises ValueError if an argument is out of range.
+    group with kappa 0 is left out. Groups with the same gamma are ranked together. `masks[p]` is
+    True where p is flat, in 1 byte per parameter. If you move the state to another device, move
+    `masks` and `squares` too. To set an attribute of the base, set it on `opt.base`. If the base
+    keeps its own copy of the weights, it undoes the longer steps.
     """
 
     _saved_as = "flat"
-    _probing = False
     _missed = 0
 
     def __init__(
@@ -115,27 +112,32 @@ class IRE(_Wrapper):
     @torch.compiler.disable
     def step(self, closure=None):
         """Algorithm 1: theta_new = theta_base + kappa * mask * (theta_base - theta), where the base
-        leads from theta to theta_base. Returns what the base returns. Before `warmup`, without a
-        mask, and where kappa is 0, this is the base's step exactly."""
+        leads from theta to theta_base. Before `warmup`, without a mask, and where kappa is 0, this
+        is the base's step exactly. Returns what the base returns."""
         _check_settings(self)
-        if self._probing:
+        if _OPEN & self._params().keys():
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
         if _is_rehearsal(self):
             return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
         params = self._active()
         old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
-        new, closure = _new_squares(self, params, closure)
 
-        loss = self.base.step() if closure is None else self.base.step(closure)  # theta_base
+        if closure is None:
+            _observe(self, params)  # first, as some bases change p.grad in place
+            loss = self.base.step()  # theta_base
+        else:
+            loss = self.base.step(closure)
+            _observe(self, params)
 
-        squares = _running_means(self, params, new)
-        if self._due() and squares:
-            self._update_masks(squares)
-        elif self._due() and params and self.probed != t:
-            _warn_of_miss(self)
+        if self._due():
+            squares = _mean_squares(self, params)
+            if squares:
+                self._update_masks(squares)
+            elif params and self.probed != t:
+                _warn_of_miss(self)
         for p, theta in old.items():
-            if _fits(self.masks, p):
+            if p in self.masks:
                 step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
                 step.nan_to_num_(0, 0, 0)  # a step that is not finite is not lengthened
                 _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(params[p]["kappa"]))
@@ -144,21 +146,19 @@ class IRE(_Wrapper):
         return loss
 
     def _update_masks(self, curvature):
-        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures.
-
-        curvature: {p: a tensor of p's shape}. It holds squares, or the probe's gradients. Gradients
-        are not squared, as small squares are 0 in float32."""
+        """Eq. 5: the mask is True for the floor(gamma * n) smallest of `curvature`, squares or the
+        probe's gradients. Gradients are ranked by |g|, as small squares are 0 in float32."""
+        groups = self._params()
         by_gamma = {}
-        for p, group in self._params().items():
-            if p in curvature:
-                by_gamma.setdefault(float(group["gamma"]), {})[p] = curvature[p]
+        for p, x in curvature.items():
+            by_gamma.setdefault(groups[p]["gamma"], {})[p] = x
         for gamma, h in by_gamma.items():
             n = sum(p.numel() for p in h)
             k = math.floor(Fraction(str(gamma)) * n)  # int(0.29 * 100) is 28
             threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
-                    flat = _values(x).abs().to(threshold.dtype) <= threshold.to(x.device)
+                    flat = _values(x).abs().to(threshold.dtype) <= threshold
                     _begin(self.masks, p, torch.bool).copy_(flat)
 
     @property
@@ -180,27 +180,20 @@ class IRE(_Wrapper):
                 cross_entropy(model(x), y).backward()
                 opt.step()
 
-        Several backward passes add up, and the loss may be scaled. Pass every module whose buffers
-        must stay, such as those of batch norm. Afterwards `.grad`, the buffers
-        of `models` and torch's random streams are as before; those of
-        numpy and `random` are not. If two optimizers share a model, nest their probes.
-        DDP needs a forward pass for the probe alone, through the DDP module.
-        Raises ValueError if `curvature` is "squares", or if no gradient was made."""
+        Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
+        of `models` (such as batch norm's statistics) and torch's random streams are as before;
+        those of numpy and `random` are not. If two optimizers share a model, nest their probes."""
         _check_settings(self)
-        wanted = 'curvature="fisher", as curvature="squares" needs no probe'
-        _require(self.curvature == "fisher", "probe()", self.curvature, wanted)
+        _require(self.curvature == "fisher", "probe()", self.curvature, 'curvature="fisher"')
         t = self.param_groups[0]["ire_step"]
         with _put_back(self._params(), models, torch.initial_seed() + t):
-            self._probing = True
-            try:
-                yield
-            finally:
-                self._probing = False
+            yield
             params = self._active()
             gradients = {p: _gradient(p) for p in params if p.grad is not None}
-            if params and not gradients:
+            if gradients:
+                self._update_masks(gradients)
+            elif params:
                 raise ValueError("probe(): there was no backward pass inside")
-            self._update_masks(gradients)
         self.probed = t
 
     def flat_share(self):
@@ -226,33 +219,6 @@ class IRE(_Wrapper):
         return f"{super().__repr__()}\n{_described(self)}"
 
 
-class SGDIRE(IRE):
-    """IRE on top of torch.optim.SGD. Takes the keyword arguments of IRE and of SGD. Here curvature
-    is "fisher" by default, as the probe was better than the squares on images."""
-
-    def __init__(self, params, lr, *, curvature="fisher", **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        super().__init__(SGD(params, lr, **kwargs), curvature=curvature, **ire)
-
-
-class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, by default the fused one. AdmIRE is the paper's name. Takes
-    the keyword arguments of IRE and of AdamW."""
-
-    def __init__(self, params, lr, **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
-
-
-class SAMIRE(IRE):
-    """IRE on top of SAM on top of `base_cls(params)`. Takes the keyword arguments of all three."""
-
-    def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
-        ire = _arguments_of_ire(kwargs)
-        base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
-        super().__init__(base, **ire)
-
-
 class SoftIRE(IRE):
     """IRE without a threshold. This variant is ours, not the paper's. The step of a coordinate with
     curvature v becomes `factor` times as long:
@@ -261,10 +227,10 @@ class SoftIRE(IRE):
                  divided by the mean of all factors.
 
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
-    its meaning. Coordinates with v = 0 are left out and move as the base moves them.
+    its meaning. Coordinates with v = 0 move as the base moves them.
 
-    params: the parameters that get factors; the base moves all others. This was measured with
-        `hidden_matrices(model)` of transformers only. None: all of two or more dimensions.
+    params: the parameters that get factors; the base moves all others. None: all of two or more
+        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only.
     alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
     kappa: strength in a parameter group, in [0, 1]. The new weights are
@@ -281,20 +247,24 @@ class SoftIRE(IRE):
         self.alpha = alpha
         self.limit = limit
         self._set_up(base, {"kappa": kappa}, **others)
-        if self.params == [] or set(self.params or ()) - self._params().keys():
+        if not self._wanted() or self._wanted() - self._params().keys():
             raise ValueError("params: some are not in the base, or there are none")
 
+    def _wanted(self):
+        if self.params is None:
+            return {p for p in self._params() if p.dim() >= 2}
+        return set(self.params)
+
     def _active(self):
-        active = super()._active()
-        wanted = [p for p in active if p.dim() >= 2] if self.params is None else self.params
-        return {p: active[p] for p in wanted if p in active}
+        wanted = self._wanted()
+        return {p: group for p, group in super()._active().items() if p in wanted}
 
     def _update_masks(self, curvature):
         """In place of Eq. 5: masks = factor - 1."""
         h = list(curvature.values())
+        n = sum(x.numel() for x in h)
         live = _nonzero(h)
-        zeros = sum(x.numel() for x in h) - live
-        median = kth_smallest(h, zeros + (live + 1) // 2) if live else torch.tensor(0.0)
+        median = kth_smallest(h, n - live // 2)  # of those that are not 0
         if not _is_usable(self, median, curvature):
             return
         power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
@@ -305,9 +275,36 @@ class SoftIRE(IRE):
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
             factor.mul_(_values(x) != 0)
         factors = [self.masks[p] for p in curvature]
-        total = _total(lambda x: x.sum(dtype=torch.float64), factors)
+        mean = float(_total(lambda x: x.sum(dtype=torch.float64), factors)) / live
         for factor, x in zip(factors, h, strict=True):
-            _values(factor).div_(float(total) / live).sub_(1).mul_(_values(x) != 0)
+            _values(factor).div_(mean).sub_(1).mul_(_values(x) != 0)
+
+
+def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
+    """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
+    from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
+    dim: where the classes are. Logits of two and three dimensions have them last by default;
+        others must say it, such as images (batch, classes, height, width) with dim=1."""
+    shape = tuple(logits.shape)
+    if dim is None:
+        _require(len(shape) in (2, 3), "dim", dim, f"the dimension of the classes in {shape}")
+    logits = logits.movedim(-1 if dim is None else dim, -1)
+    several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
+    _require(logits.shape[-1] > 1, "logits", shape, several)
+    with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial raises on NaN
+        noise = torch.empty_like(logits, dtype=_wide(logits)).exponential_(generator=generator)
+        labels = (logits - noise.log_()).argmax(-1)
+        if ignore is not None:
+            labels = labels.masked_fill(ignore, -100)
+    logits = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(logits, labels.reshape(-1))  # -100 is ignored
+
+
+# ================================================================================================
+# You can stop reading here: this was the method. What follows is SAM, the named optimizers, losses
+# for other tasks, and helpers. They make IRE exact (the k-th smallest, the probe that leaves no
+# trace), resumable (saving and loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
+# ================================================================================================
 
 
 class SAM(_Wrapper):
@@ -340,7 +337,7 @@ class SAM(_Wrapper):
         _require(callable(closure), "closure", closure, what)
         _check_settings(self)
         here = None if self.average else torch.enable_grad()(closure)()
-        direction, length = _random_direction(self) if self.average else self._uphill()
+        direction, length = self._at_random() if self.average else self._uphill()
         if not math.isfinite(length):
             text = f"SAM: skipped a step, since the norm of the gradient is {length}"
             warnings.warn(text, stacklevel=2)
@@ -364,32 +361,59 @@ class SAM(_Wrapper):
         params = [p for p in self._params() if p.grad is not None]
         scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
-        square = _total(_squared_norm, scaled.values())
+        square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled.values())
         return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
+    def _at_random(self):
+        """The same for Average SAM: normal directions, equal on all ranks, and the root of n."""
+        direction = {}
+        for p in [p for p in self._params() if p.requires_grad]:
+            x = torch.randn(p.shape, dtype=p.dtype, device=p.device)
+            if hasattr(p, "placements"):
+                from torch.distributed.tensor import distribute_tensor
 
-# ------------------------------------------------------------------------ losses for the probe
-def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
-    """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
-    from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
-    dim: where the classes are. Logits of two and three dimensions have them last by default;
-        others must say it, such as images (batch, classes, height, width) with dim=1.
-    Raises ValueError if dim is needed and missing, or if there is a single class."""
-    shape = tuple(logits.shape)
-    known = dim is not None or logits.dim() in (2, 3)
-    _require(known, "dim", dim, f"the dimension of the classes in logits of shape {shape}")
-    logits = logits.movedim(-1 if dim is None else dim, -1)
-    several = "two classes or more; yes/no outputs want sampled_binary_cross_entropy"
-    _require(logits.shape[-1] > 1, "logits", shape, several)
-    with torch.no_grad():  # the argmax of logits + Gumbel noise; torch.multinomial raises on NaN
-        noise = torch.empty_like(logits, dtype=_wide(logits)).exponential_(generator=generator)
-        labels = (logits - noise.log_()).argmax(-1)
-        if ignore is not None:
-            labels = labels.masked_fill(ignore, -100)
-    logits = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(logits, labels.reshape(-1))  # -100 is ignored
+                x = distribute_tensor(x, p.device_mesh, p.placements)
+            elif _several_ranks():
+                dist.broadcast(x, 0)
+            direction[p] = _values(x)
+        return direction, sum(p.numel() for p in direction) ** 0.5
 
 
+# ------------------------------------------------------------------------ named optimizers
+class SGDIRE(IRE):
+    """IRE on top of torch.optim.SGD, with the keyword arguments of both. Here curvature is "fisher"
+    by default, as the probe was better than the squares on images."""
+
+    def __init__(self, params, lr, *, curvature="fisher", **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(SGD(params, lr, **kwargs), curvature=curvature, **ire)
+
+
+class AdmIRE(IRE):
+    """IRE on top of torch.optim.AdamW, with the keyword arguments of both. AdmIRE is the paper's
+    name."""
+
+    def __init__(self, params, lr, *, fused=True, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
+
+
+class SAMIRE(IRE):
+    """IRE on top of SAM on top of `base_cls(params)`, with the keyword arguments of all three."""
+
+    def __init__(self, params, base_cls, *, rho, adaptive=False, average=False, **kwargs):
+        ire = _arguments_of_ire(kwargs)
+        base = SAM(base_cls(params, **kwargs), rho=rho, adaptive=adaptive, average=average)
+        super().__init__(base, **ire)
+
+
+def _arguments_of_ire(kwargs):
+    """Takes them out of kwargs."""
+    names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+# ------------------------------------------------------------------------ other losses and tools
 def sampled_binary_cross_entropy(logits, *, generator=None):
     """The same for yes/no and multi-label outputs: mean binary cross entropy of `logits`, of any
     shape, against labels drawn from Bernoulli(sigmoid(logits))."""
@@ -404,13 +428,6 @@ def sampled_mse(prediction, *, generator=None):
     N(prediction, 1)."""
     noise = torch.empty_like(prediction, requires_grad=False).normal_(generator=generator)
     return F.mse_loss(prediction, prediction.detach() + noise)
-
-
-# ================================================================================================
-# You can stop reading here: this was the method. What follows are helpers. They make it exact (the
-# k-th smallest, the probe that leaves no trace), resumable (saving and loading) and sharded (DDP,
-# FSDP2 and DTensors on several ranks).
-# ================================================================================================
 
 
 @contextmanager
@@ -432,18 +449,16 @@ def frozen_batch_norm(model):
 
 def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
-    parameters of two dimensions inside an nn.ModuleList or nn.Sequential. Embeddings are left out.
-    So is a head: the last layer of an nn.Sequential, if it has the last matrix of the model.
+    parameters of two dimensions inside an nn.ModuleList or nn.Sequential, without embeddings. The
+    last matrix of the model is taken for its head and left out.
     Raises ValueError if there are none."""
     matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
-    inside, apart = set(), set()
+    inside, apart = set(), set(matrices[-1:])
     for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            apart.add(module.weight)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             inside.update(module.parameters())
-        if isinstance(module, nn.Sequential) and len(module) and matrices:
-            apart.update({*module[-1].parameters(recurse=False)} & {matrices[-1]})
+        if isinstance(module, nn.Embedding):
+            apart.add(module.weight)
     found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
@@ -453,8 +468,8 @@ def hidden_matrices(model):
 # ------------------------------------------------------------------------ the k-th smallest
 def kth_smallest(tensors, k):
     """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
-    float32 tensor (float64 if one of them is). NaN is largest; signs are ignored. Shards of
-    DTensors count over their ranks.
+    float32 tensor on the CPU (float64 if one of them is). NaN is largest; signs are ignored. Shards
+    of DTensors count over their ranks.
     Raises ValueError if k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
@@ -483,77 +498,61 @@ def kth_smallest(tensors, k):
         digit = int(torch.searchsorted(counts.cumsum(0), k))
         k -= int(counts[:digit].sum())
         prefix = (prefix or 0) << 16 | digit
-    return torch.tensor(prefix, dtype=ints).view(floats).to(tensors[0].device)
+    return torch.tensor(prefix, dtype=ints).view(floats)
 
 
 # ------------------------------------------------------------------------ curvature
 def _gradient(p):
     """p's gradient, laid out over the ranks as p is."""
-    layout = p.grad.layout
-    _require(layout == torch.strided, "gradient", layout, "dense, not sparse")
+    _require(not p.grad.is_sparse, "gradient", "a sparse one", "a dense one")
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _new_squares(ire, params, closure):
-    """Returns {p: the squared gradient of this step} and the closure. The dict stays empty if the
-    base keeps the mean. Squares are taken before the base's step, as Muon and others change p.grad
-    in place. If a closure is called several times, its last gradients count."""
-    new = {}
-
-    def look():
-        for p in params:
-            if p.grad is not None:
-                g = _values(_gradient(p)).to(_wide(p))
-                new[p] = (g * g).nan_to_num_(0, 0, 0)  # the base may skip such a step
-
-    def watched():
-        loss = closure()
-        look()
-        return loss
-
-    if ire.curvature == "fisher" or _adams_squares(ire, params) is not None:
-        return new, closure
-    if closure is not None:
-        return new, watched
-    look()
-    return new, None
+def _observe(ire, params):
+    """Adds the gradients to the running means of their squares. Does nothing with "fisher", or if
+    the base keeps such means."""
+    if ire.curvature == "fisher":
+        return
+    if _adams_squares(ire, params):
+        ire.squares.clear()
+        ire.counts.clear()
+        return
+    for p in params:
+        if p.grad is not None:
+            mean = _begin(ire.squares, p, _wide(p))
+            count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
+            # Without the denominator, a mean that began later than others would look flat.
+            weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
+            g = _values(_gradient(p)).to(mean.dtype)
+            mean.lerp_((g * g).nan_to_num_(0, 0, 0), weight)  # the base may skip such a step
 
 
-def _running_means(ire, params, new):
+def _mean_squares(ire, params):
     """{p: running mean of the squared gradient}. All come from the base, or all are kept here."""
     if ire.curvature == "fisher":
         return {}
-    squares = _adams_squares(ire, params)
-    if squares is not None:
-        return _corrected(squares, params, ire.state) if ire._due() else squares
-    for p, square in new.items():
-        if not _fits(ire.squares, p):
-            ire.counts[p] = torch.zeros(())
-        mean = _begin(ire.squares, p, _wide(p))
-        ire.counts[p] += 1
-        # Without the denominator, a mean that began later than others would look flat.
-        weight = (1 - ire.beta) / (1 - ire.beta ** float(ire.counts[p]))
-        mean.lerp_(square, weight)
-    return {p: ire.squares[p] for p in params if p in ire.squares}
+    own = {p: ire.squares[p] for p in params if p in ire.squares}
+    return _corrected(_adams_squares(ire, params), params, ire.state) or own
 
 
 def _adams_squares(ire, params):
-    """{p: the base's running mean of squared gradients}. None if the base lacks the mean of some
-    parameter, or if IRE already keeps its own means. The two are on different scales."""
-    entries = {p: ire.state.get(p, {}) for p in params}
-    squares = {p: x.get("exp_avg_sq") for p, x in entries.items() if x or p.grad is not None}
+    """{p: the base's running mean of squared gradients}. {} if the base lacks the mean of some
+    parameter, as means of the base and of IRE are on different scales."""
+    states = {p: ire.state.get(p, {}) for p in params}
+    squares = {p: x.get("exp_avg_sq") for p, x in states.items() if x or p.grad is not None}
     fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
-    rotated = any("Q" in entry for entry in entries.values())  # SOAP keeps it in another basis
-    return squares if squares and fits and not rotated and not ire.squares else None
+    rotated = any("Q" in x for x in states.values())  # SOAP keeps it in another basis
+    return squares if fits and not rotated else {}
 
 
-def _corrected(squares, params, state):
+def _corrected(squares, params, states):
     """Adam's means, divided by 1 - beta2^t if some of them began later than others. A mean that
     began later is smaller and would look flat."""
-    weights = dict.fromkeys(squares, 1.0)
+    weights = {}
     for p in squares:
-        if "betas" in params[p] and "step" in state[p]:
-            weights[p] -= float(params[p]["betas"][1]) ** float(state[p]["step"])
+        beta2 = params[p].get("betas", (0, 0))[1]
+        t = states[p].get("step", math.inf)
+        weights[p] = 1 - float(beta2) ** float(t)
     if len(set(weights.values())) == 1:
         return squares
     return {p: v / weights[p] for p, v in squares.items()}
@@ -592,13 +591,9 @@ def _warn(ire, text):
     warnings.warn(f"{type(ire).__name__}: {text}", stacklevel=4)
 
 
-def _fits(kept, p):
-    return p in kept and kept[p].shape == p.shape
-
-
 def _begin(kept, p, dtype):
-    """This rank's part of kept[p]: zeros at first, and if p's shape has changed."""
-    if not _fits(kept, p):
+    """This rank's part of kept[p], zeros at first."""
+    if p not in kept:
         kept[p] = torch.zeros_like(p, dtype=dtype)
     return _values(kept[p])
 
@@ -607,26 +602,9 @@ def _nonzero(tensors):
     return int(_total(torch.count_nonzero, tensors))
 
 
-def _squared_norm(x):
-    return torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2
-
-
 def _wide(x):
     """x's dtype, or float32 if x has fewer bits."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _random_direction(sam):
-    """For Average SAM: standard normal directions, and the root of the number of coordinates.
-    Shards draw different numbers, replicas the same."""
-    direction = {p: torch.empty_like(_values(p)) for p in sam._params() if p.requires_grad}
-    seed = torch.randint(2**62, (), device=next(iter(direction)).device)
-    if _several_ranks():
-        dist.broadcast(seed, 0)
-    for i, (p, x) in enumerate(direction.items()):
-        key = hash((int(seed), i, *map(dist.get_rank, _shard_groups(p)))) % 2**63
-        x.normal_(generator=torch.Generator(x.device).manual_seed(key))
-    return direction, sum(p.numel() for p in direction) ** 0.5
 
 
 # ------------------------------------------------------------------------ the probe leaves no trace
@@ -636,43 +614,33 @@ _OPEN = set()  # the parameters whose gradients an open probe will put back
 @contextmanager
 def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
-    and the random streams begin at `seed`, so that labels are drawn anew in every probe. A nested
-    probe puts back its own params only; the outer one puts back the rest."""
-    others = [p for m in models for p in m.parameters() if p not in _OPEN]
-    grads = {p: p.grad for p in [*params, *others]}
-    # DDP uses the memory of its gradients again, so there the values are copied.
-    copies = {p: g.clone() for p, g in grads.items() if g is not None and _several_ranks()}
-    buffers = _buffers_of(models)
+    and the random streams begin at `seed`, so that labels are drawn anew in every probe. A probe
+    inside another one leaves the gradients to be put back by the outer one. DDP needs a forward
+    pass for the probe alone, through the DDP module."""
+    params = {*params, *(p for m in models for p in m.parameters())} - _OPEN
+    grads = {p: p.grad for p in params}
+    if _several_ranks():  # DDP uses the memory of its gradients again
+        grads = {p: g if g is None else g.clone() for p, g in grads.items()}
+    modules = [module for m in models for module in m.modules()]
+    buffers = [
+        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
+    ]
     devices = {p.device.index for p in params if p.is_cuda}
-    used = [torch.cuda.default_generators[i] for i in devices]
-    opened = grads.keys() - _OPEN
-    _OPEN.update(opened)
-    for p in grads:
+    _OPEN.update(params)
+    for p in params:
         p.grad = None
     try:
         with torch.random.fork_rng(devices):
-            # torch.manual_seed would also seed devices that are not in use.
-            for generator in [torch.default_generator, *used]:
-                generator.manual_seed(seed % 2**63)
+            torch.manual_seed(seed)
             yield
     finally:
-        _OPEN.difference_update(opened)
+        _OPEN.difference_update(params)
         for p, grad in grads.items():
-            p.grad = grad.copy_(copies[p]) if p in copies else grad
-        for owner, name, x, values in buffers:
+            p.grad = grad
+        for module, name, x, values in buffers:
             # .data hides the change from a graph that holds x since before the probe.
             x.data.copy_(values)
-            owner._buffers[name] = x
-
-
-def _buffers_of(models):
-    """[(the module that owns a buffer, its name, the buffer, a copy)]"""
-    found = []
-    for owner in [module for m in models for module in m.modules()]:
-        for name, x in owner._buffers.items():
-            if x is not None:
-                found.append((owner, name, x, x.clone()))
-    return found
+            module._buffers[name] = x
 
 
 # ------------------------------------------------------------------------ saving and loading
@@ -690,8 +658,7 @@ def _kept(ire):
 def _keys(ire, saved):
     """[(p, its key in a saved state)]"""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    params = [p for group in ire.param_groups for p in group["params"]]
-    return zip(params, keys, strict=False)  # the base refuses a mismatch
+    return zip(ire._params(), keys, strict=False)  # the base refuses a mismatch
 
 
 def _save(ire):
@@ -710,60 +677,56 @@ def _load(ire, saved):
     before = [dict(group) for group in ire.param_groups]
     found = {}
 
-    def look(_, state):
-        entries = state["state"]
+    def take(_, state):
+        entries = dict(state["state"])
         for p, key in _keys(ire, state):
             entry = entries.get(key, {})
-            if entry is not None:  # ZeRO has put None where another rank has the parameter
-                found[p] = {name: x for name, x in entry.items() if name in _OURS}
-        # Adam takes an entry that is not empty for one of its own. SGD has none of its own at all.
-        kept = {k: x for k, x in entries.items() if not isinstance(x, dict) or x.keys() - _OURS}
-        return {**state, "state": kept or entries}
+            found[p] = {name: entry[name] for name in _OURS & entry.keys()}
+            if len(found[p]) == len(entry):
+                entries.pop(key, None)
+        # A base without any state may look for the entries that it has handed in.
+        return {**state, "state": entries or state["state"]}
 
-    look(ire, saved)  # in case that the base calls no hooks
-    handle = ire.base.register_load_state_dict_pre_hook(look)
+    take(ire, saved)  # in case that the base calls no hooks
+    handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
         ire.base.load_state_dict(saved)
     finally:
         handle.remove()
-    _remove_ours(ire.state, found)
-    for name, kept in _kept(ire).items():
-        kept.clear()
-        for p in [p for p in found if name in found[p]]:
-            device = "cpu" if name == "ire_count" else p.device
-            kept[p] = found[p][name].to(device, copy=True)
+    kept = _kept(ire)
+    for tensors in kept.values():
+        tensors.clear()
+    for p, own in found.items():
+        entry = ire.state.get(p, {})
+        for name, x in own.items():
+            entry.pop(name, None)  # a base that calls no hooks has taken x for its own
+            if name in kept:
+                kept[name][p] = x.to("cpu" if name == "ire_count" else p.device, copy=True)
+        if not entry:
+            ire.state.pop(p, None)
     for group, old in zip(ire.base.param_groups, before, strict=True):
         for name in ire.settings:  # a bare base's state lacks them
             group.setdefault(name, old[name])
     ire.probed = None
 
 
-def _remove_ours(state, params):
-    for p in params.keys() & state.keys():
-        for name in _OURS:
-            state[p].pop(name, None)
-        if not state[p]:
-            del state[p]
-
-
 def _is_rehearsal(wrapper):
     """torch.distributed.checkpoint fills a fresh optimizer's state by a step with lr 0 and
     gradients of 0. Returns True in that step. It must not count or warn."""
-    grads = [p.grad for p in wrapper._params() if p.grad is not None]
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
+    grads = [p.grad for p in wrapper._params() if p.grad is not None]
     return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
 
 
 def _rehearse(ire):
     """Creates what a saved state holds, with zeros in it."""
-    params = [p for p in ire._active() if p.grad is not None]
+    params = {p: group for p, group in ire._active().items() if p.grad is not None}
     loss = ire.base.step()
-    own = ire.curvature == "squares" and _adams_squares(ire, params) is None
+    _observe(ire, params)
     for p in params:
         _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
-        if own:
-            _begin(ire.squares, p, _wide(p))
-            ire.counts.setdefault(p, torch.zeros(()))
+    for count in ire.counts.values():
+        count.zero_()
     return loss
 
 
@@ -830,12 +793,6 @@ def _check_base(wrapper, base, settings):
     base._is_wrapped = True
 
 
-def _arguments_of_ire(kwargs):
-    """Takes them out of kwargs."""
-    names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
-
-
 _RANGES = {
     "curvature": (lambda x: x in ("squares", "fisher"), "squares or fisher"),
     "interval": (lambda x: x >= 1 and x % 1 == 0, "a whole number >= 1"),
@@ -857,8 +814,10 @@ def _check_settings(wrapper):
         for name in ranges.keys() & settings.keys():
             fits, allowed = ranges[name]
             value = settings[name]
-            number = isinstance(value, (numbers.Real, torch.Tensor)) or name == "curvature"
+            number = isinstance(value, numbers.Real) or name == "curvature"
             _require(number and fits(value), name, value, allowed)
+    for name in wrapper.settings.keys() & vars(wrapper).keys():
+        raise ValueError(f"{name}: set it in opt.param_groups, not as opt.{name}")
 
 
 def _require(fits, name, value, allowed):

@@ -54,6 +54,18 @@ def test_a_probe_without_fisher_is_refused(wrap):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "cls", [SoftIRE, lambda base, **settings: IRE(base, gamma=0.5, **settings)]
+)
+def test_a_probe_at_kappa_0_does_nothing(cls):
+    model = make_model()
+    opt = cls(SGD(model.parameters(), 0.1), kappa=0.0, curvature="fisher")
+    probe(model, opt)
+    with opt.probe():  # nothing is ranked, so no gradient is missing
+        pass
+    assert not opt.masks and not opt.probe_due
+
+
 def test_probe_due_at_warmup_and_every_interval():
     model = make_model()
     opt = SGDIRE(model.parameters(), **SETTINGS)
@@ -266,16 +278,6 @@ def test_it_leaves_the_random_stream_but_draws_anew_each_time():
         backward(model)
         opt.step()
     assert not torch.equal(*draws)
-
-
-def test_it_wakes_up_no_device():
-    """torch.manual_seed would queue a seed for CUDA, which then starts from the probe's."""
-    model = make_model()
-    opt = SGDIRE(model.parameters())
-    torch.cuda.manual_seed_all(7)
-    before = torch.cuda._lazy_seed_tracker.get_calls()[1]
-    probe(model, opt)
-    assert torch.cuda._lazy_seed_tracker.get_calls()[1] is before
 
 
 def test_several_modules_and_two_optimizers_over_one_model():

@@ -72,13 +72,15 @@ def test_rho_by_group_and_changed_later():
 
 def test_average_sam_draws_xi_of_unit_mean_square_length():
     p = nn.Parameter(torch.zeros(20000))
-    opt = SAM(SGD([p], 0.0), rho=0.5, average=True)
+    frozen = nn.Parameter(torch.zeros(20000), requires_grad=False)
+    opt = SAM(SGD([p, frozen], 0.0), rho=0.5, average=True)
     seen = []
 
     def closure():
         opt.zero_grad()
         p.sum().backward()
         seen.append(p.detach().clone())
+        assert not frozen.any()
         return torch.tensor(7.0)
 
     assert opt.step(closure) == 7 and opt.step(closure) == 7

@@ -165,9 +165,16 @@ def test_hidden_matrices_are_those_of_the_blocks():
     blocks = nn.Sequential(Block(), Block())
     inside = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": blocks, "head": nn.Linear(2, 3)})
     assert len(list(hidden_matrices(inside))) == 4
-    embeddings = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
-    outer = nn.ModuleDict({"layers": embeddings})
+    layers = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
+    outer = nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 3)})
     assert [p.shape for p in hidden_matrices(outer)] == [(2, 2)]
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert [p.shape for p in hidden_matrices(plain)] == [(8, 4), (6, 8)]
+    tied = nn.ModuleDict({"embed": nn.Embedding(6, 6), "blocks": blocks, "head": nn.Linear(6, 6)})
+    tied["head"].weight = tied["embed"].weight
+    assert len(hidden_matrices(tied)) == 4
+    with pytest.raises(ValueError, match="has no matrices in an nn.ModuleList"):
+        hidden_matrices(nn.Linear(2, 3))
 
 
 def test_groups_with_kappa_0_are_left_out_as_with_params():
@@ -329,8 +336,10 @@ def test_low_precision():
 
 
 # ---------------------------------------------------------------- bad input
-def test_params_that_the_base_does_not_have_are_refused():
+def test_params_that_the_base_does_not_have_and_vectors_alone_are_refused():
     net = Net()
-    with pytest.raises(ValueError, match="params: ") as error:
-        SoftIRE(torch.optim.SGD(net.head.parameters(), 0.1), params=hidden_matrices(net))
-    assert "\n" not in str(error.value)
+    vectors = [p for p in net.parameters() if p.dim() == 1]
+    for base, params in ((net.head.parameters(), hidden_matrices(net)), (vectors, None)):
+        with pytest.raises(ValueError, match="params: ") as error:
+            SoftIRE(torch.optim.SGD(base, 0.1), params=params)
+        assert "\n" not in str(error.value)
