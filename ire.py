@@ -681,6 +681,8 @@ def _load(ire, saved):
         entries = dict(state["state"])
         for p, key in _keys(ire, state):
             entry = entries.get(key, {})
+            if entry is None:  # ZeRO has put None where another rank has the parameter
+                continue
             found[p] = {name: entry[name] for name in _OURS & entry.keys()}
             if len(found[p]) == len(entry):
                 entries.pop(key, None)
@@ -697,7 +699,7 @@ def _load(ire, saved):
     for tensors in kept.values():
         tensors.clear()
     for p, own in found.items():
-        entry = ire.state.get(p, {})
+        entry = ire.state.get(p) or {}
         for name, x in own.items():
             entry.pop(name, None)  # a base that calls no hooks has taken x for its own
             if name in kept:

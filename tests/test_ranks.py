@@ -203,6 +203,12 @@ def zero(folder):
         if rank == 0:
             saved = opts[0].state_dict()["state"][0]
             assert saved.keys() == opts[1].state_dict()["state"][0].keys(), saved.keys()
+        state = [opts[0].state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(state)
+        fresh = IRE(ZeroRedundancyOptimizer(Model().parameters(), kind, lr=0.1), **settings)
+        fresh.load_state_dict(state[0])
+        masks = zip(fresh.masks.values(), opts[0].masks.values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in masks)
     for own in (False, True):
         flat = FullyShardedDataParallel(
             nn.Linear(3, 4), device_id=torch.device("cpu"), use_orig_params=own
