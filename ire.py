@@ -6,8 +6,9 @@ there. The sharp coordinates move as before. One line puts IRE on top of any opt
 
     opt = IRE(torch.optim.AdamW(model.parameters(), lr=1e-3), kappa=1, gamma=0.6)
 
-The training loop stays as it is. The paper finds the flat coordinates by an extra backward pass,
-the probe: see `IRE.probe`. `SoftIRE` is our variant without a threshold.
+The training loop stays as it is. IRE finds the flat coordinates from the squares of the gradients.
+The paper uses an extra backward pass, the probe: see `IRE.probe`. `SoftIRE` is our variant without
+a threshold.
 """
 
 import math
@@ -28,7 +29,7 @@ def _of_base(name):
 
 
 class _Wrapper(Optimizer):
-    """An optimizer around another one, `base`. Whatever is not defined here is the base's own."""
+    """An optimizer around another one, `base`, which does what is listed here."""
 
     _ranges = {}  # allowed values that differ from _RANGES
     state = _of_base("state")
@@ -40,22 +41,24 @@ class _Wrapper(Optimizer):
     state_dict = _of_base("state_dict")
     load_state_dict = _of_base("load_state_dict")
 
-    def __init__(self, base, **settings):  # entries of every parameter group
+    def __init__(self, base, **settings):  # these go into every parameter group
         _check_base(self, base, settings)
         # Optimizer.__init__ would create a second state. This is the rest of its work.
         self.__setstate__({"base": base, "settings": settings})
 
-    def __setstate__(self, state):  # after copy and pickle, too
+    def __setstate__(self, state):  # copy and pickle call this, too
         super().__setstate__(state)
         hooks = {name: x for name, x in vars(self.base).items() if "state_dict" in name}
-        vars(self).update(hooks)  # hooks on saving and loading are the base's
+        vars(self).update(
+            hooks
+        )  # hooks on saving and loading that are registered here are the base's
 
-    def __getstate__(self):  # for copy and pickle, without the step that a scheduler has replaced
+    def __getstate__(self):  # for copy and pickle, without `step`, which a scheduler replaces
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
     @property
     def param_groups(self):
-        for group in self.base.param_groups:  # some may have come later
+        for group in self.base.param_groups:  # some may be new
             for name, value in self.settings.items():
                 group.setdefault(name, value)
         return self.base.param_groups
@@ -70,23 +73,25 @@ class IRE(_Wrapper):
 
     kappa: steps along flat coordinates are 1 + kappa times as long; >= 0, and 0 is the base.
     gamma: the fraction of all coordinates that is flat, in (0, 1). Ties are flat. An embedding row
-        that no batch has used has curvature 0, so it is flat. A branch that begins at zero is flat
-        at first: then set warmup to one interval.
+        that no batch has used has curvature 0, so it is flat. Weights behind a layer that begins
+        at zero have no gradient at first, so they look flat: then set warmup to one interval.
     interval: steps from one mask to the next (K in the paper).
     warmup: steps before IRE switches on (T_w in the paper).
-    curvature: what tells where the loss is flat.
-        "squares": the running mean of the squared gradient. IRE reads the base's own if the base
-            keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps one itself, in
-            4 bytes per parameter. A gradient spike enters this mean even if the base skips the
-            step, so clip the gradients first. With a closure IRE reads `p.grad` after the step.
+    curvature: what measures where the loss is flat.
+        "squares": the running mean of the squared gradient. IRE reads the base's mean if the base
+            keeps one for all parameters (`exp_avg_sq` of Adam). Otherwise IRE keeps its own, in 4
+            bytes per parameter, as on top of SGD and Muon. A gradient spike enters this mean even
+            if the base skips the step, so clip the gradients first. If `step` has a closure, IRE
+            reads the gradients as the base leaves them.
         "fisher": squared gradients from `probe()`, as in the paper (Eq. 6).
-    beta: decay per step of the mean that IRE keeps itself, in [0, 1).
+    beta: decay per step of IRE's own mean, in [0, 1).
 
-    `kappa` and `gamma` stand in each parameter group, where they may be changed at any time. A
-    group with kappa 0 is left out. Groups with the same gamma are ranked together. `masks[p]` is
-    True where p is flat, in 1 byte per parameter. If you move the state to another device, move
-    `masks` and `squares` too. To set an attribute of the base, set it on `opt.base`. If the base
-    keeps its own copy of the weights, it undoes the longer steps.
+    `kappa` and `gamma` are entries of each parameter group. They may be changed there at any time.
+    A group with kappa 0 is neither ranked nor lengthened. Groups with the same gamma are ranked
+    together. `masks[p]` is True where p is flat, in 1 byte per parameter. If all curvature is 0,
+    the last mask stays. A step needs room for one copy of the weights. If you move the state to
+    another device, move `masks` and `squares` too. To set an attribute of the base, set it on
+    `opt.base`. A base with its own copy of the weights undoes the longer steps.
     """
 
     _saved_as = "flat"
@@ -117,7 +122,7 @@ class IRE(_Wrapper):
         _check_settings(self)
         if _OPEN & self._params().keys():
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
-        if _is_rehearsal(self):
+        if _is_rehearsal(self):  # a step in which torch.distributed.checkpoint makes the state
             return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
         params = self._active()
@@ -129,13 +134,16 @@ class IRE(_Wrapper):
         else:
             loss = self.base.step(closure)
             _observe(self, params)
+        if self.squares and _adams_squares(self, params):  # the base has made its own
+            self.squares.clear()
+            self.counts.clear()
 
         if self._due():
             squares = _mean_squares(self, params)
             if squares:
                 self._update_masks(squares)
             elif params and self.probed != t:
-                _warn_of_miss(self)
+                _warn_of_miss(self)  # no gradient was seen, or there was no probe in this step
         for p, theta in old.items():
             if p in self.masks:
                 step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
@@ -146,15 +154,15 @@ class IRE(_Wrapper):
         return loss
 
     def _update_masks(self, curvature):
-        """Eq. 5: the mask is True for the floor(gamma * n) smallest of `curvature`, squares or the
-        probe's gradients. Gradients are ranked by |g|, as small squares are 0 in float32."""
+        """Eq. 5: the mask is True for the floor(gamma * n) smallest curvatures. `curvature` holds
+        squares, or the probe's gradients. These are ranked by |g|, as small squares underflow."""
         groups = self._params()
         by_gamma = {}
         for p, x in curvature.items():
             by_gamma.setdefault(groups[p]["gamma"], {})[p] = x
         for gamma, h in by_gamma.items():
             n = sum(p.numel() for p in h)
-            k = math.floor(Fraction(str(gamma)) * n)  # int(0.29 * 100) is 28
+            k = math.floor(Fraction(str(gamma)) * n)  # exact, as int(0.29 * 100) is 28
             threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
@@ -170,10 +178,11 @@ class IRE(_Wrapper):
 
     @contextmanager
     def probe(self, *models):
-        """With curvature="fisher", gradients made inside set the mask and are then discarded:
+        """With curvature="fisher", the gradients of backward passes inside set the mask. They are
+        then discarded:
 
             for x, y in batches:
-                if opt.probe_due:  # at every tenth step
+                if opt.probe_due:  # every `interval` steps
                     with opt.probe(model):
                         sampled_cross_entropy(model(x)).backward()
                 opt.zero_grad()
@@ -181,8 +190,9 @@ class IRE(_Wrapper):
                 opt.step()
 
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
-        of `models` (such as batch norm's statistics) and torch's random streams are as before;
-        those of numpy and `random` are not. If two optimizers share a model, nest their probes."""
+        of `models` (such as batch norm's statistics) and torch's random streams are as before. The
+        streams of numpy and `random` are not. Two optimizers on one model nest their probes:
+        `with a.probe(m), b.probe(m)`."""
         _check_settings(self)
         _require(self.curvature == "fisher", "probe()", self.curvature, 'curvature="fisher"')
         t = self.param_groups[0]["ire_step"]
@@ -206,7 +216,7 @@ class IRE(_Wrapper):
         return since >= 0 and since % self.interval == 0
 
     def _active(self):
-        """{p: its group}, of the parameters that are ranked and lengthened"""
+        """{p: its group} of the parameters that are ranked and lengthened"""
         return {p: group for p, group in self._params().items() if group["kappa"] != 0}
 
     def state_dict(self):
@@ -219,6 +229,31 @@ class IRE(_Wrapper):
         return f"{super().__repr__()}\n{_described(self)}"
 
 
+# ------------------------------------------------------------------------ the mean of the squares
+def _observe(ire, params):
+    """Adds the gradients to IRE's own running means, unless the base keeps such means."""
+    if ire.curvature == "fisher" or _adams_squares(ire, params):
+        return
+    for p in params:
+        if p.grad is not None:
+            mean = _begin(ire.squares, p, _wide(p))
+            count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
+            # Without the denominator, a mean that began later than others would look flat.
+            weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
+            g = _values(_gradient(p)).to(mean.dtype)
+            square = (g * g).nan_to_num_(0, 0, 0)  # infinity would stay in the mean for ever
+            mean.lerp_(square, weight)
+
+
+def _mean_squares(ire, params):
+    """{p: running mean of the squared gradient}. All come from the base, or all are IRE's own."""
+    if ire.curvature == "fisher":
+        return {}
+    own = {p: ire.squares[p] for p in params if p in ire.squares}
+    return _corrected(_adams_squares(ire, params), params, ire.state) or own
+
+
+# ------------------------------------------------------------------------ without a threshold
 class SoftIRE(IRE):
     """IRE without a threshold. This variant is ours, not the paper's. The step of a coordinate with
     curvature v becomes `factor` times as long:
@@ -264,7 +299,7 @@ class SoftIRE(IRE):
         h = list(curvature.values())
         n = sum(x.numel() for x in h)
         live = _nonzero(h)
-        median = kth_smallest(h, n - live // 2)  # of those that are not 0
+        median = kth_smallest(h, n - live // 2)  # of those that are not 0: zeros come first
         if not _is_usable(self, median, curvature):
             return
         power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
@@ -280,6 +315,7 @@ class SoftIRE(IRE):
             _values(factor).div_(mean).sub_(1).mul_(_values(x) != 0)
 
 
+# ------------------------------------------------------------------------ the probe's loss
 def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
     from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
@@ -302,15 +338,15 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
 
 # ================================================================================================
 # You can stop reading here: this was the method. What follows is SAM, the named optimizers, losses
-# for other tasks, and helpers. They make IRE exact (the k-th smallest, the probe that leaves no
-# trace), resumable (saving and loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
+# for other tasks, and helpers. The helpers make IRE exact (the k-th smallest, the probe that leaves
+# no trace), resumable (saving and loading) and sharded (DDP, FSDP2 and DTensors on several ranks).
 # ================================================================================================
 
 
 class SAM(_Wrapper):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021) on top of `base`.
 
-    rho: length of the climb, over all parameters together; >= 0. It stands in every group.
+    rho: length of the climb, over all parameters together; >= 0. It is an entry of each group.
     adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
     average: climb along a random xi ~ N(0, I/n) of n coordinates (Average SAM).
 
@@ -329,8 +365,8 @@ class SAM(_Wrapper):
     def step(self, closure=None):
         """Takes the gradient, climbs, takes the gradient there, goes back exactly, and lets the
         base step. `closure` does zero_grad, forward and backward and returns the loss. Returns the
-        loss before the climb. Average SAM needs no gradient there, and returns the loss after the
-        climb. If the first gradient is not finite, the step is skipped with a warning."""
+        loss before the climb. Average SAM calls `closure` after the climb only, and returns that
+        loss. If the first gradient is not finite, the step is skipped with a warning."""
         if _is_rehearsal(self):
             return self.base.step()
         what = "a function that does zero_grad, forward and backward and returns the loss"
@@ -408,15 +444,15 @@ class SAMIRE(IRE):
 
 
 def _arguments_of_ire(kwargs):
-    """Takes them out of kwargs."""
+    """Takes IRE's arguments out of kwargs."""
     names = ("kappa", "gamma", "interval", "warmup", "curvature", "beta")
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 # ------------------------------------------------------------------------ other losses and tools
 def sampled_binary_cross_entropy(logits, *, generator=None):
-    """The same for yes/no and multi-label outputs: mean binary cross entropy of `logits`, of any
-    shape, against labels drawn from Bernoulli(sigmoid(logits))."""
+    """The probe's loss for yes/no and multi-label outputs: mean binary cross entropy of `logits`
+    (of any shape) against labels drawn from Bernoulli(sigmoid(logits))."""
     with torch.no_grad():
         noise = torch.empty_like(logits, dtype=_wide(logits)).uniform_(generator=generator)
         labels = (noise < logits.to(noise.dtype).sigmoid()).to(logits.dtype)
@@ -424,9 +460,9 @@ def sampled_binary_cross_entropy(logits, *, generator=None):
 
 
 def sampled_mse(prediction, *, generator=None):
-    """The same for regression: mean squared error of `prediction` against targets drawn from
-    N(prediction, 1)."""
-    noise = torch.empty_like(prediction, requires_grad=False).normal_(generator=generator)
+    """The probe's loss for regression: mean squared error of `prediction` against targets drawn
+    from N(prediction, 1)."""
+    noise = torch.empty_like(prediction).normal_(generator=generator)
     return F.mse_loss(prediction, prediction.detach() + noise)
 
 
@@ -450,7 +486,7 @@ def frozen_batch_norm(model):
 def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
     parameters of two dimensions inside an nn.ModuleList or nn.Sequential, without embeddings. The
-    last matrix of the model is taken for its head and left out.
+    last matrix of the model counts as its head and is left out.
     Raises ValueError if there are none."""
     matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
     inside, apart = set(), set(matrices[-1:])
@@ -467,9 +503,8 @@ def hidden_matrices(model):
 
 # ------------------------------------------------------------------------ the k-th smallest
 def kth_smallest(tensors, k):
-    """The exact k-th smallest (1-based) element of non-negative floating `tensors`, as a 0-dim
-    float32 tensor on the CPU (float64 if one of them is). NaN is largest; signs are ignored. Shards
-    of DTensors count over their ranks.
+    """The exact k-th smallest (1-based) |x| of floating `tensors`, as a 0-dim float32 tensor on the
+    CPU (float64 if one of them is). NaN is largest. Shards of DTensors count over their ranks.
     Raises ValueError if k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
@@ -503,36 +538,9 @@ def kth_smallest(tensors, k):
 
 # ------------------------------------------------------------------------ curvature
 def _gradient(p):
-    """p's gradient, laid out over the ranks as p is."""
+    """p's gradient, sharded as p is."""
     _require(not p.grad.is_sparse, "gradient", "a sparse one", "a dense one")
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
-
-
-def _observe(ire, params):
-    """Adds the gradients to the running means of their squares. Does nothing with "fisher", or if
-    the base keeps such means."""
-    if ire.curvature == "fisher":
-        return
-    if _adams_squares(ire, params):
-        ire.squares.clear()
-        ire.counts.clear()
-        return
-    for p in params:
-        if p.grad is not None:
-            mean = _begin(ire.squares, p, _wide(p))
-            count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
-            # Without the denominator, a mean that began later than others would look flat.
-            weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
-            g = _values(_gradient(p)).to(mean.dtype)
-            mean.lerp_((g * g).nan_to_num_(0, 0, 0), weight)  # the base may skip such a step
-
-
-def _mean_squares(ire, params):
-    """{p: running mean of the squared gradient}. All come from the base, or all are kept here."""
-    if ire.curvature == "fisher":
-        return {}
-    own = {p: ire.squares[p] for p in params if p in ire.squares}
-    return _corrected(_adams_squares(ire, params), params, ire.state) or own
 
 
 def _adams_squares(ire, params):
@@ -541,7 +549,7 @@ def _adams_squares(ire, params):
     states = {p: ire.state.get(p, {}) for p in params}
     squares = {p: x.get("exp_avg_sq") for p, x in states.items() if x or p.grad is not None}
     fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
-    rotated = any("Q" in x for x in states.values())  # SOAP keeps it in another basis
+    rotated = any("Q" in x for x in states.values())  # SOAP's is in another basis
     return squares if fits and not rotated else {}
 
 
@@ -560,8 +568,8 @@ def _corrected(squares, params, states):
 
 def _is_usable(ire, threshold, curvature):
     _check_agreement(threshold, curvature)
-    dead = threshold == 0 and _nonzero(curvature.values()) == 0
-    usable = bool(threshold.isfinite()) and not dead
+    all_zero = threshold == 0 and _nonzero(curvature.values()) == 0
+    usable = bool(threshold.isfinite()) and not all_zero
     if not usable:
         _warn(ire, f"the threshold of the curvature is {float(threshold)}, so the last mask stays")
     return usable
@@ -574,7 +582,7 @@ def _described(ire):
     elif ire.squares:
         source = "kept by IRE"
     elif ire.masks:
-        source = f"exp_avg_sq of {type(ire.base).__name__}"
+        source = "the base's exp_avg_sq"
     every = f"every {ire.interval} steps from step {ire.warmup} on"
     return f"curvature: {ire.curvature} ({source}), {every}"
 
