@@ -503,8 +503,9 @@ def hidden_matrices(model):
 
 # ------------------------------------------------------------------------ the k-th smallest
 def kth_smallest(tensors, k):
-    """The exact k-th smallest (1-based) |x| of floating `tensors`, as a 0-dim float32 tensor on the
-    CPU (float64 if one of them is). NaN is largest. Shards of DTensors count over their ranks.
+    """The exact k-th smallest (1-based) absolute value in floating `tensors`, as a 0-dim float32
+    tensor on the CPU (float64 if one of them is). NaN is largest. Shards of DTensors count over
+    their ranks.
     Raises ValueError if k is not in 1 .. n.
 
     This is a radix select. The bits of non-negative floats, read as integers, sort as the floats
