@@ -153,7 +153,7 @@ def collect(config_class, typed):
         return asked | {"given": sorted(asked)}
     folder = typed.get("out") or newest_run(f"{config_class.home}*")
     before = read_checkpoint(folder, mmap=True)["config"]
-    saved = {"given": sorted({*before["given"], *asked})}
+    saved = {"given": sorted({*before.get("given", ()), *asked})}
     for f in fields(config_class):
         value = before.get(f.name, f.default)
         new = asked.get(f.name, value)
@@ -173,7 +173,8 @@ def read_config(config_class, path):
     given = values.get("given", values)
     for name in set(given) - commands.keys():
         raise BadInput(f"--config: {path} has {name!r}, allowed are names of settings")
-    return {name: values[name] for name in given if not commands[name]}
+    given = [name for name in given if values.get(name) is not None and not commands[name]]
+    return {name: values[name] for name in given}
 
 
 def refuse_unread(config_class, typed, parts, by):
@@ -192,7 +193,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "unrecognized" in message:
-            wrong = message.split()[2].split("=")[0]
+            wrong = message.split(": ", 1)[1].split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
         raise BadInput(f"{message:.300}; --help shows all flags")
@@ -300,11 +301,14 @@ def write_atomically(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # where the disk is full
 
 
 def write_json(path, value):
@@ -327,8 +331,9 @@ def download(url, path, sha256, otherwise):
 def read_checkpoint(folder, mmap=False):
     """Returns the checkpoint of a run. mmap: tensors are read when they are used."""
     path = Path(folder) / "checkpoint.pt"
-    with instead(f"{folder} is not the folder of a run"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with instead(f"{path} can't be read as the checkpoint of a run"):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return saved | {"config": dict(saved["config"])}
 
 
 def read_log(folder):
@@ -476,8 +481,9 @@ class Run(contextlib.ExitStack):
         saved = {"config": dataclasses.asdict(self.c)} | reached | state
         try:
             write_atomically(self.out / name, lambda f: torch.save(saved, f))
-        except RuntimeError as e:  # torch.save hides the disk's error in this error
-            raise (e.__context__ or e) from None
+        except (OSError, RuntimeError) as e:  # torch.save hides the disk's error in another
+            why = f"{e.__context__ or e}; last checkpoint: {self.kept}"
+            raise Halt(f"{self.out / name} can't be written: {why}") from None
         if name == "checkpoint.pt":
             self.kept = f"step {step}"
 
@@ -542,6 +548,9 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
         start_ranks()
         command(typed)
         return 0
+    except KeyboardInterrupt:  # where there is no step to finish
+        code = 128 + signal.SIGINT
+        text = "stopped"
     except (Halt, OSError) as e:
         code = getattr(e, "code", 1)
         text = str(e)

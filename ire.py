@@ -426,12 +426,12 @@ class SGDIRE(IRE):
 
 
 class AdmIRE(IRE):
-    """IRE on top of torch.optim.AdamW, with the keyword arguments of both. AdmIRE is the paper's
-    name."""
+    """IRE on top of torch.optim.AdamW, by default the fused one, with the keyword arguments of
+    both. AdmIRE is the paper's name."""
 
-    def __init__(self, params, lr, *, fused=True, **kwargs):
+    def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, fused=fused, **kwargs), **ire)
+        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
 
 
 class SAMIRE(IRE):
@@ -485,16 +485,18 @@ def frozen_batch_norm(model):
 
 def hidden_matrices(model):
     """The weight matrices of a transformer's blocks, for `SoftIRE(base, params=...)`. These are the
-    parameters of two dimensions inside an nn.ModuleList or nn.Sequential, without embeddings. The
-    last matrix of the model counts as its head and is left out.
+    parameters of two dimensions inside an nn.ModuleList or nn.Sequential. Embeddings are left out.
+    So is a head: the last layer of an nn.Sequential, if it has the last matrix of the model.
     Raises ValueError if there are none."""
     matrices = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
-    inside, apart = set(), set(matrices[-1:])
+    inside, apart = set(), set()
     for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            apart.add(module.weight)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             inside.update(module.parameters())
-        if isinstance(module, nn.Embedding):
-            apart.add(module.weight)
+        if isinstance(module, nn.Sequential) and len(module):
+            apart.update(set(module[-1].parameters(recurse=False)) & set(matrices[-1:]))
     found = [p for p in dict.fromkeys(matrices) if p in inside - apart]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no matrices in an nn.ModuleList")
@@ -626,6 +628,8 @@ def _put_back(params, models, seed):
     and the random streams begin at `seed`, so that labels are drawn anew in every probe. A probe
     inside another one leaves the gradients to be put back by the outer one. DDP needs a forward
     pass for the probe alone, through the DDP module."""
+    if any(p.grad is not None for p in _OPEN.intersection(params)):
+        raise RuntimeError("probe(): open it before another one's backward pass")
     params = {*params, *(p for m in models for p in m.parameters())} - _OPEN
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
@@ -635,12 +639,15 @@ def _put_back(params, models, seed):
         (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
     ]
     devices = {p.device.index for p in params if p.is_cuda}
+    used = [torch.cuda.default_generators[i] for i in devices]
     _OPEN.update(params)
     for p in params:
         p.grad = None
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            # torch.manual_seed would also seed devices that are not put back.
+            for generator in [torch.default_generator, *used]:
+                generator.manual_seed(seed % 2**63)
             yield
     finally:
         _OPEN.difference_update(params)
@@ -667,7 +674,8 @@ def _kept(ire):
 def _keys(ire, saved):
     """[(p, its key in a saved state)]"""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    return zip(ire._params(), keys, strict=False)  # the base refuses a mismatch
+    params = [p for group in ire.param_groups for p in group["params"]]  # may hold one twice
+    return zip(params, keys, strict=False)  # the base refuses a mismatch
 
 
 def _save(ire):

@@ -973,6 +973,18 @@ def test_soft_ire_has_no_gamma_that_could_meet_the_bases(default):
     assert equal(train(one, opts[0], range(4, 9)), train(two, opts[1], range(4, 9)))
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_loads_its_own_mask():
+    opts = []
+    for _ in range(2):
+        w, b = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))
+        opts.append(IRE(SGD([w, w, b], 0.1, momentum=0.9), kappa=1, gamma=0.5))
+    (w.sum() + b.sum()).backward()
+    opts[1].step()
+    opts[0].load_state_dict(reload(opts[1].state_dict()))
+    assert [mask.shape for mask in opts[0].masks.values()] == [(4, 3), (3,)]
+
+
 # ---------------------------------------------------------------- named optimizers
 def test_named_optimizers_pass_their_settings_on():
     params = list(make_model().parameters())
@@ -980,8 +992,7 @@ def test_named_optimizers_pass_their_settings_on():
     adam = dict(betas=(0.8, 0.9), eps=1e-16, weight_decay=0.2)
     group = AdmIRE(params, 0.1, curvature="fisher", **adam, **SETTINGS).param_groups[0]
     assert {name: group[name] for name in adam} == adam and group["fused"]
-    opt = AdmIRE(params, 0.1, fused=False, foreach=True, **SETTINGS)
-    assert opt.param_groups[0]["foreach"] and not opt.param_groups[0]["fused"]
+    assert not AdmIRE(params, 0.1, foreach=True, **SETTINGS).param_groups[0]["fused"]
     opt = SAMIRE(params, AdamW, rho=0.2, adaptive=True, lr=0.3, **SETTINGS)
     assert type(opt.base.base) is AdamW and opt.base.adaptive
     assert opt.param_groups[0]["rho"] == 0.2 and opt.param_groups[0]["lr"] == 0.3

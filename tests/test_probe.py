@@ -293,6 +293,20 @@ def test_several_modules_and_two_optimizers_over_one_model():
         assert sum(flat_counts(one)) == 20 and sum(flat_counts(two)) == 6
 
 
+def test_a_probe_does_not_begin_after_the_backward_pass_of_another():
+    """Their gradients would add up."""
+    model = make_model()
+    one, two = SGDIRE(model.parameters()), SGDIRE(model.parameters())
+    backward(model)
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="before another one's backward pass"):
+        with one.probe():
+            sampled_cross_entropy(model(batch(0)[0])).backward()
+            with two.probe():
+                pass
+    assert equal(before, [p.grad for p in model.parameters()])
+
+
 def test_a_graph_from_before_the_probe_still_runs():
     """One forward pass for both losses, through buffers that the graph holds."""
 

@@ -151,8 +151,7 @@ def evidence():
         (
             "images with SGD or SAM",
             "`SGDIRE` or `SAMIRE` with the paper's probe.",
-            f"{on_images('sgd', 'fisher')} points with SGD, "
-            f"{on_images('sam', 'fisher')} with SAM",
+            f"{on_images('sgd', 'fisher')} points with SGD, {on_images('sam', 'fisher')} with SAM",
         ),
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]

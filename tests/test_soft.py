@@ -170,6 +170,8 @@ def test_hidden_matrices_are_those_of_the_blocks():
     assert [p.shape for p in hidden_matrices(outer)] == [(2, 2)]
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     assert [p.shape for p in hidden_matrices(plain)] == [(8, 4), (6, 8)]
+    first = nn.ModuleDict({"head": nn.Linear(2, 3), "blocks": blocks})
+    assert len(hidden_matrices(first)) == 4
     tied = nn.ModuleDict({"embed": nn.Embedding(6, 6), "blocks": blocks, "head": nn.Linear(6, 6)})
     tied["head"].weight = tied["embed"].weight
     assert len(hidden_matrices(tied)) == 4
