@@ -181,7 +181,7 @@ def test_resume_with_other_images(photos):
         ("--model resnet1", "--model: got 'resnet1', allowed is"),
         ("--augment junk", "--augment: got junk, allowed is"),
         ("--data nowhere", "--data: got 'nowhere', allowed is a folder with train/ and val/"),
-        ("--resume --out fresh", "fresh is not the folder of a run"),
+        ("--resume --out fresh", "fresh/checkpoint.pt can't be read"),
     ),
 )
 def test_settings_that_cannot_be(photos, flags, says):

@@ -318,8 +318,8 @@ def test_intervals_fit_the_length_of_a_run():
         ("--compare adamw,nosuch", ("--optimizer: got 'nosuch'", "admire")),
         ("--compare --optimizer adamw", ("--optimizer", "leave it out")),
         ("--compare --resume", ("--out: got nothing", "none is at runs/compare")),
-        ("--sample nowhere", ("nowhere is not the folder of a run",)),
-        ("--init nowhere", ("nowhere is not the folder of a run",)),
+        ("--sample nowhere", ("nowhere.checkpoint.pt can't be read",)),
+        ("--init nowhere", ("nowhere.checkpoint.pt can't be read",)),
         ("--eval-only", ("--out: got nothing", "none is at runs/gpt")),
     ),
 )
