@@ -634,29 +634,43 @@ def _put_back(params, models, seed):
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
         grads = {p: g if g is None else g.clone() for p, g in grads.items()}
-    modules = [module for m in models for module in m.modules()]
-    buffers = [
-        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
-    ]
-    devices = {p.device.index for p in params if p.is_cuda}
-    used = [torch.cuda.default_generators[i] for i in devices]
     _OPEN.update(params)
     for p in params:
         p.grad = None
     try:
-        with torch.random.fork_rng(devices):
-            # torch.manual_seed would also seed devices that are not put back.
-            for generator in [torch.default_generator, *used]:
-                generator.manual_seed(seed % 2**63)
+        with _same_buffers(models), _streams_from(seed, params):
             yield
     finally:
         _OPEN.difference_update(params)
         for p, grad in grads.items():
             p.grad = grad
+
+
+@contextmanager
+def _same_buffers(models):
+    modules = [module for m in models for module in m.modules()]
+    buffers = [
+        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
+    ]
+    try:
+        yield
+    finally:
         for module, name, x, values in buffers:
             # .data hides the change from a graph that holds x since before the probe.
             x.data.copy_(values)
             module._buffers[name] = x
+
+
+@contextmanager
+def _streams_from(seed, params):
+    """The random streams of the CPU and of the parameters' GPUs, as `_put_back` says."""
+    devices = {p.device.index for p in params if p.is_cuda}
+    used = [torch.cuda.default_generators[i] for i in devices]
+    with torch.random.fork_rng(devices):
+        # torch.manual_seed would also seed devices that are not put back.
+        for generator in [torch.default_generator, *used]:
+            generator.manual_seed(seed % 2**63)
+        yield
 
 
 # ------------------------------------------------------------------------ saving and loading
@@ -712,6 +726,15 @@ def _load(ire, saved):
         ire.base.load_state_dict(saved)
     finally:
         handle.remove()
+    _adopt(ire, found)
+    for group, old in zip(ire.base.param_groups, before, strict=True):
+        for name in ire.settings:  # a bare base's state lacks them
+            group.setdefault(name, old[name])
+    ire.probed = None
+
+
+def _adopt(ire, found):
+    """Puts our tensors of a saved state, {p: {name: tensor}}, in the place of those of before."""
     kept = _kept(ire)
     for tensors in kept.values():
         tensors.clear()
@@ -723,10 +746,6 @@ def _load(ire, saved):
                 kept[name][p] = x.to("cpu" if name == "ire_count" else p.device, copy=True)
         if not entry:
             ire.state.pop(p, None)
-    for group, old in zip(ire.base.param_groups, before, strict=True):
-        for name in ire.settings:  # a bare base's state lacks them
-            group.setdefault(name, old[name])
-    ire.probed = None
 
 
 def _is_rehearsal(wrapper):
