@@ -7,6 +7,7 @@
 
 What the file holds
 - places: a model, a text, a number of steps and a batch in sequences, each under a short name.
+  share_of_trials: the share of its trials that each form gets there; all of them if not given.
 - forms: the optimizers that are compared. A form is a base ("adamw" or "muon"), or a rule of
   optimizers.py on top of a base. It says what was expected of it before the runs.
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
@@ -310,7 +311,8 @@ def tuned(study, place, name):
     taken = tuned(study, place, form["starts_at"])[0] if form["starts_at"] else {}
     start = {**study.plan["start"], **from_near(study, place, name), **taken, **form["settings"]}
     fixed = {setting: value for setting, value in taken.items() if setting not in grid} | own
-    trials = form.get("trials") or study.place(place)["trials"]
+    share = study.place(place).get("share_of_trials", 1)
+    trials = round(share * (form.get("trials") or study.place(place)["trials"]))
     best, _, made = search(
         {setting: start[setting] for setting in grid},
         grid,
