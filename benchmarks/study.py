@@ -8,6 +8,7 @@
 What the file holds
 - places: a model, a text, a number of steps and a batch in sequences, each under a short name.
   share_of_trials: the share of its trials that each form gets there; all of them if not given.
+  borrows: the place whose tuned settings all forms take; then nothing is searched here.
 - forms: the optimizers that are compared. A form is a base ("adamw" or "muon"), or a rule of
   optimizers.py on top of a base. It says what was expected of it before the runs.
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
@@ -307,6 +308,9 @@ def tuned(study, place, name):
     if form["borrows"]:
         best, _ = tuned(study, place, form["borrows"])
         return {**best, **own}, 0
+    if "borrows" in study.place(place):
+        best, _ = tuned(study, study.place(place)["borrows"], name)
+        return {**best, **own}, 0
     grid = form["grid"]
     taken = tuned(study, place, form["starts_at"])[0] if form["starts_at"] else {}
     start = {**study.plan["start"], **from_near(study, place, name), **taken, **form["settings"]}
@@ -436,6 +440,8 @@ def luck(study, place, name, noise, draws=200):
     form = study.form(name)
     if form["borrows"]:
         return luck(study, place, form["borrows"], noise, draws)
+    if "borrows" in study.place(place):
+        return luck(study, study.place(place)["borrows"], name, noise, draws)
     losses = []
     for run in study.runs:
         at = run["settings"]

@@ -277,6 +277,25 @@ def test_a_search_starts_at_the_neighbouring_place(results):
     assert first["250x4", "Muon"]["lr"] == PLAN["start"]["lr"]
 
 
+def test_a_place_has_a_share_of_the_trials_or_the_settings_of_another(tmp_path):
+    shared = {**PLAN["places"]["500x16"], "share_of_trials": 0.5}
+    borrowed = {**PLAN["places"]["250x64"], "borrows": "500x16"}
+    places = {**PLAN["places"], "500x16": shared, "250x64": borrowed}
+    plan = [["500x16", ["AdamW"]], ["250x64", ["AdamW"]]]
+    results = study.Study(tmp_path / "x.json", {**PLAN, "places": places, "plan": plan}, ())
+    results.train = synthetic
+    study.run_all(results)
+    half, none = study.gains(results)
+    assert half["trials"] == round(shared["trials"] / 2) < shared["trials"]
+    assert none["trials"] == 0 and none["lr"] == half["lr"]
+    seeds = [
+        run["settings"]["seed"] for run in results.runs if run["settings"]["place"] == "250x64"
+    ]
+    assert seeds == [1, 2, 3]
+    luck = [study.luck(results, place, "AdamW", 0.1) for place in ("250x64", "500x16")]
+    assert luck[0] == luck[1] > 0
+
+
 def test_a_run_is_never_repeated(results):
     made = []
 
