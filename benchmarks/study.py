@@ -169,6 +169,8 @@ def key(settings):
 def config(study, settings, out):
     """train_gpt.py's settings of a run. Steps, batch, model and text are the place's."""
     place = study.place(settings["place"])
+    if place["data"] == "bpe-4096" and not Path(TEXTS["bpe-4096"]["data"]).exists():
+        raise common.BadInput("data/bpe-4096 is missing; python benchmarks/bpe.py makes it")
     form = study.form(settings["form"])
     steps = round(place["steps"] * settings.get("length", 1))
     fields = {field.name for field in common.fields(train_gpt.Config)}

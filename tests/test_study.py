@@ -475,6 +475,13 @@ def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
     assert "has a recommended form" in capsys.readouterr().err
 
 
+def test_a_vocabulary_that_is_not_there_is_said(two, monkeypatch, tmp_path):
+    monkeypatch.setitem(study.TEXTS, "bpe-4096", {"data": str(tmp_path / "none")})
+    two.plan["places"] = {"a": {**TWO["places"]["a"], "data": "bpe-4096"}}
+    with pytest.raises(common.BadInput, match="python benchmarks/bpe.py"):
+        study.config(two, {"place": "a", "form": "AdamW"}, tmp_path)
+
+
 def test_a_diverged_run_is_kept_as_such(tmp_path):
     results = study.Study(tmp_path / "a.json", dict(TWO), (), lambda *_: {"val_loss": None})
     results.plan["plan"] = []
@@ -482,9 +489,9 @@ def test_a_diverged_run_is_kept_as_such(tmp_path):
     assert json.loads(results.path.read_text())["runs"][0]["val_loss"] is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("map*.json")), ids=str)
-def test_committed_results_are_what_the_summary_computes(path):
-    held = study.Study.read(path)
+@pytest.mark.parametrize("name", ["map", "baseline"])
+def test_committed_results_are_what_the_summary_computes(name):
+    held = study.Study.read(ROOT / "results" / f"{name}.json")
     assert json.loads(json.dumps(study.gains(held))) == held.plan["gains"]
 
 
