@@ -68,7 +68,8 @@ def rows(curvature, generator, *, kappa, gamma, by, counts):
     """Whole rows of embedding and head take the longer steps: in each as many coordinates as IRE's
     mask has there.
 
-    by: "random", or "rarest": the rows of the tokens that stand least often in the training text.
+    by: "random": random rows, drawn anew with each set of factors. "rarest": the rows of the tokens
+        that stand least often in the training text. "frequent": all rows that "rarest" leaves out.
     counts: how often each token stands there, shape (vocabulary,).
     """
     factors = {}
@@ -76,9 +77,10 @@ def rows(curvature, generator, *, kappa, gamma, by, counts):
         if is_table(name):
             count = round(int((factor > 1).sum()) / factor.shape[1])
             noise = torch.rand(len(factor), generator=generator)
-            order = (counts + noise if by == "rarest" else noise).argsort()  # noise breaks ties
+            order = (noise if by == "random" else counts + noise).argsort()  # noise breaks ties
+            chosen = order[count:] if by == "frequent" else order[:count]
             factors[name] = torch.ones_like(factor)
-            factors[name][order[:count]] = 1 + kappa
+            factors[name][chosen] = 1 + kappa
     return factors
 
 
