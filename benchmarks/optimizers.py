@@ -85,7 +85,7 @@ def rows(curvature, generator, *, kappa, gamma, by, counts):
 
 
 def soft(curvature, generator, *, alpha, limit=4.0):
-    """Hidden matrices: (v / median) ** -alpha, clamped, with mean 1: the lr keeps its meaning."""
+    """Hidden matrices: (v / median) ** -alpha, clamped, with mean 1."""
     hidden = {name: v for name, v in curvature.items() if is_hidden(name)}
     median = flatten(hidden.values()).median().clamp_min(1e-30)
     raw = {name: (v / median).pow(-alpha).clamp(1 / limit, limit) for name, v in hidden.items()}
