@@ -2,7 +2,7 @@
 GPUs. IRE takes longer steps where the loss is flat, coordinate by coordinate.
 
     python train_gpt.py                              # about 1M parameters on Python's own source
-    python train_gpt.py --compare                    # AdamW, then AdmIRE, on the same batches
+    python train_gpt.py --compare                    # AdamW, then SoftIRE, on the same batches
     python train_gpt.py --data my.txt --steps 2000   # your text: a file or a folder of files
     python train_gpt.py --resume                     # go on after Ctrl-C
     python train_gpt.py --sample runs/gpt --prompt "def "
@@ -68,7 +68,7 @@ openwebtext, a text file, a folder of text files, or a folder with train.bin, va
 FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
 labels sampled from the model"""
 METHODS = "admire, muon-ire: IRE on top of AdamW, Muon; -soft: IRE without a threshold"
-COMPARE = "optimizers to train in turn; the first is the base (adamw,admire if none is named)"
+COMPARE = "optimizers to train in turn; the first is the base (adamw,adamw-soft if none is named)"
 SCHEDULES = ("cosine", "wsd", "constant")
 LOSS = "loss (nats per token)"
 ADVICE = "a lower --lr, --kappa or --alpha, or a longer --warmup"
@@ -135,7 +135,7 @@ class Config(common.Settings):
     stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
     sharpness: bool = setting(False, "Tr(Hessian), lambda_max at each validation", resume=True)
     # what to do
-    compare: str = setting(None, COMPARE, command=True, alone="adamw,admire")
+    compare: str = setting(None, COMPARE, command=True, alone="adamw,adamw-soft")
     eval_only: bool = setting(False, "print the validation loss of --out", command=True)
     sample: str = setting(None, "print text from the run in this folder", command=True)
     prompt: str = setting("", "how the text begins", command=True)

@@ -327,7 +327,7 @@ def test_wrong_settings(flags, says):
     GPT.refused(flags, *says)
 
 
-@pytest.mark.parametrize("flags", ("--compare --kappa 3", "--compare adamw,muon-soft --alpha 0.5"))
+@pytest.mark.parametrize("flags", ("--compare adamw,admire --kappa 3", "--compare --alpha 0.5"))
 def test_a_comparison_reads_what_one_of_its_runs_reads(flags):
     typed = common.parse(train_gpt.Config, "", flags.split())
     names = typed["compare"].split(",")
@@ -543,7 +543,7 @@ def test_compare_goes_on_without_its_settings(step):
     GPT.done(f"{TINY} --compare --out whole")
     GPT.stopped(f"{TINY} --compare", step)
     GPT.done("--compare --resume")
-    for name in ("adamw", "admire"):
+    for name in ("adamw", "adamw-soft"):
         assert same(checkpoint(f"runs/compare/{name}"), checkpoint(f"whole/{name}"))
 
 
