@@ -83,10 +83,10 @@ def source(report):
     if "runs" not in report:
         return f"commit {report['commit'][:12]}"
     devices, torches, commits = (
-        ", ".join(sorted({run[name] for run in report["runs"]}))
-        for name in ("device", "torch", "commit")
+        ", ".join(sorted({run[name][:length] for run in report["runs"]}))
+        for name, length in (("device", None), ("torch", None), ("commit", 12))
     )
-    return f"{len(report['runs'])} runs; {devices}; torch {torches}; commit {commits[:12]}"
+    return f"{len(report['runs'])} runs; {devices}; torch {torches}; commit {commits}"
 
 
 # --------------------------------------------------------------------------- tables
