@@ -128,7 +128,7 @@ def stages(seeds):
     """{stage: its steps}"""
     tests = "-m pytest -q -o addopts= tests/test_cuda.py --junitxml {file}"
     step = "benchmarks/speed.py step --device {device} {step} --file {file}"
-    compare = f"{GPT} {{compare}} --compare {NEW}"
+    compare = f"{GPT} {{compare}} --compare adamw,admire {NEW}"
     return {
         "1": [Step("tests", (tests,), 420, read_tests), Step("step", (step,), 180, read_report)],
         "2": [
