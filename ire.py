@@ -431,7 +431,8 @@ class AdmIRE(IRE):
 
     def __init__(self, params, lr, **kwargs):
         ire = _arguments_of_ire(kwargs)
-        super().__init__(AdamW(params, lr, **{"fused": not kwargs.get("foreach"), **kwargs}), **ire)
+        kwargs.setdefault("fused", not kwargs.get("foreach"))
+        super().__init__(AdamW(params, lr, **kwargs), **ire)
 
 
 class SAMIRE(IRE):

@@ -68,7 +68,8 @@ openwebtext, a text file, a folder of text files, or a folder with train.bin, va
 FLAT = """the loss is flat where these are small: squared gradients of training, or (the paper's) of
 labels sampled from the model"""
 METHODS = "admire, muon-ire: IRE on top of AdamW, Muon; -soft: IRE without a threshold"
-COMPARE = "optimizers to train in turn; the first is the base (adamw,adamw-soft if none is named)"
+COMPARED = "adamw,adamw-soft"
+COMPARE = f"optimizers to train in turn; the first is the base ({COMPARED} if none is named)"
 SCHEDULES = ("cosine", "wsd", "constant")
 LOSS = "loss (nats per token)"
 ADVICE = "a lower --lr, --kappa or --alpha, or a longer --warmup"
@@ -135,7 +136,7 @@ class Config(common.Settings):
     stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
     sharpness: bool = setting(False, "Tr(Hessian), lambda_max at each validation", resume=True)
     # what to do
-    compare: str = setting(None, COMPARE, command=True, alone="adamw,adamw-soft")
+    compare: str = setting(None, COMPARE, command=True, alone=COMPARED)
     eval_only: bool = setting(False, "print the validation loss of --out", command=True)
     sample: str = setting(None, "print text from the run in this folder", command=True)
     prompt: str = setting("", "how the text begins", command=True)

@@ -83,10 +83,10 @@ def source(report):
     if "runs" not in report:
         return f"commit {report['commit'][:12]}"
     devices, torches, commits = (
-        ", ".join(sorted({run[name][:length] for run in report["runs"]}))
-        for name, length in (("device", None), ("torch", None), ("commit", 12))
+        sorted({run[name] for run in report["runs"]}) for name in ("device", "torch", "commit")
     )
-    return f"{len(report['runs'])} runs; {devices}; torch {torches}; commit {commits}"
+    made_by = f"torch {', '.join(torches)}; commit {', '.join(x[:12] for x in commits)}"
+    return f"{len(report['runs'])} runs; {', '.join(devices)}; {made_by}"
 
 
 # --------------------------------------------------------------------------- tables

@@ -303,15 +303,23 @@ def search(start, grid, loss, trials):
     return dict(best), tried[best], len(tried)
 
 
+def lender(study, place, name):
+    """(place, form) whose tuned settings a form takes at a place; None where it is searched."""
+    form = study.form(name)
+    if form["borrows"]:
+        return place, form["borrows"]
+    if "borrows" in study.place(place):
+        return study.place(place)["borrows"], name
+    return None
+
+
 def tuned(study, place, name):
     """The settings of a form at a place after its search, without a seed, and the trials made."""
     form = study.form(name)
     own = {"place": place, "form": name}
-    if form["borrows"]:
-        best, _ = tuned(study, place, form["borrows"])
-        return {**best, **own}, 0
-    if "borrows" in study.place(place):
-        best, _ = tuned(study, study.place(place)["borrows"], name)
+    lends = lender(study, place, name)
+    if lends:
+        best, _ = tuned(study, *lends)
         return {**best, **own}, 0
     grid = form["grid"]
     taken = tuned(study, place, form["starts_at"])[0] if form["starts_at"] else {}
@@ -439,11 +447,9 @@ def pooled(rows, quantity, seeds):
 def luck(study, place, name, noise, draws=200):
     """The spread of the loss of the trial that wins a search, if each loss on seed 0 were measured
     anew with this noise."""
-    form = study.form(name)
-    if form["borrows"]:
-        return luck(study, place, form["borrows"], noise, draws)
-    if "borrows" in study.place(place):
-        return luck(study, study.place(place)["borrows"], name, noise, draws)
+    lends = lender(study, place, name)
+    if lends:
+        return luck(study, *lends, noise, draws)
     losses = []
     for run in study.runs:
         at = run["settings"]
