@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -234,7 +235,8 @@ def start_ranks():
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
-    """Returns the sums of some numbers over all ranks. Each rank waits for the others."""
+    """Returns the sums of some numbers over all ranks, or what `op` makes of the numbers. Each rank
+    waits for the others."""
     values = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(values, op)
@@ -284,8 +286,10 @@ def set_up_torch(c):
     torch.use_deterministic_algorithms(c.deterministic)
 
 
+@functools.cache
 def environment():
-    """Returns what a result depends on besides the settings."""
+    """Returns what a result depends on besides the settings. The commit is that of the first call,
+    as Python does not read the code again."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
     commit = ""
     with contextlib.suppress(OSError):  # git may be missing
@@ -534,7 +538,10 @@ class Run(contextlib.ExitStack):
 
     def stopped(self):
         """Returns what a script raises after a signal."""
-        halt = Halt(f"stopped; last checkpoint: {self.kept}; go on with --resume")
+        text = f"stopped; last checkpoint: {self.kept}"
+        if self.kept != "none":
+            text += "; to go on, add --resume to the same command"
+        halt = Halt(text)
         halt.code = 128 + self.signal
         return halt
 

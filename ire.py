@@ -48,10 +48,9 @@ class _Wrapper(Optimizer):
 
     def __setstate__(self, state):  # copy and pickle call this, too
         super().__setstate__(state)
+        # Hooks on saving and loading that are registered here are the base's.
         hooks = {name: x for name, x in vars(self.base).items() if "state_dict" in name}
-        vars(self).update(
-            hooks
-        )  # hooks on saving and loading that are registered here are the base's
+        vars(self).update(hooks)
 
     def __getstate__(self):  # for copy and pickle, without `step`, which a scheduler replaces
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}

@@ -165,9 +165,10 @@ def flops_per_token(model, c):
 def memory(model, c, shards=1):
     """Estimates the bytes that training takes on one device. The estimate was not measured.
 
-    Weights, gradients, two moments and the copy that IRE's step makes are float32. The mask takes
-    one byte. `shards` devices share all of these. A micro-batch keeps its logits in three forms,
-    and for each token and layer about 9 activations of the width and 4 of the feed-forward.
+    Weights, gradients, two moments and the copy that IRE's step makes are float32. IRE's mask takes
+    one byte. SoftIRE's factor takes three more, which are not counted. `shards` devices share all
+    of these. A micro-batch keeps its logits in three forms, and for each token and layer about 9
+    activations of the width and 4 of the feed-forward.
     """
     parameters = sum(p.numel() for p in model.parameters())
     size = 4 if c.dtype == "float32" else 2

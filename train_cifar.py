@@ -6,7 +6,7 @@
     python train_cifar.py                                    # ResNet-56, 200 epochs: wants a GPU
     python train_cifar.py --model vit_t --data cifar100      # AdmIRE
     python train_cifar.py --optimizer sam-ire --seeds 3 --sharpness    # mean, error, Tr(Hessian)
-    torchrun --standalone --nproc_per_node 2 train_cifar.py  # the same batches on two GPUs
+    torchrun --standalone --nproc_per_node 2 train_cifar.py  # on two GPUs
     python train_cifar.py --resume                           # go on after Ctrl-C
 
 A resumed run ends with the same bits on a CPU, and on CUDA with --deterministic.

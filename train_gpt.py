@@ -39,7 +39,7 @@ from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
 from sharpness import sharpness
 
 # ------------------------------------------------------------------------------------ settings
-# The three rows of the paper as Llamas, with its own form of IRE; its 60M has width 410, 10 heads.
+# The paper's three Llamas, with IRE as in the paper (the probe). Its 60M has width 410, 10 heads.
 # "baby" has about 10M parameters; "1b" wants several GPUs and --fsdp.
 PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
@@ -99,8 +99,8 @@ class Config(common.Settings):
     steps: int = setting(1000, "optimizer steps", COUNT, resume=True)
     warmup: int = setting(None, "steps up to the peak (default 250, at most --steps / 4)", STEPS)
     lr: float = setting(2e-3, "peak learning rate", POSITIVE)
-    embedding_lr: float = setting(1.0, "multiple of --lr for the embedding; 4 in tiny", POSITIVE)
-    head_lr: float = setting(1.0, "multiple of --lr for the output layer; 4 in tiny", POSITIVE)
+    embedding_lr: float = setting(1.0, "times --lr for the embedding; 4 in tiny, baby", POSITIVE)
+    head_lr: float = setting(1.0, "times --lr for the output layer; 4 in tiny, baby", POSITIVE)
     schedule: str = setting("cosine", "after the peak; wsd falls in the last fifth", SCHEDULES)
     min_lr: float = setting(0.05, "last lr as a fraction of the peak", UNIT)
     clip: float = setting(1.0, "largest norm of the gradient; 0 is off", NOT_NEGATIVE)
@@ -117,7 +117,9 @@ class Config(common.Settings):
     interval: int = setting(10, "steps until IRE looks again where it is flat", COUNT, of=ANY_IRE)
     ire_warmup: int = setting(0, "steps before IRE switches on", STEPS, of=ANY_IRE)
     curvature: str = setting("squares", FLAT, ("squares", "fisher"), of=ANY_IRE)
-    probe_batches: int = setting(None, "micro-batches of fisher (default 1/4)", COUNT, of=FISHER)
+    probe_batches: int = setting(
+        None, "micro-batches that fisher sees (default: a quarter)", COUNT, of=FISHER, resume=True
+    )
     # how to compute it
     micro_batch: int = setting(None, "sequences in a pass (default: what fits)", COUNT, resume=True)
     fsdp: bool = setting(False, "shard over torchrun's GPUs (FSDP2), not DDP", resume=True)
@@ -126,11 +128,11 @@ class Config(common.Settings):
         None, "steps between lines of the log (default 20, fewer in short runs)", COUNT, resume=True
     )
     eval_interval: int = setting(
-        None, "steps between validations (default: a tenth of --steps)", COUNT, resume=True
+        None, "steps between validations (a tenth of --steps, 10 to 1000)", COUNT, resume=True
     )
-    eval_sequences: int = setting(512, "sequences in a validation", COUNT, resume=True)
+    eval_sequences: int = setting(512, "of a validation, in whole batches", COUNT, resume=True)
     checkpoint_interval: int = setting(
-        None, "steps between checkpoints (default: a tenth of --steps)", COUNT, resume=True
+        None, "steps between checkpoints (a tenth of --steps, 10 to 1000)", COUNT, resume=True
     )
     keep_best: bool = setting(False, "the best checkpoint too, in OUT/best", resume=True)
     stop_at: float = setting(None, "end at a validation loss this low", POSITIVE, resume=True)
@@ -183,8 +185,7 @@ def complete(c):
     divides = share % c.micro_batch == 0
     check(c, "micro_batch", divides, f"a divisor of --batch-size over {common.RANKS} rank(s)")
     most = share // c.micro_batch
-    c.probe_batches = c.probe_batches or math.ceil(most / 4)
-    check(c, "probe_batches", c.probe_batches <= most, f"1 to {most}, those of a step")
+    check(c, "probe_batches", (c.probe_batches or 1) <= most, f"1 to {most}, those of a step")
     check_settings(c)
     return c
 
@@ -261,15 +262,14 @@ def make_optimizer(model, c):
 
 def learning_rate(c, step):
     """Returns the rate of a step: a linear warm-up, then the schedule, down to min_lr * lr."""
-    first = c.warmup
-    last = c.steps - 1
-    share = 1.0
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
+    last = c.steps - 1
+    share = 1.0
     if c.schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, last - first)))
+        share = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, last - c.warmup)))
     if c.schedule == "wsd":  # warm-up, stable, decay
-        first = max(first, last - c.steps // 5)
+        first = max(c.warmup, last - c.steps // 5)
         share = 1 - max(0, step - first) / max(1, last - first)
     return c.lr * (c.min_lr + (1 - c.min_lr) * share)
 
@@ -363,9 +363,10 @@ def loop(run, job):
         batch = data.batch(job.step)
 
         if getattr(optimizer, "probe_due", False):  # only with --curvature fisher
+            probes = c.probe_batches or math.ceil(len(batch) / 4)
             with optimizer.probe(forward):
-                for x, _ in batch[: c.probe_batches]:
-                    loss = sampled_cross_entropy(forward(x)) / c.probe_batches
+                for x, _ in batch[:probes]:
+                    loss = sampled_cross_entropy(forward(x)) / probes
                     scaler.scale(loss).backward()
 
         total = 0.0

@@ -497,11 +497,11 @@ def main():
     parser.add_argument("--summary", action="store_true", help="table and figure; run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are small
-    study = Study.read(args.file, made)
-    if not args.summary:
-        with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
+    with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
+        study = Study.read(args.file, made)
+        if not args.summary:
             run_all(study)
-    study.save()
+        study.save()
     report = json.loads(args.file.read_text())
     print(table(report))
     plt.rcParams.update(STYLE)

@@ -37,6 +37,8 @@ def documents():
 def main():
     from tokenizers import ByteLevelBPETokenizer
 
+    if FOLDER.exists():
+        sys.exit(f"{FOLDER} is there; remove it to make it anew")
     texts = documents()
     tokenizer = ByteLevelBPETokenizer()
     end = "<|endoftext|>"

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -180,12 +181,8 @@ def show(table):
 
 
 def draw(rows, table, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
     labels = {"test_acc": "test accuracy (%)", "trace": "Tr(Hessian) of the training loss"}
     for ax, (key, label) in zip(axes, labels.items(), strict=True):
         for i, (optimizer, row) in enumerate(table.items()):
@@ -259,13 +256,9 @@ def until_ire(c):
 
 
 def draw_map(runs, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     labels = {"trace": "Tr(Hessian)", "train_loss": "training loss", "test_acc": "test accuracy, %"}
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     for row, schedule in zip(axes, SCHEDULES, strict=True):
         for ax, (key, label) in zip(row, labels.items(), strict=True):
             values = [[mean_of(runs, key, k, g, schedule) for k in KAPPAS] for g in GAMMAS]

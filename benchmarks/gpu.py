@@ -41,6 +41,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from report import number
 from study import mean
 
 import common
@@ -269,7 +270,7 @@ def judge_seeds(results, device):
         runs[form][seed] = result
     for form, of_seed in runs.items():
         losses = [run["val_loss"] for run in of_seed.values()]
-        yield row(f"{form}: final loss, {len(losses)} seeds", mean_and_error(losses))
+        yield row(f"{form}: final loss, {len(losses)} seeds", number(*mean(losses)))
         bases = {"adamw-rates"} if form.endswith("-rates") else set()
         for base in sorted({"adamw", *bases} - {form}):
             shared = [seed for seed in of_seed if seed in runs.get(base, {})]
@@ -280,13 +281,13 @@ def judge_seeds(results, device):
 def against(words, pairs, base="adamw"):
     """Lines about [(run, run of the base)]."""
     values = [other["val_loss"] - run["val_loss"] for run, other in pairs]
-    yield row(f"{words}  gain on top of {base}, positive is better", mean_and_error(values))
+    yield row(f"{words}  gain on top of {base}, positive is better", number(*mean(values)))
     shares = [share_of_steps(run, other) for run, other in pairs]
     missed = f"never for {shares.count(None)} of {len(shares)}"
-    reached = missed if None in shares else mean_and_error(shares)
+    reached = missed if None in shares else number(*mean(shares))
     yield row(f"{words}  steps to its final loss, of all", reached)
     speeds = [run["tokens_per_second"] / other["tokens_per_second"] for run, other in pairs]
-    yield row(f"{words}  tokens a second of its", mean_and_error(speeds))
+    yield row(f"{words}  tokens a second of its", number(*mean(speeds)))
 
 
 def share_of_steps(run, base):
@@ -295,11 +296,6 @@ def share_of_steps(run, base):
     curve = {int(step): loss for step, loss in run["val_loss_by_step"].items()}
     reached = [step for step, loss in curve.items() if loss <= base["val_loss"]]
     return min(reached) / max(curve) if reached else None
-
-
-def mean_and_error(values):
-    value, error = mean(values)
-    return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
 
 
 JUDGES = {
@@ -341,7 +337,8 @@ def make_tokens(work, toy):
     meta = common.read_json(folder / "meta.json")
     words = f"{meta['train_tokens']:,} {kind} tokens of Python source"
     if kind == "bytes" and not toy:  # so that the head has the paper's size
-        common.write_json(folder / "meta.json", meta | {"vocab_size": 50257})
+        meta |= {"tokenizer": "bytes of 50257", "vocab_size": 50257}
+        common.write_json(folder / "meta.json", meta)
         words += ", in a vocabulary of GPT-2's size: losses are not comparable"
     return folder, words
 
@@ -555,9 +552,9 @@ def execute(command, log, seconds, device):
 
 def end(process):
     """Ends a process and all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, sent)
             process.wait(30)
         except ProcessLookupError:
             return

@@ -65,11 +65,11 @@ def hard(curvature, generator, *, kappa, gamma, random=False, only=None):
 
 
 def rows(curvature, generator, *, kappa, gamma, by, counts):
-    """Whole rows of embedding and head take the longer steps: in each as many coordinates as IRE's
-    mask has there.
+    """Whole rows of embedding and head take the longer steps.
 
-    by: "random": random rows, drawn anew with each set of factors. "rarest": the rows of the tokens
-        that stand least often in the training text. "frequent": all rows that "rarest" leaves out.
+    by: "rarest": the rows of the tokens that stand least often in the training text, in each of the
+        two with as many coordinates as IRE's mask has there. "random": as many rows, drawn anew
+        with each set of factors. "frequent": all rows that "rarest" leaves out.
     counts: how often each token stands there, shape (vocabulary,).
     """
     factors = {}

@@ -257,13 +257,23 @@ def time_steps(args, rest):
 
 # --------------------------------------------------------------------------------------- train
 def gpt_settings(typed, **own):
-    """Settings of a row, which never ends and has its warm-up behind it."""
+    """Settings of a row, which never ends. IRE is on from the first step."""
     endless = {"steps": 10**6, "warmup": 100, "ire_warmup": 0}
     preset = train_gpt.PRESETS[typed.get("preset", "tiny")]
     c = train_gpt.complete(train_gpt.Config(**{**preset, **typed, **endless, **own}))
     if own.get("curvature") == "fisher" and "probe_batches" not in own:
         c.probe_batches = c.batch_size // c.micro_batch
     return c
+
+
+def rows_of_training(typed):
+    """{name of a row: its settings}"""
+    return {
+        "AdamW": gpt_settings(typed, optimizer="adamw"),
+        "AdmIRE, squares": gpt_settings(typed, optimizer="admire", curvature="squares"),
+        "AdmIRE, full probe": gpt_settings(typed, optimizer="admire", curvature="fisher"),
+        **quarter_rows(typed),
+    }
 
 
 def quarter_rows(typed):
@@ -326,14 +336,9 @@ class PlainLlama:
 
 def time_training(args, rest):
     typed = common.parse(train_gpt.Config, "", rest) | {"device": args.device}
-    adamw = gpt_settings(typed, optimizer="adamw")
-    quarter = quarter_rows(typed)
-    settings = {
-        "AdamW": adamw,
-        "AdmIRE, squares": gpt_settings(typed, optimizer="admire"),
-        "AdmIRE, full probe": gpt_settings(typed, optimizer="admire", curvature="fisher"),
-        **quarter,
-    }
+    settings = rows_of_training(typed)
+    adamw = settings["AdamW"]
+    quarter = list(quarter_rows(typed))
     runs = {name: Training(c) for name, c in settings.items()}
     times = interleaved(
         {**runs, "plain transformers loop, AdamW": PlainLlama(adamw)}, args.rounds, args.device
@@ -345,7 +350,7 @@ def time_training(args, rest):
     print(f"{'':45}{'tokens/s':>10}{'of AdamW':>10}{'quartiles':>16}{'TFLOP/s':>10}")
     rows = {}
     for name, values in times.items():
-        base = next(iter(quarter)) if name in quarter else "AdamW"
+        base = quarter[0] if name in quarter else "AdamW"
         ratio, quartiles = of_base(times[base], values)  # of speeds: the inverse of times
         rate = tokens / statistics.median(values)
         tflops = rate * llama.flops_per_token(model, adamw) / 1e12
@@ -490,6 +495,8 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="of images: steps in a row")
     parser.add_argument("--file", type=Path, help="default results/WHAT-DEVICE.json")
     args, rest = parser.parse_known_args()
+    if args.what == "images" and args.device != "cpu":
+        parser.error("--device: allowed is cpu with images")
     malloc = [f"{name}={x}" for name, x in os.environ.items() if name.startswith("MALLOC_")]
     command = " ".join([*malloc, "python", "benchmarks/speed.py", *sys.argv[1:]])
     about = {"command": command, "environment": environment(args.device), "rounds": args.rounds}

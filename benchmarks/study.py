@@ -78,7 +78,7 @@ TRAINING = ("lr", "seed", "embedding_lr", "head_lr", "beta2", "eps", "weight_dec
 FRESH_SEEDS = tuple(range(101, 109))  # neither a search nor a judgement used them
 
 
-class NotHeld(Exception):
+class NotHeld(common.BadInput):
     """The file does not hold the run, and no run is to be made."""
 
 
@@ -113,7 +113,7 @@ class Study:
         name = key(settings)
         if name not in self.index:
             if self.train is None:
-                raise NotHeld(name)
+                raise NotHeld(f"{self.path} lacks the run {name}")
             run = {"settings": settings, **self.train(self, settings)}
             self.index[name] = run
             self.runs.append(run)
@@ -368,15 +368,16 @@ def changes(study):
                     value = best[setting] * factor
                     if setting == "beta2":
                         value = 1 - (1 - best[setting]) * factor
-                    if setting != "warmup_fraction" or value <= 1:
+                    if setting != "warmup_fraction" or value < 1:
                         yield place, name, {setting: float(f"{value:.6g}")}, seeds
 
 
 # --------------------------------------------------------------------------- what came out
 def mean(values):
-    """Mean and its standard error (None for a single value)."""
+    """Mean and its standard error: None for a single value, and where a run diverged."""
     values = list(values)
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    error = statistics.stdev(values) / len(values) ** 0.5 if several else None
     return statistics.mean(values), error
 
 
@@ -406,7 +407,7 @@ def gains(study):
             with contextlib.suppress(NotHeld):
                 rows[place, name] = gain(study, place, name, seeds) or rows.get((place, name))
     rows = [row for row in rows.values() if row]
-    several = [row for row in rows if len(row["seeds"]) > 1]
+    several = [row for row in rows if row["gain_stderr"] is not None]
     for row in rows:
         place, names = row["place"], {row["form"], row["base"]}
         alike = [other for other in several if other["form"] == row["form"]]
@@ -525,7 +526,7 @@ def steps_saved(study, place, base, losses):
     saved, beyond = [], []
     for seed, loss in losses.items():
         curve = {steps: found[seed] for steps, found in curves.items() if seed in found}
-        if len(curve) > 1:
+        if len(curve) > 1 and math.isfinite(loss):
             needed, outside = crossing(curve, loss)
             saved.append(1 - here["steps"] / needed)  # 1 where the law never comes down so far
             if outside:
@@ -603,11 +604,15 @@ def replicate(study, place, seeds=FRESH_SEEDS):
         fresh = Study.read(kept, study.train)
     else:
         fresh = Study(kept, study.plan, (), study.train)
+    rows = {(row["place"], row["form"]): row for row in gains(study)}
+    row = rows.get((place, name))
+    if row is None or row["gain_stderr"] is None:
+        allowed = f"a place where {name} is judged on two seeds or more"
+        raise common.BadInput(f"--replicate: got {place}, allowed is {allowed}")
     losses = {}
     for form in (base, name):
         settings, _ = tuned(study.only_held(), place, form)
         losses[form] = fresh.over(settings, seeds)
-    row = next(r for r in gains(study) if (r["place"], r["form"]) == (place, name))
     value, error = mean(losses[base][seed] - losses[name][seed] for seed in seeds)
     new, old = (error, len(seeds)), (row["gain_stderr"], len(row["seeds"]))
     apart = abs(value - row["gain"])

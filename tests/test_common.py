@@ -189,6 +189,13 @@ def test_signals(number, code):
     assert saved["step"] == log()[-1][0]
 
 
+def test_a_run_without_a_checkpoint_cannot_go_on():
+    run = common.Run(common.Settings(out="runs/none"), 1)
+    assert "--resume" not in str(run.stopped())
+    run.kept = "step 1"
+    assert "--resume" in str(run.stopped())
+
+
 @pytest.mark.slow
 def test_killed_at_ten_moments():
     done("--steps 2000 --out whole")

@@ -89,11 +89,11 @@ def test_the_table_over_seeds():
     gain = "gain on top of adamw, positive is better"
     reached, speed = "steps to its final loss, of all", "tokens a second of its"
     assert rows[:10] == [
-        ("adamw: final loss, 2 seeds", "4.1000 +- 0.1000"),
-        ("muon: final loss, 2 seeds", "3.2000 +- 0.2000"),
-        (gain, "0.9000 +- 0.1000"),
-        (reached, "0.5000 +- 0.0000"),
-        (speed, "0.8500 +- 0.0500"),
+        ("adamw: final loss, 2 seeds", "4.1000 ± 0.1000"),
+        ("muon: final loss, 2 seeds", "3.2000 ± 0.2000"),
+        (gain, "0.9000 ± 0.1000"),
+        (reached, "0.5000 ± 0.0000"),
+        (speed, "0.8500 ± 0.0500"),
         ("adamw-rates: final loss, 1 seeds", "4.5000"),
         (gain, "-0.3000"),
         (reached, "never for 1 of 1"),
@@ -239,3 +239,10 @@ def test_the_quarter_probe_gets_a_quarter(typed, names):
     adamw, admire = rows.values()
     assert adamw.micro_batch == admire.micro_batch
     assert admire.probe_batches * admire.micro_batch * 4 == admire.batch_size
+
+
+def test_a_row_has_the_curvature_that_its_name_says():
+    rows = speed.rows_of_training({"device": "cpu", "preset": "60m"})
+    curvatures = {name: c.curvature for name, c in rows.items() if c.optimizer == "admire"}
+    assert curvatures.pop("AdmIRE, squares") == "squares"
+    assert len(curvatures) == 2 and set(curvatures.values()) == {"fisher"}

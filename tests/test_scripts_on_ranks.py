@@ -144,7 +144,7 @@ def stopped_in_step_7(folder, flags):
     (folder / "go").touch()
     assert process.wait(timeout=100) != 0
     assert checkpoint(folder / "runs/gpt")["step"] == 7
-    assert len(said(folder)) == 1 and "go on with --resume" in said(folder)[0]
+    assert len(said(folder)) == 1 and "add --resume to the same command" in said(folder)[0]
 
 
 @fsdp

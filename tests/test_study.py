@@ -1,6 +1,7 @@
 """benchmarks/study.py: optimizers against naive ones, search, plan, judging, replicate, figures."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -345,7 +346,7 @@ def two(tmp_path):
         loss -= {"soft": 0.1, "soft, on rates": 0.02}.get(settings["form"], 0)
         return {**SOURCE, "val_loss": loss - 0.2 * (settings.get("length") == 1.5)}
 
-    results = study.Study(tmp_path / "two.json", dict(TWO), (), losses)
+    results = study.Study(tmp_path / "two.json", copy.deepcopy(TWO), (), losses)
     study.run_all(results)
     return results
 
@@ -390,6 +391,12 @@ def test_one_setting_of_a_tuned_form_is_changed(two):
     assert [row["gain"] for row in rows] == pytest.approx([-0.1, -0.2, 0, 0])
     text = report.table(report.read(two.path))
     assert "AdamW at a: the best of 4 changes, beta2 0.99, gains +0.0000" in text
+
+
+def test_a_warm_up_over_all_steps_is_no_change(two):
+    two.plan["fixed"]["warmup_fraction"] = 0.5
+    two.plan["changed"] = [["a", ["AdamW"], ["warmup_fraction"], [0.5, 2.0], [1]]]
+    assert [changed for *_, changed, _ in study.changes(two)] == [{"warmup_fraction": 0.25}]
 
 
 # --------------------------------------------------------------------------- replicate
@@ -467,6 +474,13 @@ def test_two_processes_do_not_write_one_file(two, monkeypatch):
             call(monkeypatch, two.path, "--summary")
 
 
+def test_a_place_without_judged_runs_is_refused(two):
+    two.plan["recommended"] = "soft"
+    two.plan["places"]["b"] = {**TWO["places"]["a"], "borrows": "a"}
+    with pytest.raises(common.BadInput, match="--replicate: got b, allowed is a place where soft"):
+        study.replicate(two, "b")
+
+
 def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, two.path, "--replicate", "b")
@@ -488,6 +502,22 @@ def test_a_diverged_run_is_kept_as_such(tmp_path):
     results.plan["plan"] = []
     assert results.loss({"place": "a", "form": "AdamW", "lr": 1.0, "seed": 0}) == math.inf
     assert json.loads(results.path.read_text())["runs"][0]["val_loss"] is None
+
+
+def test_a_judged_run_that_diverged_ends_no_study(two):
+    held = two.train
+
+    def diverges_once(_, settings):
+        run = held(_, settings)
+        lost = settings["form"] == "soft" and settings["seed"] == 2
+        return {**run, "val_loss": None if lost else run["val_loss"]}
+
+    again = study.Study(two.path, two.plan, (), diverges_once)
+    study.run_all(again)
+    rows = {row["form"]: row for row in study.Study.read(two.path).plan["gains"]}
+    assert rows["soft"]["gain"] == -math.inf and rows["soft"]["gain_stderr"] is None
+    assert rows["soft, on rates"]["gain"] == pytest.approx(0.02)
+    assert "-inf" in report.table(report.read(two.path), "a")
 
 
 @pytest.mark.parametrize("name", ["map", "baseline"])

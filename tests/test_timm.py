@@ -1,5 +1,5 @@
-"""train_timm.py and chapter 11's loop with the real timm, where it is and torchvision fits torch:
-pip install -r requirements-timm.txt pytest, in an environment of its own."""
+"""train_timm.py and the loop of the chapter "Your trainer" with the real timm, where timm is there
+and torchvision fits torch: pip install -r requirements-timm.txt pytest, in its own environment."""
 
 import contextlib
 import json

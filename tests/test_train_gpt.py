@@ -380,6 +380,12 @@ def test_resume_ends_with_the_same_bits(flags, optimizer, step):
     assert ("ire" in optimizer) == bool(masks) and all(mask.dtype == torch.bool for mask in masks)
 
 
+def test_the_probe_sees_a_quarter_of_any_number_of_micro_batches():
+    GPT.stopped(command("--curvature fisher --batch-size 8 --micro-batch 1", "admire"), 7)
+    GPT.done("--resume --micro-batch 8")
+    assert settings().probe_batches is None and checkpoint(RUN)["step"] == 12
+
+
 def test_resume_of_a_finished_run_changes_nothing(finished):
     before = checkpoint(RUN)
     out = GPT.done("--resume --out runs/gpt --log-interval 1 --eval-interval 2")

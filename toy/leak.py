@@ -12,7 +12,8 @@ from it in the same number of steps.
 Each run takes 400 steps with 64 sequences. An earlier version took 1000 steps with 128, and more
 than a minute. It showed the same.
 
-Chapter 10 of the book says why this matters: the published code has such a norm.
+The chapter "What is known, what is open" says why this matters: the published code has such a
+norm.
 """
 
 import math
