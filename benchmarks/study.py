@@ -16,6 +16,7 @@ What the file holds
 - changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
   of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
 - predictions: written before the runs. recommended: the form that --replicate runs.
+- follow_ups: questions that runs have raised, with what was expected before the runs about them.
 - finished: the commit of this script that can still make the missing runs; now none are made.
 - gains: what this script computes. runs: each with its settings and its commit.
 
