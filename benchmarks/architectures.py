@@ -31,15 +31,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from report import table
-from speed import environment
-from study import Study, half_interval, run_all
-
 import common
 import text
 import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
+from report import table
 from sharpness import largest_eigenvalue
+from speed import environment
+from study import Study, half_interval, run_all
 from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
 FLAT = 0.6  # the flat share for which the limit of kappa is computed

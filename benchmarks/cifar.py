@@ -29,11 +29,10 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from speed import Enough, Steps, environment, write_report
-from study import mean
-
 import common
 import train_cifar
+from speed import Enough, Steps, environment, write_report
+from study import mean
 
 QUICK = {"preset": "quick", "limit_train": 5000, "eval_interval": 100}
 RESNET56 = {"model": "resnet56", "limit_train": 2000, "epochs": 5, "batch_size": 32}

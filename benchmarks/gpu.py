@@ -41,12 +41,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from report import number
-from study import mean
-
 import common
 import text
 import train_gpt
+from report import number
+from study import mean
 
 # -------------------------------------------------------------------------------- what is run
 TINY = "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 8"

@@ -52,14 +52,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import optimizers
-from report import draw, keep, number, table, the_flat
-from speed import environment
-
 import common
+import optimizers
 import text
 import train_gpt
 from ire import IRE
+from report import draw, keep, number, table, the_flat
+from speed import environment
 
 BASES = {"adamw": "AdamW", "muon": "Muon"}
 MODELS = {

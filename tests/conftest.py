@@ -1,7 +1,4 @@
-import contextlib
 import os
-import subprocess
-from pathlib import Path
 
 # The suite is of the CPU, also where there is a GPU; test_cuda.py wants DEVICE=cuda.
 if os.environ.get("DEVICE") != "cuda":
@@ -17,18 +14,3 @@ def _settings():
     """One thread: the tests are small, and two threads on busy cores wait for each other."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def small_disk():
-    """small_disk(size) puts a file system of so many KB into runs."""
-    with contextlib.ExitStack() as stack:
-
-        def mount(size):
-            Path("runs").mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"]
-            if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("may not mount a file system")
-            stack.callback(subprocess.run, ["umount", "-l", "runs"], check=True)
-
-        yield mount

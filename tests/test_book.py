@@ -22,12 +22,11 @@ import pytest
 import torch
 import yaml
 
+import pages
 from toy import valley
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-sys.path.insert(0, str(ROOT / "book"))
-import pages  # noqa: E402
 
 ADDRESS = pages.address()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -124,19 +123,6 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
             file = address.removeprefix(ADDRESS).removeprefix("/blob/main/").split("#")[0]
             assert file in ("", address.removeprefix(ADDRESS)) or (ROOT / file).is_file(), name
         assert "github.com/ire-optimizer" not in text, name  # a stranger could register it
-
-
-def test_one_command_sets_the_address(tmp_path):
-    """In texts; tests/test_colab.py has the notebooks."""
-    shutil.copytree(ROOT / "book", tmp_path / "book")
-    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    new = "https://github.com/somebody/something"
-    pages.set_address(new, tmp_path)
-    files = [x for x in tmp_path.rglob("*") if x.suffix in (".md", ".yml", ".toml", ".cff")]
-    texts = [path.read_text() for path in files]
-    assert len(files) > 8 and ADDRESS not in "".join(texts)
-    assert new in (tmp_path / "book/intro.md").read_text()
 
 
 def test_works_that_notebooks_cite_are_in_the_references():

@@ -26,28 +26,11 @@ def test_it_comes_back_to_the_exact_weights_also_when_the_closure_raises():
             raise KeyError
         return loss
 
-    assert opt.step(closure) == losses[0] and losses[1] > losses[0]
+    with torch.no_grad():
+        assert opt.step(closure) == losses[0] and losses[1] > losses[0]
     with pytest.raises(KeyError):
         opt.step(closure)
     assert equal(before, model.parameters())
-
-
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_it_climbs_by_rho(adaptive):
-    model = make_model()
-    opt = SAM(SGD(model.parameters(), 0.0), rho=0.3, adaptive=adaptive)
-    start = values(model)
-    seen = []
-
-    def closure():
-        seen.append([p.detach() - s for p, s in zip(model.parameters(), start)])
-        opt.zero_grad()
-        return backward(model)
-
-    opt.step(closure)
-    scaled = [d / s.abs().clamp_min(1e-12) if adaptive else d for d, s in zip(seen[1], start)]
-    length = math.sqrt(sum(float(d.double().square().sum()) for d in scaled))
-    assert length == pytest.approx(0.3, rel=1e-4)
 
 
 def test_rho_by_group_and_changed_later():

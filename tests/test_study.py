@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import cifar  # noqa: E402
-import optimizers  # noqa: E402
-import report  # noqa: E402
-import speed  # noqa: E402
-import study  # noqa: E402
+import cifar
+import common
+import llama
+import optimizers
+import report
+import speed
+import study
+import train_gpt
+from ire import IRE, SoftIRE, hidden_matrices
 
-import common  # noqa: E402
-import llama  # noqa: E402
-import train_gpt  # noqa: E402
-from ire import IRE, SoftIRE, hidden_matrices  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 MAP = ROOT / "results" / "map.json"
@@ -111,16 +110,6 @@ def test_the_soft_rule_is_soft_ire():
     check_same((ours, 15), (soft_ire, 15), (plain, 15))  # later a rounding meets Muon's bfloat16
 
 
-def test_hard_against_sorting(curvature):
-    """The flat coordinates are the 60% of smallest curvature in the whole model."""
-    found = optimizers.hard(curvature, None, kappa=2.0, gamma=0.6)
-    values, factors = (
-        [x for v in all_.values() for x in v.flatten().tolist()] for all_ in (curvature, found)
-    )
-    threshold = sorted(values)[int(0.6 * len(values)) - 1]
-    assert factors == [3.0 if x <= threshold else 1.0 for x in values]
-
-
 def test_random_masks_have_the_size_and_come_from_the_generator(curvature):
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -144,6 +133,14 @@ def test_soft_against_a_loop(curvature, alpha):
 
 
 # --------------------------------------------------------------------------- optimizers
+def test_a_frozen_mask_is_the_first_one():
+    mask = {"kappa": 2.0, "gamma": 0.7}
+    runs = ({**mask, "frozen": True}, 25), (mask, 1), (mask, 25)
+    found = [small_run(on_top("adamw", "hard", own, 25), steps)[1].factors for own, steps in runs]
+    frozen, first, renewed = (optimizers.flatten(x.values()) for x in found)
+    assert torch.equal(frozen, first) and not torch.equal(frozen, renewed)
+
+
 @pytest.mark.parametrize("by", ["random", "rarest", "frequent"])
 def test_rows_have_the_size_of_the_mask(curvature, by):
     """The head's mask has 15 or 16 of 24 coordinates: four rows of four; "frequent" takes the two
@@ -610,6 +607,8 @@ def test_trains_a_run_and_records_how(small, tmp_path, name):
     settings |= {"head_lr": 4.0} if name == "rates" else {}
     run = study.train(small, settings)
     assert math.isfinite(run["val_loss"])
+    base = study.train(small, {**settings, "form": "AdamW"})
+    assert (run["val_loss"] == base["val_loss"]) == (name == "AdamW")
     assert {"cpu_seconds", "commit", "torch", "device", "threads", "data"} <= run.keys()
     c = study.config(small, settings, tmp_path)
     assert (c.steps, c.batch_size, c.warmup, c.lr, c.seed) == (5, 4, 1, 1e-3, 1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-from toy import edge_of_stability, leak, mask, quadratic, sam_drift, valley  # noqa: E402
-from toy.common import ROOT, output_path  # noqa: E402
+from toy import edge_of_stability, leak, mask, quadratic, sam_drift, valley
+from toy.common import ROOT, output_path
 
 TOYS = (edge_of_stability, leak, mask, quadratic, sam_drift, valley)
 FAST = [toy for toy in TOYS if toy is not leak]

@@ -182,14 +182,6 @@ def test_training_is_this_loop(flags):
         torch.testing.assert_close(w, model.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_kappa_0_is_sgd_bit_for_bit():
-    CIFAR.done(TINY + "--optimizer sgd --out sgd")
-    CIFAR.done(TINY + ON + "--optimizer sgd-ire --kappa 0 --out ire")
-    CIFAR.done(TINY + ON + "--optimizer sgd-ire --kappa 1 --out moved")
-    assert same(checkpoint("sgd")["model"], checkpoint("ire")["model"])
-    assert not same(checkpoint("sgd")["model"], checkpoint("moved")["model"])
-
-
 def test_it_learns_and_returns_what_it_reached():
     """The seam of the benchmarks. Held-out pictures are the last ones and not trained on."""
     c = settings(
@@ -216,7 +208,26 @@ def test_other_settings_run(flags):
     CIFAR.done(TINY + flags)
     losses = [loss for _, loss in log("train_loss")]
     assert losses[-1] < losses[0] + 0.2
+    assert torch.are_deterministic_algorithms_enabled() == ("deter" in flags)
     torch.use_deterministic_algorithms(False)
+
+
+def test_tta_is_the_mean_over_a_picture_and_its_mirror_image():
+    pictures, model = data("--tta --dtype float32"), train_cifar.resnet(8, 10)
+    x, y = pictures.tests["test"]
+    found = train_cifar.evaluate(pictures.c, pictures, model)
+    x = pictures.normalized(x)
+    model.eval()
+    both = (model(x) + model(x.flip(3))) / 2
+    assert found["test_loss"] == pytest.approx(F.cross_entropy(both, y).item(), rel=1e-4)
+
+
+def test_mixup_by_hand():
+    mixed, plain = data("--augment mixup"), data("--augment basic")
+    (x, y), (a, b) = mixed.batch(5), plain.batch(5)
+    w, b = float(mixed.weights[5 % mixed.steps_per_epoch]), F.one_hot(b, 10).float()
+    torch.testing.assert_close(x, w * a + (1 - w) * a.flip(0))
+    torch.testing.assert_close(y, w * b + (1 - w) * b.flip(0))
 
 
 def test_the_folder_and_the_output_of_a_run(monkeypatch):
@@ -234,12 +245,6 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
     assert any("smoothed" in label for label in panels["loss"])  # why test may lie below
     counts = {len(points) for curves in panels.values() for points in curves.values()}
     assert counts == {0, 3, 4, 6}
-
-
-def test_a_small_network_for_digits_and_how_long_it_will_take():
-    assert settings(data="digits").model == "resnet8"
-    out = CIFAR.done(TINY)
-    assert re.search(r"\d+ min left$", out.splitlines()[7])
 
 
 @pytest.mark.slow
@@ -345,6 +350,7 @@ def test_a_config_for_another_optimizer_is_taken():
 
 
 def test_presets_and_what_suits():
+    assert settings(data="digits").model == "resnet8"
     c = settings(preset="quick")
     assert (c.model, c.epochs, c.ire_epoch, c.batch_size, c.lr) == ("resnet8", 8, 4, 64, 0.1)
     assert settings(preset="quick", model="vit_t").optimizer == "admire"
