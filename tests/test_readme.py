@@ -63,12 +63,18 @@ def test_what_it_names_is_there():
 
 
 # ---------------------------------------------------------------------------------- the numbers
-FORMS = {  # of results/baseline.json, and whether they gain: with 4,096 tokens, with bytes
-    "AdamW, rates": (True, True),
-    "SoftIRE": (True, True),
-    "mask": (False, None),  # None: not clear with the luck of tuning
-    "SoftIRE, on rates": (False, None),
-    "mask, on rates": (False, None),
+SETTINGS = {  # of the README's table: the place in results/baseline.json
+    "500 steps, 4,096 tokens": "bpe 500x16",
+    "500 steps, bytes": "bytes 500x16",
+    "2,000 steps, 4,096 tokens": "bpe 2000x16",
+    "2,000 steps, bytes": "bytes 2000x16",
+}
+FORMS = {  # the row of the table, and the form
+    "one rate | own rates": "AdamW, rates",
+    "one rate | `SoftIRE`": "SoftIRE",
+    "one rate | IRE's mask": "mask",
+    "own rates | `SoftIRE`": "SoftIRE, on rates",
+    "own rates | IRE's mask": "mask, on rates",
 }
 
 
@@ -86,10 +92,10 @@ def judged(study, form):
     return {row["place"]: row for row in rows}
 
 
-def gains_at(place):
-    """{form: gain} with one error, or what is missing."""
-    rows = {form: judged("baseline", form).get(place) for form in FORMS}
-    return {f: number(r["gain"], r["gain_stderr"]) if r else "not run" for f, r in rows.items()}
+def gains_of(form):
+    """Cells of the README's table."""
+    rows = judged("baseline", form)
+    return [number(rows[x]["gain"], rows[x]["gain_stderr"]) for x in SETTINGS.values()]
 
 
 def on_muon(place):
@@ -120,36 +126,27 @@ def on_images(base, curvature):
 
 def evidence():
     """The table of the README, and what it stands on."""
-    short, on_bytes, long = map(gains_at, ("bpe 500x16", "bytes 500x16", "bpe 2000x16"))
-    gains = {
-        "one rate | own rates": "AdamW, rates",
-        "one rate | `SoftIRE`": "SoftIRE",
-        "one rate | IRE's mask": "mask",
-        "own rates | `SoftIRE`": "SoftIRE, on rates",
-        "own rates | IRE's mask": "mask, on rates",
-    }
     lines = [
         "- **Language model, AdamW:** first give the embedding and the head learning rates of "
         "their own (*own rates*). 4 times the rate of the blocks is a good start. IRE's mask "
-        "gained nothing clear. With bytes as tokens, or with one learning rate for all "
-        "parameters, try `SoftIRE` on the matrices inside the blocks. It is our variant of IRE "
+        "added nothing clear. With bytes as tokens, or with one rate for all parameters, "
+        "try `SoftIRE` on the matrices inside the blocks. It is our variant of IRE "
         "without a mask: the flatter a coordinate, the longer its step.",
         "- **Language model, Muon:** try `SoftIRE` in short runs. It gained "
         f"{on_muon('250x16')} in 250 steps, and {on_muon('2000x16')} in 2,000 (bytes, 3 seeds).",
-        "- **Images, SGD:** try `SGDIRE`, IRE on top of SGD. It gained "
+        "- **Images, SGD:** try `SGDIRE`, IRE with the *probe* (below). It gained "
         f"{on_images('sgd', 'fisher')} points of accuracy (5,000 pictures, 5 seeds, five more "
         "trials than SGD: `results/images.json`).",
         "",
-        "| AdamW with | gain of | 500 steps, 4,096 tokens | 500 steps, bytes "
-        "| 2,000 steps, 4,096 tokens |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {x} | {short[f]} | {on_bytes[f]} | {long[f]} |" for x, f in gains.items()),
+        f"| AdamW with | gain of | {' | '.join(SETTINGS)} |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {row} | {' | '.join(gains_of(form))} |" for row, form in FORMS.items()),
         "",
-        "Eight seeds, in the last column three. kappa is 2. Own rates had more trials "
+        "Eight seeds; three or more at 2,000 steps; kappa 2. Own rates had more trials "
         '(`python benchmarks/report.py results/baseline.json "bpe 500x16"`).',
         "",
-        "**Cost** on top of AdamW: 1 byte per parameter for IRE, 4 for `SoftIRE`, and 4 more "
-        "during a step, for a copy of the weights.",
+        "**Cost** on top of AdamW: IRE takes 1 byte per parameter, `SoftIRE` 4. During a step, "
+        "both take 4 more for a copy of the weights.",
         "There is no extra backward pass, except with the *probe*, the paper's way to find flat "
         f"coordinates. With IRE, training ran at {speed()} of AdamW's speed "
         "(`python benchmarks/speed.py train`).",
@@ -162,16 +159,15 @@ def test_the_table_says_what_the_results_say():
     assert written == evidence(), "renew it: python tests/test_readme.py"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS.values())
 def test_the_recommendation_follows_from_the_results(form):
-    """Wherever a form was judged, it is better by twice its error, or is not."""
-    for tokens, better in zip(("bpe", "bytes"), FORMS[form], strict=True):
-        rows = [row for x, row in judged("baseline", form).items() if x.startswith(tokens)]
-        assert rows
-        for row in rows:
-            luck = math.hypot(row["pooled_stderr"], row["tuning_stderr"])
-            gains = row["gain"] > 2 * row["gain_stderr"]
-            assert gains == better if better is not None else abs(row["gain"]) < 2 * luck, row
+    """A gain above 0.03 is more than twice its error with the luck of tuning. Only own rates and
+    SoftIRE on top of one rate have such gains."""
+    rows = [judged("baseline", form)[place] for place in SETTINGS.values()]
+    large = [row for row in rows if row["gain"] > 0.03]
+    assert bool(large) == (form in ("AdamW, rates", "SoftIRE"))
+    for row in large:
+        assert row["gain"] > 2 * math.hypot(row["pooled_stderr"], row["tuning_stderr"]), row
 
 
 def facts():
@@ -185,7 +181,8 @@ def facts():
         shown.add(number(-row["minus_adamw"], row["minus_adamw_stderr"]))
     for study in ("baseline", "map", "architectures"):
         for row in load(study)["gains"]:
-            shown.add(number(row["gain"], row["gain_stderr"]))
+            if row["gain_stderr"] is not None:
+                shown.add(number(row["gain"], row["gain_stderr"]))
     for study in ("cifar-quick", "cifar-jpeg"):
         shown |= {accuracy(study, name) for name in ("sgd-ire", "sam-ire")}
     shown |= {on_images(base, c) for base in ("sgd", "sam") for c in ("fisher", "squares")}
