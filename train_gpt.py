@@ -363,11 +363,7 @@ def loop(run, job):
         batch = data.batch(job.step)
 
         if getattr(optimizer, "probe_due", False):  # only with --curvature fisher
-            probes = c.probe_batches or math.ceil(len(batch) / 4)
-            with optimizer.probe(forward):
-                for x, _ in batch[:probes]:
-                    loss = sampled_cross_entropy(forward(x)) / probes
-                    scaler.scale(loss).backward()
+            probe(job, batch)
 
         total = 0.0
         for i, (x, y) in enumerate(batch, 1):
@@ -396,6 +392,15 @@ def loop(run, job):
             raise run.stopped()
         pending = []
         run.start_clock()
+
+
+def probe(job, batch):
+    """Shows IRE's probe the first micro-batches, by default a quarter of them."""
+    count = job.c.probe_batches or math.ceil(len(batch) / 4)
+    with job.optimizer.probe(job.forward):
+        for x, _ in batch[:count]:
+            loss = sampled_cross_entropy(job.forward(x)) / count
+            job.scaler.scale(loss).backward()
 
 
 def gradients_shared(forward, now):

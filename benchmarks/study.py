@@ -598,17 +598,17 @@ def replicate(study, place, seeds=FRESH_SEEDS):
     goes on. Returns whether they agree."""
     name = study.plan["recommended"]
     base = study.form(name)["against"]
+    rows = {(row["place"], row["form"]): row for row in gains(study)}
+    row = rows.get((place, name))
+    if row is None or row["gain_stderr"] is None:
+        allowed = f"a place where {name} is judged on two seeds or more"
+        raise common.BadInput(f"--replicate: got {place}, allowed is {allowed}")
     kept = ROOT / "runs" / "replicate" / f"{study.path.stem}-{environment('cpu')['commit']}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     if kept.exists():
         fresh = Study.read(kept, study.train)
     else:
         fresh = Study(kept, study.plan, (), study.train)
-    rows = {(row["place"], row["form"]): row for row in gains(study)}
-    row = rows.get((place, name))
-    if row is None or row["gain_stderr"] is None:
-        allowed = f"a place where {name} is judged on two seeds or more"
-        raise common.BadInput(f"--replicate: got {place}, allowed is {allowed}")
     losses = {}
     for form in (base, name):
         settings, _ = tuned(study.only_held(), place, form)

@@ -20,7 +20,6 @@ class Config(common.Settings):
     momentum: float = common.setting(0.9, "of SGD", common.DECAY, of=("sgd",))
     save_interval: int = common.setting(3, "steps between checkpoints", common.COUNT, resume=True)
     label: str = common.setting("", "may be empty", resume=True)
-    compare: str = common.setting(None, "names", command=True, alone="sgd,adam")
 
 
 def configure(typed):
