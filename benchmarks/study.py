@@ -15,6 +15,7 @@ What the file holds
 - plan: which forms are run at which place, in this order, and on which seeds they are judged.
 - changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
   of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
+  A sixth element holds settings that are changed in all of these runs.
 - predictions: written before the runs. recommended: the form that --replicate runs.
 - follow_ups: questions that runs have raised, with what was expected before the runs about them.
 - finished: the commit of this script that can still make the missing runs; now none are made.
@@ -357,19 +358,22 @@ def run_all(study):
 
 def changes(study):
     """(place, form, {setting: value}, seeds) of the runs that change one setting of a tuned form by
-    a factor; beta2 in its distance from 1. `length` is in steps of the place."""
-    for place, names, settings, factors, seeds in study.plan.get("changed", ()):
+    a factor; beta2 in its distance from 1. `length` is in steps of the place. `others` are changed
+    in all runs of a line."""
+    for place, names, settings, factors, seeds, *others in study.plan.get("changed", ()):
+        others = others[0] if others else {}
         for name in names:
             best = {"length": 1.0, **study.plan["fixed"]}
             with contextlib.suppress(NotHeld):
                 best |= tuned(study, place, name)[0]
+            best |= others
             for setting, factor in itertools.product(settings, factors):
                 if setting in best:
                     value = best[setting] * factor
                     if setting == "beta2":
                         value = 1 - (1 - best[setting]) * factor
                     if setting != "warmup_fraction" or value < 1:
-                        yield place, name, {setting: float(f"{value:.6g}")}, seeds
+                        yield place, name, {**others, setting: float(f"{value:.6g}")}, seeds
 
 
 # --------------------------------------------------------------------------- what came out
@@ -519,7 +523,7 @@ def steps_saved(study, place, base, losses):
         if all(there[name] == here[name] for name in ("batch", "model", "data")):
             with contextlib.suppress(NotHeld):
                 curves[there["steps"]] = judged(study, other, base, losses)
-    for at, names, settings, factors, _ in study.plan.get("changed", ()):
+    for at, names, settings, factors, *_ in study.plan.get("changed", ()):
         if at == place and base in names and "length" in settings:
             for length in factors:
                 curves[length * here["steps"]] = judged(study, place, base, losses, length=length)

@@ -396,6 +396,12 @@ def test_a_warm_up_over_all_steps_is_no_change(two):
     assert [changed for *_, changed, _ in study.changes(two)] == [{"warmup_fraction": 0.25}]
 
 
+def test_the_search_goes_on_from_a_changed_setting(two):
+    two.plan["changed"] = [["a", ["AdamW"], ["beta2", "lr"], [2.0], [1], {"beta2": 0.96}]]
+    changed = [changed for *_, changed, _ in study.changes(two)]
+    assert changed == [{"beta2": 0.92}, {"beta2": 0.96, "lr": 4.0}]
+
+
 # --------------------------------------------------------------------------- replicate
 def test_the_interval_is_students_and_welchs():
     """scipy.stats: t.ppf(0.975, 7) * 0.01; degrees of freedom of 0.01 with 8 and 0.02 with 3."""
