@@ -84,7 +84,7 @@ class Config(common.Settings):
     warmup: int = setting(
         None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
     )
-    lr: float = setting(None, "peak (default 0.1; digits: 0.02; adamw: 0.001)", POSITIVE)
+    lr: float = setting(None, "peak (default 0.1; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
     label_smoothing: float = setting(0.1, "share of a label that all classes get alike", DECAY)
     # the optimizer
@@ -139,8 +139,7 @@ class Config(common.Settings):
     def fill_in(self):
         """Chooses what was not given. Where two lines have a setting, the first one counts."""
         self.defaults(**PRESETS[self.preset])
-        digits = self.data == "digits"
-        if digits:
+        if self.data == "digits":
             self.defaults(model="resnet8", augment="shift", epochs=10, batch_size=32)
         self.defaults(model="resnet56", epochs=200, batch_size=128)
         vit = self.model.startswith("vit")
@@ -150,7 +149,7 @@ class Config(common.Settings):
         self.defaults(base="adamw" if vit else "sgd")
         if self.base == "adamw":
             self.defaults(lr=1e-3, weight_decay=0.1)
-        self.defaults(lr=0.02 if digits else 0.1, weight_decay=5e-4)  # SGD at 0.1 fails on digits
+        self.defaults(lr=0.1, weight_decay=5e-4)
         self.defaults(augment="mixup" if vit else "basic", warmup=self.epochs // 10 if vit else 0)
         self.defaults(ire_epoch=self.epochs * 6 // 10)
         self.defaults(checkpoint_interval=max(1, self.epochs // 20))

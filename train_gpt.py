@@ -7,7 +7,7 @@ GPUs. IRE takes longer steps where the loss is flat, coordinate by coordinate.
     python train_gpt.py --resume                     # go on after Ctrl-C
     python train_gpt.py --sample runs/gpt --prompt "def "
     python train_gpt.py --init runs/gpt --data my.txt    # its weights, your text
-    python train_gpt.py --preset baby                # about 10M parameters, for one GPU
+    python train_gpt.py --preset baby                # about 11M parameters, for one GPU
     lm_eval --model hf --model_args pretrained=runs/gpt/hf,prefix_token_id=10 --tasks lambada_openai
     torchrun --standalone --nproc_per_node 8 train_gpt.py --preset 1b --fsdp
 
@@ -40,7 +40,7 @@ from sharpness import sharpness
 
 # ------------------------------------------------------------------------------------ settings
 # The paper's three Llamas, with IRE as in the paper (the probe). Its 60M has width 410, 10 heads.
-# "baby" has about 10M parameters; "1b" wants several GPUs and --fsdp.
+# "baby" has about 11M parameters; "1b" wants several GPUs and --fsdp.
 PAPER = {"tokenizer": "gpt2", "lr": 6e-4, "eps": 1e-16, "curvature": "fisher"}
 PRESETS = {
     "tiny": dict(embedding_lr=4.0, head_lr=4.0),

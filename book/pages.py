@@ -318,7 +318,8 @@ def on_colab(address, name):
     """The line of a notebook that says how to open it on Colab, which opens what is on GitHub."""
     repository = address.removeprefix("https://github.com/")
     if repository == address:
-        text = "the repository has no public address yet, so upload its folder first."
+        text = "the repository has no public address yet. "
+        text += "Upload it as NAME.zip, then `!unzip -q NAME.zip`."
     else:
         colab = "https://colab.research.google.com/github"
         text = f"[open this chapter]({colab}/{repository}/blob/main/tutorials/{name})."

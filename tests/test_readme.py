@@ -64,9 +64,9 @@ def test_what_it_names_is_there():
 
 # ---------------------------------------------------------------------------------- the numbers
 SETTINGS = {  # of the README's table: the place in results/baseline.json
-    "500 steps, 4,096 tokens": "bpe 500x16",
+    "500 steps, vocabulary 4,096": "bpe 500x16",
     "500 steps, bytes": "bytes 500x16",
-    "2,000 steps, 4,096 tokens": "bpe 2000x16",
+    "2,000 steps, vocabulary 4,096": "bpe 2000x16",
     "2,000 steps, bytes": "bytes 2000x16",
 }
 FORMS = {  # the row of the table, and the form
