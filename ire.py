@@ -125,7 +125,8 @@ class IRE(_Wrapper):
             return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
         params = self._active()
-        old = {p: _values(p).clone() for p in params if t >= self.warmup}  # theta
+        moving = [p for p in params if p.requires_grad or p.grad is not None]
+        old = {p: _local(p).clone() for p in moving if t >= self.warmup}  # theta
 
         if closure is None:
             _observe(self, params)  # first, as some bases change p.grad in place
@@ -133,7 +134,7 @@ class IRE(_Wrapper):
         else:
             loss = self.base.step(closure)
             _observe(self, params)
-        if self.squares and _adams_squares(self, params):  # the base has made its own
+        if self.squares and _squares_of_base(self, params):  # the base has made its own
             self.squares.clear()
             self.counts.clear()
 
@@ -145,9 +146,9 @@ class IRE(_Wrapper):
                 _warn_of_miss(self)  # no gradient was seen, or there was no probe in this step
         for p, theta in old.items():
             if p in self.masks:
-                step = torch.sub(_values(p), theta, out=theta)  # theta_base - theta
+                step = torch.sub(_local(p), theta, out=theta)  # theta_base - theta
                 step.nan_to_num_(0, 0, 0)  # a step that is not finite is not lengthened
-                _values(p).add_(step.mul_(_values(self.masks[p])), alpha=float(params[p]["kappa"]))
+                _local(p).add_(step.mul_(_local(self.masks[p])), alpha=float(params[p]["kappa"]))
         for group in self.param_groups:
             group["ire_step"] = t + 1
         return loss
@@ -165,7 +166,7 @@ class IRE(_Wrapper):
             threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
-                    flat = _values(x).abs().to(threshold.dtype) <= threshold
+                    flat = _local(x).abs().to(threshold.dtype) <= threshold
                     _begin(self.masks, p, torch.bool).copy_(flat)
 
     @property
@@ -181,17 +182,22 @@ class IRE(_Wrapper):
         then discarded:
 
             for x, y in batches:
+                opt.zero_grad()
                 if opt.probe_due:  # every `interval` steps
                     with opt.probe(model):
                         sampled_cross_entropy(model(x)).backward()
-                opt.zero_grad()
                 cross_entropy(model(x), y).backward()
                 opt.step()
 
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
         of `models` (such as batch norm's statistics) and torch's random streams are as before. The
         streams of numpy and `random` are not. Two optimizers on one model nest their probes:
-        `with a.probe(m), b.probe(m)`."""
+        `with a.probe(m), b.probe(m)`.
+
+        On several ranks, give each rank with data of its own a seed of its own, such as
+        torch.manual_seed(seed + rank). With one seed for all, the labels of the ranks are alike and
+        the mask is wrong. DDP needs a forward pass for the probe alone, through the DDP module. If
+        FSDP2 accumulates without synchronization, probe before the first micro-batch."""
         _check_settings(self)
         _require(self.curvature == "fisher", "probe()", self.curvature, 'curvature="fisher"')
         t = self.param_groups[0]["ire_step"]
@@ -225,13 +231,21 @@ class IRE(_Wrapper):
         _load(self, state_dict)
 
     def __repr__(self):
-        return f"{super().__repr__()}\n{_described(self)}"
+        source = "not known yet"
+        if self.curvature == "fisher":
+            source = "probe()"
+        elif self.squares:
+            source = "kept by IRE"
+        elif self.masks:
+            source = "the base's exp_avg_sq"
+        every = f"every {self.interval} steps from step {self.warmup} on"
+        return f"{super().__repr__()}\ncurvature: {self.curvature} ({source}), {every}"
 
 
 # ------------------------------------------------------------------------ the mean of the squares
 def _observe(ire, params):
     """Adds the gradients to IRE's own running means, unless the base keeps such means."""
-    if ire.curvature == "fisher" or _adams_squares(ire, params):
+    if ire.curvature == "fisher" or _squares_of_base(ire, params):
         return
     for p in params:
         if p.grad is not None:
@@ -239,7 +253,7 @@ def _observe(ire, params):
             count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
             # Without the denominator, a mean that began later than others would look flat.
             weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
-            g = _values(_gradient(p)).to(mean.dtype)
+            g = _local(_gradient(p)).to(mean.dtype)
             square = (g * g).nan_to_num_(0, 0, 0)  # infinity would stay in the mean for ever
             mean.lerp_(square, weight)
 
@@ -248,8 +262,30 @@ def _mean_squares(ire, params):
     """{p: running mean of the squared gradient}. All come from the base, or all are IRE's own."""
     if ire.curvature == "fisher":
         return {}
-    own = {p: ire.squares[p] for p in params if p in ire.squares}
-    return _corrected(_adams_squares(ire, params), params, ire.state) or own
+    squares = _squares_of_base(ire, params)
+    if not squares:
+        return {p: ire.squares[p] for p in params if p in ire.squares}
+    # Adam's means begin at 0, so a mean that began later is smaller and would look flat. Divided by
+    # 1 - beta2^t, they compare.
+    weights = {}
+    for p in squares:
+        beta2 = params[p].get("betas", (0, 0))[1]
+        t = ire.state[p].get("step", math.inf)
+        weights[p] = 1 - float(beta2) ** float(t)
+    if len(set(weights.values())) == 1:  # all began together
+        return squares
+    return {p: v / weights[p] for p, v in squares.items()}
+
+
+def _squares_of_base(ire, params):
+    """{p: the base's running mean of squared gradients}. {} if the base lacks the mean of some
+    parameter, as means of the base and of IRE are on different scales."""
+    states = {p: ire.state.get(p, {}) for p in params}
+    squares = {p: x.get("exp_avg_sq") for p, x in states.items() if x or p.grad is not None}
+    # A mean that is quantized is another kind of tensor, which cannot be ranked (torchao).
+    fits = all(type(v) is type(p.data) and v.shape == p.shape for p, v in squares.items())
+    rotated = any("Q" in x for x in states.values())  # SOAP's is in another basis
+    return squares if fits and not rotated else {}
 
 
 # ------------------------------------------------------------------------ without a threshold
@@ -261,7 +297,7 @@ class SoftIRE(IRE):
                  divided by the mean of all factors.
 
     So flat coordinates take longer steps and sharp ones shorter steps, and the learning rate keeps
-    its meaning. Coordinates with v = 0 move as the base moves them.
+    its meaning. Coordinates with v = 0 do not count here and move as the base moves them.
 
     params: the parameters that get factors; the base moves all others. None: all of two or more
         dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only.
@@ -304,14 +340,14 @@ class SoftIRE(IRE):
         power = 2 if self.curvature == "fisher" else 1  # h are gradients, or squares
         for p, x in curvature.items():
             factor = _begin(self.masks, p, _wide(p))
-            factor.copy_(_values(x).abs()).div_(float(median)).pow_(-power * self.alpha)
+            factor.copy_(_local(x).abs()).div_(float(median)).pow_(-power * self.alpha)
             factor.clamp_(1 / self.limit, self.limit)
             factor.nan_to_num_(1 / self.limit)  # sharp where x is not a number
-            factor.mul_(_values(x) != 0)
+            factor.mul_(_local(x) != 0)
         factors = [self.masks[p] for p in curvature]
         mean = float(_total(lambda x: x.sum(dtype=torch.float64), factors)) / live
-        for factor, x in zip(factors, h, strict=True):
-            _values(factor).div_(mean).sub_(1).mul_(_values(x) != 0)
+        for p, x in curvature.items():
+            _local(self.masks[p]).div_(mean).sub_(1).mul_(_local(x) != 0)
 
 
 # ------------------------------------------------------------------------ the probe's loss
@@ -371,22 +407,22 @@ class SAM(_Wrapper):
         what = "a function that does zero_grad, forward and backward and returns the loss"
         _require(callable(closure), "closure", closure, what)
         _check_settings(self)
-        here = None if self.average else torch.enable_grad()(closure)()
+        closure = torch.enable_grad()(closure)
+        here = None if self.average else closure()
         direction, length = self._at_random() if self.average else self._uphill()
         if not math.isfinite(length):
-            text = f"SAM: skipped a step, since the norm of the gradient is {length}"
-            warnings.warn(text, stacklevel=2)
+            _warn(self, f"skipped a step, since the norm of the gradient is {length}")
             return here
         groups = self._params()
-        old = {p: _values(p).clone() for p in direction}
+        old = {p: _local(p).clone() for p in direction}
         try:
             for p, x in direction.items():
                 rho = float(groups[p]["rho"])
-                _values(p).add_(x, alpha=rho / length if length > 0 else 0)
-            there = torch.enable_grad()(closure)()
+                _local(p).add_(x, alpha=rho / length if length > 0 else 0)
+            there = closure()
         finally:
             for p, values in old.items():
-                _values(p).copy_(values)
+                _local(p).copy_(values)
         self.base.step()
         return there if self.average else here
 
@@ -397,7 +433,7 @@ class SAM(_Wrapper):
         scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
         square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled.values())
-        return {p: _values(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
+        return {p: _local(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5
 
     def _at_random(self):
         """The same for Average SAM: normal directions, equal on all ranks, and the root of n."""
@@ -405,12 +441,10 @@ class SAM(_Wrapper):
         for p in [p for p in self._params() if p.requires_grad]:
             x = torch.randn(p.shape, dtype=p.dtype, device=p.device)
             if hasattr(p, "placements"):
-                from torch.distributed.tensor import distribute_tensor
-
-                x = distribute_tensor(x, p.device_mesh, p.placements)
+                x = dist.tensor.distribute_tensor(x, p.device_mesh, p.placements)
             elif _several_ranks():
                 dist.broadcast(x, 0)
-            direction[p] = _values(x)
+            direction[p] = _local(x)
         return direction, sum(p.numel() for p in direction) ** 0.5
 
 
@@ -469,11 +503,8 @@ def sampled_mse(prediction, *, generator=None):
 @contextmanager
 def frozen_batch_norm(model):
     """Batch-norm layers of `model` normalise as before but leave their running statistics alone."""
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    kind = nn.modules.batchnorm._BatchNorm
+    layers = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:
@@ -539,55 +570,21 @@ def kth_smallest(tensors, k):
     return torch.tensor(prefix, dtype=ints).view(floats)
 
 
-# ------------------------------------------------------------------------ curvature
+# ------------------------------------------------------------------------ small helpers
 def _gradient(p):
     """p's gradient, sharded as p is."""
     _require(not p.grad.is_sparse, "gradient", "a sparse one", "a dense one")
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad
 
 
-def _adams_squares(ire, params):
-    """{p: the base's running mean of squared gradients}. {} if the base lacks the mean of some
-    parameter, as means of the base and of IRE are on different scales."""
-    states = {p: ire.state.get(p, {}) for p in params}
-    squares = {p: x.get("exp_avg_sq") for p, x in states.items() if x or p.grad is not None}
-    fits = all(torch.is_tensor(v) and v.shape == p.shape for p, v in squares.items())
-    rotated = any("Q" in x for x in states.values())  # SOAP's is in another basis
-    return squares if fits and not rotated else {}
-
-
-def _corrected(squares, params, states):
-    """Adam's means, divided by 1 - beta2^t if some of them began later than others. A mean that
-    began later is smaller and would look flat."""
-    weights = {}
-    for p in squares:
-        beta2 = params[p].get("betas", (0, 0))[1]
-        t = states[p].get("step", math.inf)
-        weights[p] = 1 - float(beta2) ** float(t)
-    if len(set(weights.values())) == 1:
-        return squares
-    return {p: v / weights[p] for p, v in squares.items()}
-
-
 def _is_usable(ire, threshold, curvature):
+    """False, with a warning, if all curvature is 0 or the threshold is not finite."""
     _check_agreement(threshold, curvature)
     all_zero = threshold == 0 and _nonzero(curvature.values()) == 0
     usable = bool(threshold.isfinite()) and not all_zero
     if not usable:
         _warn(ire, f"the threshold of the curvature is {float(threshold)}, so the last mask stays")
     return usable
-
-
-def _described(ire):
-    source = "not known yet"
-    if ire.curvature == "fisher":
-        source = "probe()"
-    elif ire.squares:
-        source = "kept by IRE"
-    elif ire.masks:
-        source = "the base's exp_avg_sq"
-    every = f"every {ire.interval} steps from step {ire.warmup} on"
-    return f"curvature: {ire.curvature} ({source}), {every}"
 
 
 def _warn_of_miss(ire):
@@ -598,15 +595,15 @@ def _warn_of_miss(ire):
         _warn(ire, f"{missing} at step {t} ({ire._missed} times so far), so the last mask stays")
 
 
-def _warn(ire, text):
-    warnings.warn(f"{type(ire).__name__}: {text}", stacklevel=4)
+def _warn(wrapper, text):
+    warnings.warn(f"{type(wrapper).__name__}: {text}", stacklevel=2)
 
 
 def _begin(kept, p, dtype):
     """This rank's part of kept[p], zeros at first."""
     if p not in kept:
         kept[p] = torch.zeros_like(p, dtype=dtype)
-    return _values(kept[p])
+    return _local(kept[p])
 
 
 def _nonzero(tensors):
@@ -626,51 +623,36 @@ _OPEN = set()  # the parameters whose gradients an open probe will put back
 def _put_back(params, models, seed):
     """Afterwards gradients, buffers and random streams are as before. Inside, gradients are None
     and the random streams begin at `seed`, so that labels are drawn anew in every probe. A probe
-    inside another one leaves the gradients to be put back by the outer one. DDP needs a forward
-    pass for the probe alone, through the DDP module."""
+    inside another one leaves the gradients to be put back by the outer one."""
     if any(p.grad is not None for p in _OPEN.intersection(params)):
         raise RuntimeError("probe(): open it before another one's backward pass")
     params = {*params, *(p for m in models for p in m.parameters())} - _OPEN
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
         grads = {p: g if g is None else g.clone() for p, g in grads.items()}
+    modules = [module for m in models for module in m.modules()]
+    buffers = [
+        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
+    ]
+    devices = {p.device.index for p in params if p.is_cuda}
     _OPEN.update(params)
-    for p in params:
-        p.grad = None
     try:
-        with _same_buffers(models), _streams_from(seed, params):
+        for p in params:
+            p.grad = None
+        with torch.random.fork_rng(devices):
+            # Not torch.manual_seed, which also seeds devices that are not put back.
+            torch.default_generator.manual_seed(seed % 2**63)
+            for i in devices:
+                torch.cuda.default_generators[i].manual_seed(seed % 2**63)
             yield
     finally:
         _OPEN.difference_update(params)
         for p, grad in grads.items():
             p.grad = grad
-
-
-@contextmanager
-def _same_buffers(models):
-    modules = [module for m in models for module in m.modules()]
-    buffers = [
-        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
-    ]
-    try:
-        yield
-    finally:
         for module, name, x, values in buffers:
             # .data hides the change from a graph that holds x since before the probe.
             x.data.copy_(values)
             module._buffers[name] = x
-
-
-@contextmanager
-def _streams_from(seed, params):
-    """The random streams of the CPU and of the parameters' GPUs, as `_put_back` says."""
-    devices = {p.device.index for p in params if p.is_cuda}
-    used = [torch.cuda.default_generators[i] for i in devices]
-    with torch.random.fork_rng(devices):
-        # torch.manual_seed would also seed devices that are not put back.
-        for generator in [torch.default_generator, *used]:
-            generator.manual_seed(seed % 2**63)
-        yield
 
 
 # ------------------------------------------------------------------------ saving and loading
@@ -686,10 +668,10 @@ def _kept(ire):
 
 
 def _keys(ire, saved):
-    """[(p, its key in a saved state)]"""
+    """Pairs of a parameter and its key in a saved state."""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    params = [p for group in ire.param_groups for p in group["params"]]  # may hold one twice
-    return zip(params, keys, strict=False)  # the base refuses a mismatch
+    params = [p for group in ire.param_groups for p in group["params"]]  # also twice
+    return zip(params, keys, strict=False)  # the base raises if their numbers differ
 
 
 def _save(ire):
@@ -715,9 +697,11 @@ def _load(ire, saved):
             if entry is None:  # ZeRO has put None where another rank has the parameter
                 continue
             found[p] = {name: entry[name] for name in _OURS & entry.keys()}
+            # An entry of ours alone goes: Adam looks for its `step` in every entry. From the others
+            # `_adopt` takes ours out later, since some bases read them again after loading.
             if len(found[p]) == len(entry):
                 entries.pop(key, None)
-        # A base without any state may look for the entries that it has handed in.
+        # If no entry is left, the base keeps no state. It, too, may read the entries again.
         return {**state, "state": entries or state["state"]}
 
     take(ire, saved)  # in case that the base calls no hooks
@@ -741,7 +725,7 @@ def _adopt(ire, found):
     for p, own in found.items():
         entry = ire.state.get(p) or {}
         for name, x in own.items():
-            entry.pop(name, None)  # a base that calls no hooks has taken x for its own
+            entry.pop(name, None)  # the base has taken x for its own
             if name in kept:
                 kept[name][p] = x.to("cpu" if name == "ire_count" else p.device, copy=True)
         if not entry:
@@ -759,17 +743,16 @@ def _is_rehearsal(wrapper):
 def _rehearse(ire):
     """Creates what a saved state holds, with zeros in it."""
     params = {p: group for p, group in ire._active().items() if p.grad is not None}
-    loss = ire.base.step()
+    ire.base.step()
     _observe(ire, params)
     for p in params:
         _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
     for count in ire.counts.values():
         count.zero_()
-    return loss
 
 
 # ------------------------------------------------------------------------ ranks
-def _values(x):
+def _local(x):
     """This rank's part of x, without its history."""
     return (x.to_local() if hasattr(x, "to_local") else x).detach()
 
@@ -778,29 +761,24 @@ def _several_ranks():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _shard_groups(x):
-    """The process groups that each hold x once, in shards."""
-    places = enumerate(getattr(x, "placements", ()))
-    return [x.device_mesh.get_group(i) for i, place in places if place.is_shard()]
-
-
 def _total(measure, tensors):
     """The sum of measure(x) over all tensors, devices and ranks. Replicas are alike and count
     once."""
-    by_place = {}
+    totals = {}  # {(device, the groups of ranks that hold shards): sum}
     for x in tensors:
-        by_place.setdefault((x.device, tuple(_shard_groups(x))), []).append(_values(x))
-    totals = []
-    for (_, groups), parts in by_place.items():
-        total = sum(map(measure, parts))
+        places = enumerate(getattr(x, "placements", ()))
+        groups = [x.device_mesh.get_group(i) for i, place in places if not place.is_replicate()]
+        where = (x.device, *groups)
+        totals[where] = totals.get(where, 0) + measure(_local(x))
+    for (_, *groups), total in totals.items():
         for group in groups:
             dist.all_reduce(total, group=group)
-        totals.append(total.cpu())
-    return sum(totals)
+    return sum(total.cpu() for total in totals.values())
 
 
 def _check_agreement(threshold, params):
-    """Raises RuntimeError if ranks with the same parameters found different thresholds."""
+    """Raises RuntimeError if the ranks found different thresholds, though plain parameters are
+    replicas on all ranks (DDP)."""
     plain = any(not hasattr(p, "placements") for p in params)
     if plain and _several_ranks():
         found = [None] * dist.get_world_size()
@@ -825,9 +803,8 @@ def _check_base(wrapper, base, settings):
     _require(not odd, "base", "complex parameters or those of FSDP1", "real ones, of DDP or FSDP2")
     # Its groups would hold the settings of another wrapper, which would win in silence.
     again = hasattr(base, "_is_wrapped") or "ire_step" in base.param_groups[0]
-    _require(
-        not again, "base", name, "one that was never wrapped and has not loaded a state of IRE"
-    )
+    fresh = "a new one, which was never wrapped and has not loaded a state of IRE"
+    _require(not again, "base", name, fresh)
     base._is_wrapped = True
 
 

@@ -513,16 +513,27 @@ class ReadsTwice(SGD):
                 self.state[p][name] = self.state[p][name].clone()
 
 
+class WithoutHooks(SGD):
+    """Loads by itself and calls none of torch's hooks, as bitsandbytes does."""
+
+    def load_state_dict(self, state_dict):
+        (group,) = state_dict["param_groups"]
+        for p, key in zip(self.param_groups[0]["params"], group["params"]):
+            self.state[p] = dict(state_dict["state"][key])
+        self.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
+
+
+@pytest.mark.parametrize("cls", [ReadsTwice, WithoutHooks])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_base_that_reads_a_saved_state_twice(momentum):
+def test_a_base_that_loads_in_its_own_way(cls, momentum):
     model, other = make_model(), make_model()
     opt, again = (
-        IRE(ReadsTwice(m.parameters(), lr=0.1, momentum=momentum), **SETTINGS)
-        for m in (model, other)
+        IRE(cls(m.parameters(), lr=0.1, momentum=momentum), **SETTINGS) for m in (model, other)
     )
     train(model, opt, range(4))
     other.load_state_dict(model.state_dict())
     again.load_state_dict(reload(opt.state_dict()))
+    assert len(again.base.state) == (4 if momentum else 0)
     assert not any("flat" in entry for entry in again.base.state.values())
     assert equal(train(model, opt, range(4, 9)), train(other, again, range(4, 9)))
 
@@ -744,7 +755,7 @@ def test_a_base_is_wrapped_once_and_before_it_loads():
     for base in (loaded, wrapped, climbing):
         for wrap in (lambda: IRE(base, **SETTINGS), lambda: SAM(base)):
             with pytest.raises(
-                ValueError, match="base: got .*, allowed is one that was never wrapped"
+                ValueError, match="base: got .*, allowed is a new one, which was never wrapped"
             ):
                 wrap()
 

@@ -296,6 +296,33 @@ def tensor_parallel(folder):
         check(result(many, opts[1]), result(one, opts[0]))
 
 
+def fsdp_over_tensor_parallel(folder):
+    """FSDP2 over ColwiseParallel makes strided shards, which torch does not count as Shard."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    for kind in KINDS:
+        one, many = make(), make()
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(many, mesh["tensor"], plan)
+        fully_shard(many, mesh=mesh["data"])
+        assert "_StridedShard" in str(many[0].weight.placements)
+        opts = [optimizer(model, kind) for model in (one, many)]
+        for model, opt in zip((one, many), opts):
+            train(model, opt, range(STEPS))
+        check(result(many, opts[1]), result(one, opts[0]))
+
+
 def average(folder):
     """Replicas climb alike and shards apart, though the ranks' random streams differ."""
     rank, world = ranks()
@@ -406,6 +433,7 @@ def start(case, n, folder):
                 ("fsdp", 3),
                 ("hybrid", 4),
                 ("tensor_parallel", 2),
+                ("fsdp_over_tensor_parallel", 4),
                 ("average", 2),
             )
         ),
