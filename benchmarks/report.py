@@ -12,6 +12,7 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -39,6 +40,12 @@ FIRST = ("AdamW", "Muon")  # bases with one learning rate for all tensors
 KINDS = ("embedding", "q", "k", "v", "o", "feed-forward", "norms", "head")
 WIDTH = 5.5  # inches of a figure, whose type is then readable on a phone
 COLOURS = 0.1  # the gain at which colours end
+# By rule: name, colour and marker in the figure of the gains, and how far above its row.
+MARKS = {
+    None: ("own rates", "#000000", "s", -0.22),
+    "soft": ("SoftIRE", "#0072B2", "o", 0.0),
+    "hard": ("IRE's mask", "#D55E00", "^", 0.22),
+}
 
 
 # --------------------------------------------------------------------------- words
@@ -206,9 +213,10 @@ def shown_of(report, *wanted):
 
 # --------------------------------------------------------------------------- figures
 def draw(report, path):
-    """The map at `path`; beside it the gains, and the losses over the learning rate. A study that
-    has nothing for a figure has no such file."""
-    for name, figure in {"": the_map, "-forms": the_forms, "-rates": the_rates}.items():
+    """The map, or the gains by place, at `path`. Beside it the gains of the other forms, and the
+    losses over the learning rate. A study that has nothing for a figure has no such file."""
+    first = the_map if has_map(report) else the_gains
+    for name, figure in {"": first, "-forms": the_forms, "-rates": the_rates}.items():
         keep(figure(report), path.with_stem(f"{path.stem}{name}"))
 
 
@@ -329,11 +337,53 @@ def kind_of(name):
     return next(kind for part, kind in parts.items() if re.search(rf"\b{part}|{part}\.", name))
 
 
+def has_map(report):
+    return report["forms"].keys() >= set(PANELS)
+
+
+def in_first_figure(report):
+    """The forms that the map, or the figure of the gains by place, shows."""
+    if has_map(report):
+        return set(PANELS)
+    tuned = [form for form, about in report["forms"].items() if not about["borrows"]]
+    places = Counter(row["form"] for row in report["gains"])
+    return {form for form in tuned if places[form] >= 3 and form not in FIRST}
+
+
+def the_gains(report):
+    """The gains of the tuned forms that were judged at three places or more: a panel for each base,
+    a row for each place. A bar is twice the error with the luck of tuning."""
+    forms = in_first_figure(report)
+    rows = [row for row in report["gains"] if row["form"] in forms]
+    if not rows:
+        return None
+    panels = {}
+    for row in rows:
+        panels.setdefault(row["base"], {}).setdefault(row["place"], []).append(row)
+    figure, axes = panels_of([0.6 + 0.36 * len(held) for held in panels.values()])
+    shown = {}  # {name: its dot}
+    for (base, held), panel in zip(panels.items(), axes, strict=True):
+        places = [place for place in report["places"] if place in held]
+        for i, place in enumerate(places):
+            for row in held[place]:
+                name, color, marker, up = MARKS[report["forms"][row["form"]]["rule"]]
+                bar = 2 * math.hypot(row["pooled_stderr"], row["tuning_stderr"])
+                style = {"color": color, "fmt": marker, "ms": 5, "lw": 1}
+                shown[name] = panel.errorbar(row["gain"], i + up, xerr=bar, **style)
+        panel.axvline(0, color="black", lw=0.8)
+        names = [setting_of(report["places"][place]) for place in places]
+        panel.set_yticks(range(len(places)), names)
+        panel.set_ylim(len(places) - 0.5, -0.5)
+        panel.set_title(f"on {BASES[base]}", loc="right")
+        panel.sharex(axes[0])
+    axes[-1].set_xlabel("gain in nats per token (right is better)")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
+    return figure
+
+
 def the_map(report):
     """A panel for each form: the gain as colour and number over the batch and the length, where
-    they were judged; None for a study without these forms."""
-    if not report["forms"].keys() >= set(PANELS):
-        return None
+    they were judged."""
     alike = {"model": "nano", "data": "stdlib"}
     places = {n: p for n, p in report["places"].items() if p.items() >= alike.items()}
     judged = [places[row["place"]] for row in report["gains"] if row["place"] in places]
@@ -370,16 +420,17 @@ def gain_in_words(row):
 
 
 def the_forms(report):
-    """The gains of all forms on top of their bases, a panel for each base and place at which others
-    than those of the map were judged, the best first; all panels have one axis. None while there
-    are no such forms."""
+    """The gains of all forms on top of their bases, the best first. A panel for each base and place
+    at which others than those of the first figure were judged; all panels have one axis. None while
+    there are no such forms."""
+    usual = in_first_figure(report)
     panels = {}
     rows = [row for row in report["gains"] if not re.search("again|live", row["form"])]
     for place in report["places"]:
         for base in dict.fromkeys(row["base"] for row in rows):
             held = [row for row in rows if (row["place"], row["base"]) == (place, base)]
             held = [row for row in held if row["form"] != base]
-            if {row["form"] for row in held} - set(PANELS):
+            if {row["form"] for row in held} - usual:
                 panels[place, base] = sorted(held, key=lambda row: -row["gain"])
     if not panels:
         return None

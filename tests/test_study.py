@@ -561,6 +561,19 @@ def test_a_curve_of_losses_over_the_learning_rate(two):
     assert list(dots.get_ydata()) == pytest.approx([3.01, 3.02])  # its seeds
 
 
+def test_the_figure_of_gains_by_place():
+    """A row for each place, a dot for each form that was tuned at three places or more."""
+    found = json.loads((ROOT / "results/baseline.json").read_text())
+    on_adamw, on_rates, *_ = report.the_gains(found).axes
+    assert on_adamw.get_title(loc="right") == "on AdamW"
+    assert on_rates.get_title(loc="right") == "on AdamW with own rates"
+    assert on_adamw.get_yticklabels()[0].get_text() == "250 steps of 16, 4,096 tokens"
+    tuned = ("AdamW, rates", "mask", "SoftIRE")
+    rows = [row for row in found["gains"] if row["base"] == "AdamW" and row["form"] in tuned]
+    dots = [bar[0].get_xdata()[0] for bar in on_adamw.containers]
+    assert sorted(dots) == sorted(row["gain"] for row in rows)
+
+
 def test_the_page_of_results_is_current():
     """Every table between two comments is what the command of the first comment prints."""
     page = (ROOT / "book/results.md").read_text()
