@@ -549,6 +549,7 @@ def train(c: Config):
         loop(run, data, forward, parts, step)
         if c.sharpness:
             run.log(data.steps, **measure(run, data, parts["model"]))
+    common.over_ranks([0])  # the other ranks wait until the first one has written its log
     log = common.read_log(c.out)
     if common.RANK == 0:
         draw(c, log)

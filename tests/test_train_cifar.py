@@ -511,6 +511,22 @@ def test_a_signal_while_it_measures(monkeypatch):
     assert (code, err.count("\n")) == (143, 1) and checkpoint(RUN)["step"] == 12
 
 
+def test_all_ranks_wait_for_the_log_that_the_first_one_writes(monkeypatch):
+    calls = []
+
+    def noted(function):
+        def call(*args, **named):
+            calls.append(function.__name__)
+            return function(*args, **named)
+
+        return call
+
+    for owner, name in ((common.Run, "log"), (common, "over_ranks"), (common, "read_log")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
+    CIFAR.done(TINY + "--epochs 1")
+    assert calls[-3:] == ["log", "over_ranks", "read_log"]
+
+
 @pytest.mark.slow
 def test_two_ranks():
     """The same batches, so the same weights within float error. The labels of a probe are each
