@@ -346,7 +346,7 @@ def load_cifar(name, data_dir):
         archive = Path(data_dir, about["archive"])
         otherwise = f"--data-dir: put {archive.name}, or the same unpacked, into {data_dir}"
         common.download(URL + archive.name, archive, about["sha256"], otherwise)
-        with tempfile.TemporaryDirectory(dir=data_dir) as half:
+        with common.instead(otherwise), tempfile.TemporaryDirectory(dir=data_dir) as half:
             shutil.unpack_archive(archive, half, filter="data")
             os.replace(Path(half, folder.name), folder)
     common.over_ranks([0])  # the other ranks wait

@@ -394,6 +394,12 @@ def unpacked(name="cifar10", n=20):
     return folder
 
 
+def pack(folder, archive):
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("name, classes", (("cifar10", 10), ("cifar100", 100)))
 def test_the_archive_is_fetched_once_checked_and_unpacked(name, classes, monkeypatch):
     folder = unpacked(name)
@@ -401,9 +407,7 @@ def test_the_archive_is_fetched_once_checked_and_unpacked(name, classes, monkeyp
     first = pickle.loads((folder / about["files"][0]).read_bytes())[b"data"]
     Path("there").mkdir()
     archive = Path("there", about["archive"])
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, folder.name)
-    shutil.rmtree("data")
+    pack(folder, archive)
     monkeypatch.setattr(train_cifar, "URL", Path("there").resolve().as_uri() + "/")
     with pytest.raises(common.BadInput, match=f"--data-dir: put {about['archive']}.* into data"):
         train_cifar.load_cifar(name, "data")  # not the official archive
@@ -418,6 +422,13 @@ def test_the_archive_is_fetched_once_checked_and_unpacked(name, classes, monkeyp
     shutil.rmtree("there")
     assert np.array_equal(train_cifar.load_cifar(name, "data")[0][0], x)
     assert {p.name for p in Path("data").iterdir()} == {about["archive"], folder.name}
+
+
+def test_half_an_archive():
+    archive = Path("data", train_cifar.CIFAR["cifar10"]["archive"])
+    pack(unpacked(), archive)
+    archive.write_bytes(archive.read_bytes()[:10_000])
+    CIFAR.refused("--data cifar10", f"--data-dir: put {archive.name}, .* into data .EOFError")
 
 
 class Evil:
