@@ -742,7 +742,7 @@ def command(typed):
 
 def train_seeds(typed):
     """Trains as many runs as --seeds says, in OUT/seed-N, and prints the means."""
-    first = typed.get("seed", 0)
+    first = configure(typed | {"resume": False}).seed  # typed, or of --config
     seeds = range(first, first + typed["seeds"])
     changes = {f"seed-{seed}": {"seed": seed} for seed in seeds}
     home = f"{Config.home}-seeds"

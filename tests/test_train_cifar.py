@@ -259,6 +259,14 @@ def test_seeds_print_mean_and_error():
     assert same(checkpoint(RUN / "seed-7"), checkpoint("again"))
 
 
+def test_seeds_begin_at_that_of_the_config(monkeypatch):
+    runs = []
+    Path("c.json").write_text('{"seed": 5}')
+    monkeypatch.setattr(train_cifar, "train", lambda c: runs.append(c.out) or {})
+    CIFAR.done(TINY + "--config c.json --seeds 2")
+    assert runs == ["run/seed-5", "run/seed-6"]
+
+
 # ------------------------------------------------------------------------------- resume
 @pytest.mark.parametrize(
     "flags, step",
