@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import statistics
 from pathlib import Path
 
 import torch
@@ -292,10 +293,11 @@ def draw(c):
 
 def report(run, step, losses, opt):
     """Writes a line of the log about the last steps."""
-    loss = torch.stack(losses).mean().item()  # waits for the device
-    run.check_finite(step, [loss], "a lower --lr or --kappa")
+    losses = torch.stack(losses).tolist()  # waits for the device
+    run.check_finite(step, losses, "a lower --lr or --kappa")
     speed = len(losses) * run.c.batch / run.stop_clock()
     lr = opt.param_groups[0]["lr"]
+    loss = statistics.mean(losses)
     run.log(step, train_loss=loss, lr=lr, images_per_second=round(speed, 1))
     run.start_clock()
 

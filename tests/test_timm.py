@@ -3,6 +3,7 @@ and torchvision fits torch: pip install -r requirements-timm.txt pytest, in its 
 
 import contextlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -128,6 +129,14 @@ def test_a_run_is_resumed_with_workers_too_and_after_a_signal(photos, monkeypatc
     code, _, err = TIMM.run(f"{SMALL} {flags} --out stopped")
     assert code == 130 and err.count("\n") == 1 and "last checkpoint: step 3" in err
     assert same(fit("--resume --workers 2 --out stopped"), whole)
+
+
+@needs_timm
+def test_the_first_loss_that_is_not_finite_is_named(photos, monkeypatch):
+    losses = map(torch.tensor, (1.0, math.nan, math.nan))
+    monkeypatch.setattr(train_timm, "train_step", lambda *args: next(losses))
+    code, _, err = TIMM.run(SMALL)
+    assert code == 1 and "step 2: the loss or its gradient is nan; last checkpoint: none" in err
 
 
 @needs_timm
