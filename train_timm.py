@@ -233,7 +233,8 @@ def train(c):
     model, batches, tests, names = load_images(c)
     net = torch.compile(model) if c.compile else model
     steps = len(batches)
-    opt = make_optimizer(c, model, steps)
+    with common.instead(f"--opt: got {c.opt}, allowed is what torch and IRE can use"):
+        opt = make_optimizer(c, model, steps)
     schedule = make_schedule(c, opt, steps)
     mixup = Mixup(c.mixup, label_smoothing=0, num_classes=model.num_classes) if c.mixup else None
     ema = ModelEmaV3(model, c.ema, use_warmup=True)

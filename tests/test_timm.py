@@ -187,6 +187,7 @@ def test_resume_with_other_images(photos):
         ("--base --kappa 1", "--kappa: got 1.0, .*--base does not read"),
         ("--opt sgd --curvature second_moment", "--curvature: got 'second_moment', .*squares"),
         ("--opt nosuch", "--opt: got 'nosuch', allowed is"),
+        ("--opt mars", "--opt: got mars, allowed is .*a base without a gamma"),
         ("--model resnet1", "--model: got 'resnet1', allowed is"),
         ("--augment junk", "--augment: got junk, allowed is"),
         ("--data nowhere", "--data: got 'nowhere', allowed is a folder with train/ and val/"),
