@@ -293,8 +293,6 @@ class ViT(nn.Module):
 
 # ---------------------------------------------------------------------------------------- data
 URL = "https://www.cs.toronto.edu/~kriz/"
-
-
 CIFAR = {  # the official archives; the last file has the test pictures
     "cifar10": dict(
         archive="cifar-10-python.tar.gz",
@@ -375,9 +373,7 @@ def load_digits():
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise common.BadInput(
-            "--data: digits want scikit-learn: pip install scikit-learn"
-        ) from None
+        raise common.BadInput("--data: digits want pip install scikit-learn") from None
 
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x).view(-1, 1, 8, 8) * (255 / 16)

@@ -107,10 +107,10 @@ def configure(typed):
 
 
 # ------------------------------------------------------------------------------------ images
-def read_folder(path, classes=None):
+def read_folder(path, classes=""):
     """Returns the images of train/ or val/."""
     with common.instead(f"--data: got {path}, allowed is a folder a class, with its images"):
-        images = ImageDataset(str(path), class_map=classes or "")
+        images = ImageDataset(str(path), class_map=classes)
     for name in images.filenames():
         if name.count(os.sep) != 1:  # timm would take any folder's name for a class
             raise common.BadInput(f"--data: got {path}/{name}, allowed is {path}/CLASS/IMAGE")
