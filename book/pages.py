@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+RESULTS = ROOT / "results"
 MISSING = "Not measured yet.\n"
 
 
@@ -81,8 +82,8 @@ CONTROLS = {
 }
 
 
-def load(name, folder=None):
-    return json.loads(((folder or ROOT / "results") / f"{name}.json").read_text())
+def load(name, folder=RESULTS):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def cell(value):
@@ -134,8 +135,8 @@ def source(report):
 
 
 def figure(name, folder, what):
-    path = (folder or ROOT / "results") / f"{name}.png"
-    return f"![{what}](../results/{name}.png)\n\n" if path.exists() else ""
+    drawn = (folder / f"{name}.png").exists()
+    return f"![{what}](../results/{name}.png)\n\n" if drawn else ""
 
 
 def compare(folder):
@@ -269,7 +270,7 @@ def cifar_speed(folder):
     return f"{columns(report['rows'], titles)}\n{source(report)}"
 
 
-def results(text, folder=None):
+def results(text, folder=RESULTS):
     """The page with each `{{ name }}` replaced by what the function `name` says."""
 
     def said(found):
@@ -283,7 +284,6 @@ def results(text, folder=None):
 
 
 # ------------------------------------------------------------------- the address of the repository
-CONFIG = ROOT / "book/_config.yml"
 PLACEHOLDER = "example.org"  # reserved: nobody can register it
 FIRST_CELL = """\
 # @title Colab only
@@ -310,8 +310,8 @@ FOLDED = {
 }
 
 
-def address():
-    return re.search(r"url: (https://\S+)", CONFIG.read_text())[1]
+def address(root=ROOT):
+    return re.search(r"url: (https://\S+)", (root / "book/_config.yml").read_text())[1]
 
 
 def on_colab(address, name):
@@ -338,7 +338,7 @@ def renew(cells, address, name):
 
 def set_address(new, root=ROOT):
     """Writes the address wherever the old one stands, and the first cells of each notebook."""
-    old = re.search(r"url: (https://\S+)", (root / "book/_config.yml").read_text())[1]
+    old = address(root)
     files = [root / name for name in ("README.md", "CITATION.cff", "pyproject.toml")]
     files += [root / "book/_config.yml", *(root / "book").glob("*.md")]
     for path in files:
