@@ -108,8 +108,8 @@ def drift(f, average, kappa, eta, rho, start=None):
     return (before - after) / steps, (slope + slope_after) / 4
 
 
-def eta_eff(average, kappa, eta, rho, p=2):
-    return (1 + kappa) * eta * rho**2 / (p if average else 1)
+def eta_eff(average, kappa, eta, rho):
+    return (1 + kappa) * eta * rho**2 / (2 if average else 1)  # p = 2
 
 
 def scan(f, average, name):

@@ -54,13 +54,13 @@ def curved(theta):
 LOSSES = {"valley": valley, "quadratic": quadratic, "curved": curved}
 
 
-def descend(eta, kappa, start=START, residuals=valley, steps=STEPS):
-    """The path (steps + 1, 2) of theta = (u, v). A path that diverges ends early."""
+def descend(eta, kappa, start=START, residuals=valley):
+    """The path (STEPS + 1, 2) of theta = (u, v). A path that diverges ends early."""
     theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     # gamma: one of the two coordinates is flat
     opt = SGDIRE([theta], lr=eta, kappa=kappa, gamma=0.5, curvature="fisher")
     path = [theta.detach().clone()]
-    while len(path) <= steps and path[-1].abs().max() < 1e3:
+    while len(path) <= STEPS and path[-1].abs().max() < 1e3:
         if opt.probe_due:
             jacobian = jacrev(residuals)(theta.detach())  # (residuals, 2)
             with opt.probe():  # a gradient whose square is the Gauss-Newton diagonal
