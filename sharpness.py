@@ -97,7 +97,7 @@ def largest_eigenvalue(losses, params, products=60, seed=0, tick=lambda: None, t
 
 @contextlib.contextmanager
 def true_float32():
-    """TF32 is off: a second derivative shows its errors."""
+    """Turns TF32 off inside, as its errors show in a second derivative."""
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

@@ -224,7 +224,7 @@ class WideBlock(nn.Module):
 
 
 def stages(block, width, blocks):
-    """Three stages, each with half the height and width and twice the channels of the last."""
+    """Three stages. Each has half the height and width of the one before, twice the channels."""
     layers = []
     n_in = 16
     for stage in range(3):
@@ -369,7 +369,7 @@ def read_pictures(path, about):
 
 
 def load_digits():
-    """The same for scikit-learn's 1797 handwritten digits. A random fifth is the test."""
+    """What load_cifar returns, of scikit-learn's 1797 digits. A random fifth is the test."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:

@@ -8,8 +8,8 @@
     python train_timm.py --data imagenet --row resnet50 --rho .05  # SAM-IRE; or with --base
 
 It wants timm and torchvision: pip install -r requirements-timm.txt. A resumed run ends with the
-same bits on a CPU. The rows stand for the paper's and do not equal them: ViT-S and the test crop
-are timm's, norms and biases do not decay. ResNet-50's settings are not published with the
+same bits on a CPU. The rows are like the paper's, but not the same: ViT-S and the test crop are
+timm's, and norms and biases do not decay. ResNet-50's settings are not published with the
 paper's code; these are the usual ones for 90 epochs.
 """
 
@@ -43,7 +43,7 @@ except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision that is 
 # ------------------------------------------------------------------------------------ settings
 ROWS = {
     "small": {},
-    # the paper's RandAugment(2, 15) counts to 30, timm's to 10, with probability 1/2
+    # RandAugment(2, 15) of the paper: 15 of 30 is 5 of timm's 10. p1: timm's default is p0.5.
     "vit-s": dict(model="vit_small_patch16_224", epochs=300, warmup_epochs=30, batch=1024)
     | dict(lr=3e-3 * 1024 / 4096, weight_decay=0.1, clip=1.0, gamma=0.8, ire_epoch=100)
     | dict(mixup=0.5, augment="rand-n2-m5-p1-inc1"),

@@ -53,7 +53,7 @@ def prose(line, before):
 # -------------------------------------------------------------------------------- the results page
 # what the page shows of a run of the speed-up studies; the file has all settings
 RUN = ("optimizer", "ablation", "lr", "kappa", "gamma", "seed", "steps", "val_loss")
-SOURCES = {  # of the mask: the row of `compared` in the Fisher, second moment and random column
+SOURCES = {  # of the mask: which rows of `compared` go into the columns of `controls`
     "from the warm-up's end": ("AdmIRE", "second moment", "random mask"),
     "from step 0": ("on from step 0", "second moment from step 0", "random mask from step 0"),
     "from step 0 and tuned so": (
@@ -368,8 +368,8 @@ def on_read(app, docname, text):
 
 
 def on_page(app, name, template, context, doctree):
-    """Thebe, which no button of this book starts, defines its constants twice: an error on each
-    page."""
+    """Leaves out Thebe, which defines its constants twice: an error on each page. No button of this
+    book starts Thebe."""
     scripts = context["script_files"]
     context["script_files"] = [x for x in scripts if "thebe" not in f"{x} {vars(x)}".lower()]
 
