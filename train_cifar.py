@@ -293,6 +293,7 @@ class ViT(nn.Module):
 
 # ---------------------------------------------------------------------------------------- data
 URL = "https://www.cs.toronto.edu/~kriz/"
+SHARE = slice(common.RANK, None, common.RANKS)  # this rank takes these of the pictures
 CIFAR = {  # the official archives; the last file has the test pictures
     "cifar10": dict(
         archive="cifar-10-python.tar.gz",
@@ -449,8 +450,8 @@ class Data:
         order = order[: steps * c.batch_size].reshape(steps, -1)
         rng = np.random.default_rng((c.seed, 1, epoch))
         uniform = rng.random((steps, c.batch_size, 5), np.float32)
-        self.order = self.put(order[:, common.RANK :: common.RANKS])  # (steps, b)
-        self.uniform = self.put(uniform[:, common.RANK :: common.RANKS])  # (steps, b, 5)
+        self.order = self.put(order[:, SHARE])  # (steps, b)
+        self.uniform = self.put(uniform[:, SHARE])  # (steps, b, 5)
         self.weights = rng.beta(0.5, 0.5, steps)
         self.epoch = epoch
 
@@ -478,7 +479,7 @@ class Data:
 
     def first_batch(self):
         """The pictures of a fixed probe, this rank's share: the first ones, as they are."""
-        return self.normalized(self.x[common.RANK : self.c.batch_size : common.RANKS])
+        return self.normalized(self.x[: self.c.batch_size][SHARE])
 
 
 # ------------------------------------------------------------------------------------ training
@@ -644,8 +645,7 @@ def evaluate(c, data, model):
     found = {}
     for name, (x, y) in data.tests.items():
         sums = torch.zeros(2, device=c.device)
-        share = slice(common.RANK, None, common.RANKS)
-        for pictures, labels in zip(x[share].split(500), y[share].split(500), strict=True):
+        for pictures, labels in zip(x[SHARE].split(500), y[SHARE].split(500), strict=True):
             pictures = data.normalized(pictures)
             with autocast(c):
                 logits = model(pictures).float()
