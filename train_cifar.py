@@ -166,7 +166,7 @@ def configure(typed):
     parts = {c.base, "sam" if has_sam(c) else "", "ire" if has_ire(c) else ""}
     parts |= {"fisher"} if has_ire(c) and c.curvature == "fisher" else set()
     common.refuse_unread(Config, typed, parts, f"--optimizer {c.optimizer}")
-    both = "ire_epoch" in typed and "ire_warmup" in typed
+    both = {"ire_epoch", "ire_warmup"} <= set(c.given)
     check(c, "ire_warmup", not both, "one of --ire-epoch and --ire-warmup")
     return c
 

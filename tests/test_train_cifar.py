@@ -357,6 +357,11 @@ def test_a_config_for_another_optimizer_is_taken():
     assert (c.optimizer, c.base, c.kappa, c.lr) == ("sgd", "sgd", 3, 0.1)
 
 
+def test_one_setting_says_when_ire_begins():
+    Path("c.json").write_text('{"ire_warmup": 5}')
+    CIFAR.refused(TINY + "--config c.json --ire-epoch 1", "--ire-warmup: got 5.*one of --ire-epoch")
+
+
 def test_presets_and_what_suits():
     assert settings(data="digits").model == "resnet8"
     c = settings(preset="quick")
