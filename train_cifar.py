@@ -13,6 +13,7 @@ A resumed run ends with the same bits on a CPU, and on CUDA with --deterministic
 Top to bottom: settings, networks, data, training, command line.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import functools
@@ -314,11 +315,6 @@ CIFAR = {  # the official archives; the last file has the test pictures
 }
 
 
-def latin1(text, _):
-    """Python 3 writes bytes for Python 2 in this way."""
-    return text.encode("latin1")
-
-
 class ArraysOnly(pickle.Unpickler):
     """Reads arrays, bytes, lists and dicts. A pickle that names anything else could run code, and
     torchvision's reader would run that code."""
@@ -327,7 +323,7 @@ class ArraysOnly(pickle.Unpickler):
         "ndarray": np.ndarray,
         "dtype": np.dtype,
         "_reconstruct": np.empty(0).__reduce__()[0],
-        "encode": latin1,
+        "encode": codecs.encode,  # Python 3 writes bytes for Python 2 in this way
     }
 
     def find_class(self, module, name):
