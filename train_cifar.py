@@ -59,8 +59,6 @@ AUGMENT = "data augmentation (default basic; digits: shift; vit: mixup)"
 BASES = ("sgd", "adamw")
 ADVICE = "a lower --lr or --kappa"
 PROBE = "pictures for fisher: the first ones, or those of the step"
-EPOCHS = Range(1, 10**6, "1 or more, up to 10^6")
-BATCH = Range(1, 2**20, "1 or more, up to 2^20")
 SOME = Range(2, 10**4, "2 to 10000")
 
 
@@ -78,9 +76,9 @@ class Config(common.Settings):
     model: str = setting(None, "network (default resnet56; quick, digits: resnet8)", tuple(MODELS))
     augment: str = setting(None, AUGMENT, AUGMENTATIONS)
     # the schedule
-    epochs: int = setting(None, "passes over the data (default 200; quick: 8; digits: 10)", EPOCHS)
+    epochs: int = setting(None, "passes over the data (default 200; quick: 8; digits: 10)", COUNT)
     batch_size: int = setting(
-        None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", BATCH
+        None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", COUNT
     )
     warmup: int = setting(
         None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
