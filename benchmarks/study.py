@@ -593,7 +593,8 @@ def half_interval(*errors):
     Student's t with the degrees of freedom of Welch and Satterthwaite, rounded down."""
     variance = sum(error**2 for error, _ in errors)
     freedom = variance**2 / sum(error**4 / (n - 1) for error, n in errors)
-    return T[min(int(freedom), len(T)) - 1] * variance**0.5
+    row = min(int(freedom + 1e-9), len(T))  # so that 6.999999999999998 is 7
+    return T[row - 1] * variance**0.5
 
 
 def replicate(study, place, seeds=FRESH_SEEDS):

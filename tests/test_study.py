@@ -404,8 +404,9 @@ def test_the_search_goes_on_from_a_changed_setting(two):
 
 # --------------------------------------------------------------------------- replicate
 def test_the_interval_is_students_and_welchs():
-    """scipy.stats: t.ppf(0.975, 7) * 0.01; degrees of freedom of 0.01 with 8 and 0.02 with 3."""
-    assert study.half_interval((0.01, 8)) == pytest.approx(0.02365, abs=1e-5)
+    """scipy.stats: t.ppf(0.975, 7); degrees of freedom of 0.01 with 8 and 0.02 with 3."""
+    for error in (0.01, 0.016):  # floats make 6.999999999999998 degrees of freedom of 0.016
+        assert study.half_interval((error, 8)) == pytest.approx(2.365 * error)
     freedom = (0.01**2 + 0.02**2) ** 2 / (0.01**4 / 7 + 0.02**4 / 2)
     assert int(freedom) == 3
     expected = 3.182 * math.hypot(0.01, 0.02)
