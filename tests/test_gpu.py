@@ -180,6 +180,15 @@ def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
     assert run.exists() and len(commands) == 3
 
 
+def test_half_a_run_is_no_result(tmp_path, monkeypatch):
+    """The time ended each run before its pictures were tested."""
+    monkeypatch.setattr(gpu, "execute", lambda *_: "stopped after 180 s, its time")
+    monkeypatch.setattr(gpu, "read_run", lambda *_: {"images_per_second": 9.0})
+    assert stage_in(tmp_path, "5") == 1
+    report = common.read_json(tmp_path / "stage-5.json")
+    assert report["claims"] == [] and len(report["left"]) == len(gpu.IMAGES)
+
+
 def test_no_step_begins_without_time(tmp_path, capsys):
     assert stage_in(tmp_path, "6", "--minutes", "0.1") == 1
     assert capsys.readouterr().out.count("no time left") == len(gpu.FORMS)
