@@ -114,7 +114,9 @@ def cells(row, report):
     if row["form"] != row["base"]:
         found["gain on its base"] = number(row["gain"], row["gain_stderr"], "+", 3)
         found["gain on its base"] += " (commits differ)" if row["commits"] > 1 else ""
-        found["with tuning"] = f"± {math.hypot(row['pooled_stderr'], row['tuning_stderr']):.3f}"
+        if row["gain_stderr"] is not None or row["pooled_stderr"]:  # else one seed, everywhere
+            error = math.hypot(row["pooled_stderr"], row["tuning_stderr"])
+            found["with tuning"] = f"± {error:.3f}"
     if row["form"] == row["better"] and row["better"] not in FIRST:
         found["gain on the better base"] = "this is the better base"
     elif row["better"] not in (None, *FIRST):

@@ -587,6 +587,7 @@ def test_one_seed_has_no_error(results):
     few = [run for run in few if run["settings"]["seed"] < 2]
     row = study.gains(study.Study(results.path, results.plan, few))[1]
     assert row["gain_stderr"] is None and "one seed" in report.gain_in_words(row)
+    assert report.cells(row, PLAN)["with tuning"] == ""  # not ± 0.000
 
 
 def test_nothing_is_held(tmp_path):
