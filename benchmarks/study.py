@@ -720,9 +720,8 @@ def go_on(study, args):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (common.BadInput, OSError) as e:
-        print(f"study.py: {e}", file=sys.stderr)
-        sys.exit(getattr(e, "code", 1))
-    except common.Halt as e:
-        print("study.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(e.code)
+    except (common.Halt, OSError) as e:
+        code = getattr(e, "code", 1)
+        text = "stopped; the same command goes on" if code > 128 else e  # above 128: a signal
+        print(f"study.py: {text}", file=sys.stderr)
+        sys.exit(code)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -634,6 +635,19 @@ def test_trains_a_run_and_records_how(small, tmp_path, name):
     c = study.config(small, settings, tmp_path)
     assert (c.steps, c.batch_size, c.warmup, c.lr, c.seed) == (5, 4, 1, 1e-3, 1)
     assert study.config(small, {**settings, "length": 2}, tmp_path).steps == 10
+
+
+def test_a_full_disk_is_said(small, monkeypatch, capsys):
+    def full(*_):
+        raise common.Halt("checkpoint.pt can't be written: No space left on device")
+
+    monkeypatch.setattr(train_gpt, "train", full)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(small.path)])
+    del small.plan["finished"]
+    small.save()
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(study.__file__, run_name="__main__")
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_what_is_flat_along_a_run(small):
