@@ -159,8 +159,7 @@ def changes(report):
     """Is a form tuned as far as it goes? The best of the changes of one setting, a line each."""
     found = {}
     for row in report.get("changes", ()):
-        if "length" not in row["changed"]:
-            found.setdefault((row["form"], row["place"]), []).append(row)
+        found.setdefault((row["form"], row["place"]), []).append(row)
     for (form, place), rows in found.items():
         best = max(rows, key=lambda row: row["gain"])
         words = ", ".join(f"{name} {value:g}" for name, value in best["changed"].items())
@@ -280,7 +279,7 @@ def best_at_each_rate(report, rows):
     curves = {}
     for run in report["runs"]:
         at = run["settings"]
-        trial = at["seed"] == 0 and run["val_loss"] and "length" not in at
+        trial = at["seed"] == 0 and run["val_loss"]
         if trial and (at["place"], at["form"]) in rows and has_curve(report, at):
             curve = curves.setdefault(at["place"], {}).setdefault(at["form"], {})
             curve[at["lr"]] = min(run["val_loss"], curve.get(at["lr"], run["val_loss"]))

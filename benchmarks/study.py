@@ -14,7 +14,7 @@ What the file holds
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
 - plan: which forms are run at which place, in this order, and on which seeds they are judged.
 - changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
-  of the factors, to see whether it is tuned as far as it goes. `length` is in steps of the place.
+  of the factors, to see whether it is tuned as far as it goes.
   A sixth element holds settings that are changed in all of these runs.
 - predictions: written before the runs. recommended: the form that --replicate runs.
 - follow_ups: questions that runs have raised, with what was expected before the runs about them.
@@ -173,7 +173,7 @@ def config(study, settings, out):
     if place["data"] == "bpe-4096" and not Path(TEXTS["bpe-4096"]["data"]).exists():
         raise common.BadInput("data/bpe-4096 is missing; python benchmarks/bpe.py makes it")
     form = study.form(settings["form"])
-    steps = round(place["steps"] * settings.get("length", 1))
+    steps = place["steps"]
     fields = {field.name for field in common.fields(train_gpt.Config)}
     shared = {name: value for name, value in study.plan["fixed"].items() if name in fields}
     own = {name: settings[name] for name in TRAINING if name in settings}
@@ -358,12 +358,11 @@ def run_all(study):
 
 def changes(study):
     """(place, form, {setting: value}, seeds) of the runs that change one setting of a tuned form by
-    a factor; beta2 in its distance from 1. `length` is in steps of the place. `others` are changed
-    in all runs of a line."""
+    a factor; beta2 in its distance from 1. `others` are changed in all runs of a line."""
     for place, names, settings, factors, seeds, *others in study.plan.get("changed", ()):
         others = others[0] if others else {}
         for name in names:
-            best = {"length": 1.0, **study.plan["fixed"]}
+            best = dict(study.plan["fixed"])
             with contextlib.suppress(NotHeld):
                 best |= tuned(study, place, name)[0]
             best |= others
@@ -458,7 +457,7 @@ def luck(study, place, name, noise, draws=200):
     losses = []
     for run in study.runs:
         at = run["settings"]
-        trial = (at["place"], at["form"], at["seed"]) == (place, name, 0) and "length" not in at
+        trial = (at["place"], at["form"], at["seed"]) == (place, name, 0)
         if trial and run["val_loss"] is not None:
             losses.append(run["val_loss"])
     rng = random.Random(0)
@@ -523,10 +522,6 @@ def steps_saved(study, place, base, losses):
         if all(there[name] == here[name] for name in ("batch", "model", "data")):
             with contextlib.suppress(NotHeld):
                 curves[there["steps"]] = judged(study, other, base, losses)
-    for at, names, settings, factors, *_ in study.plan.get("changed", ()):
-        if at == place and base in names and "length" in settings:
-            for length in factors:
-                curves[length * here["steps"]] = judged(study, place, base, losses, length=length)
     saved, beyond = [], []
     for seed, loss in losses.items():
         curve = {steps: found[seed] for steps, found in curves.items() if seed in found}

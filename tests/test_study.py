@@ -314,22 +314,23 @@ def test_a_run_is_never_repeated(results):
 SOURCE = {"commit": "abc", "device": "", "threads": 1, "torch": ""}
 BASE = {"base": "adamw", "rule": None, "settings": {}, "borrows": None, "grid": None}
 SOFT = {**BASE, "rule": "soft", "settings": {"alpha": 0.3}}
+PLACE = {"steps": 100, "batch": 1, "near": None, "model": "", "data": "", "trials": 9}
 TWO = {  # a base with one learning rate, one with a rate for the head, a form on top of either
     "fixed": {"judged_on_seeds": [1, 2], "decay": 0.1, "beta2": 0.98},
     "start": {"lr": 1.0, "head_lr": 1.0},
     "grid": {"lr": [1.0, 2.0, 4.0, 8.0]},
-    "places": {"a": {"steps": 100, "batch": 1, "near": None, "model": "", "data": "", "trials": 9}},
+    "places": {"a": PLACE, "longer": {**PLACE, "steps": 150}},
     "forms": {
         "AdamW": BASE,
         "AdamW, rates": {**BASE, "starts_at": "AdamW", "grid": {"head_lr": [1.0, 4.0, 16.0]}},
         "soft": {**SOFT, "borrows": "AdamW"},
         "soft, on rates": {**SOFT, "borrows": "AdamW, rates", "against": "AdamW, rates"},
     },
-    "plan": [["a", ["AdamW", "AdamW, rates", "soft", "soft, on rates"]]],
-    "changed": [
-        ["a", ["AdamW, rates"], ["length"], [1.5], [1, 2]],
-        ["a", ["AdamW"], ["lr", "beta2", "head_lr"], [0.5, 2.0], [1]],
+    "plan": [
+        ["a", ["AdamW", "AdamW, rates", "soft", "soft, on rates"]],
+        ["longer", ["AdamW, rates"]],
     ],
+    "changed": [["a", ["AdamW"], ["lr", "beta2", "head_lr"], [0.5, 2.0], [1]]],
 }
 
 
@@ -342,7 +343,7 @@ def two(tmp_path):
         loss = 3.0 + 0.01 * settings["seed"] + 0.1 * abs(settings["lr"] - 2)
         loss -= 0.15 * math.log(settings.get("head_lr", 1.0), 4)
         loss -= {"soft": 0.1, "soft, on rates": 0.02}.get(settings["form"], 0)
-        return {**SOURCE, "val_loss": loss - 0.2 * (settings.get("length") == 1.5)}
+        return {**SOURCE, "val_loss": loss - 0.2 * (settings["place"] == "longer")}
 
     results = study.Study(tmp_path / "two.json", copy.deepcopy(TWO), (), losses)
     study.run_all(results)
@@ -634,7 +635,6 @@ def test_trains_a_run_and_records_how(small, tmp_path, name):
     assert {"cpu_seconds", "commit", "torch", "device", "threads", "data"} <= run.keys()
     c = study.config(small, settings, tmp_path)
     assert (c.steps, c.batch_size, c.warmup, c.lr, c.seed) == (5, 4, 1, 1e-3, 1)
-    assert study.config(small, {**settings, "length": 2}, tmp_path).steps == 10
 
 
 def test_a_full_disk_is_said(small, monkeypatch, capsys):
