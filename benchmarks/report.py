@@ -187,21 +187,11 @@ def renewed(page):
 
     def said(found):
         words = shlex.split(found[2])[2:]
-        report = read(ROOT / words[0])
+        report = common.read_json(ROOT / words[0])
         shown = shown_of(report, *words[1:])
         return f"{found[1]}\n{shown}\n\n`{found[2]}`: {source(report)}\n\n{found[3]}"
 
     return MARKED.sub(said, page)
-
-
-def read(path):
-    """A file of results; a study with its gains as study.py computes them now."""
-    import study  # which imports this file
-
-    report = common.read_json(path)
-    if "plan" in report:
-        report["gains"] = study.gains(study.Study.read(path))
-    return report
 
 
 def shown_of(report, *wanted):
@@ -501,7 +491,7 @@ def main(words):
     path = Path(words[0])
     try:
         if path.suffix != ".md":
-            print(shown_of(read(path), *words[1:]))
+            print(shown_of(common.read_json(path), *words[1:]))
             return
         page = renewed(path.read_text())
     except common.BadInput as e:

@@ -360,7 +360,7 @@ def test_gains_on_top_of_the_better_base_and_other_lengths(two):
     assert rows["soft"]["at_edge"] == [] and rows["soft, on rates"]["at_edge"] == ["head_lr"]
     assert rows["soft"]["steps_saved"] is None
     assert rows["soft, on rates"]["steps_saved"] == pytest.approx(1 - 1.5**-0.1)
-    text = report.table(report.read(two.path), "a")
+    text = report.table(common.read_json(two.path), "a")
     assert "| soft on AdamW | 2.915 ± 0.005 | +0.100 ± 0.000 | ± 0.000 | -0.200 ± 0.000 |" in text
     assert "| AdamW with own rates | 2.715 ± 0.005 | +0.300 ± 0.000 | ± 0.000 | this is the" in text
     assert "| 4% ± 0%" not in text and "| 4% | borrowed | head lr |" in text
@@ -388,7 +388,7 @@ def test_one_setting_of_a_tuned_form_is_changed(two):
     assert values == [(1.0, None, 1), (4.0, None, 1), (2.0, 0.99, 1), (2.0, 0.96, 1)]
     rows = [row for row in study.gains_of_changes(two) if row["form"] == "AdamW"]
     assert [row["gain"] for row in rows] == pytest.approx([-0.1, -0.2, 0, 0])
-    text = report.table(report.read(two.path))
+    text = report.table(common.read_json(two.path))
     assert "AdamW at a: the best of 4 changes, beta2 0.99, gains +0.0000" in text
 
 
@@ -523,13 +523,18 @@ def test_a_judged_run_that_diverged_ends_no_study(two):
     rows = {row["form"]: row for row in study.Study.read(two.path).plan["gains"]}
     assert rows["soft"]["gain"] == -math.inf and rows["soft"]["gain_stderr"] is None
     assert rows["soft, on rates"]["gain"] == pytest.approx(0.02)
-    assert "-inf" in report.table(report.read(two.path), "a")
+    assert "-inf" in report.table(common.read_json(two.path), "a")
 
 
-@pytest.mark.parametrize("name", ["map", "baseline"])
+STUDIES = ("map", "baseline", "architectures", "schedule", "sharpness-nano")
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_committed_results_are_what_the_summary_computes(name):
     held = study.Study.read(ROOT / "results" / f"{name}.json")
-    assert json.loads(json.dumps(study.gains(held))) == held.plan["gains"]
+    computed = {"gains": study.gains(held), "changes": study.gains_of_changes(held)}
+    for what, rows in computed.items():
+        assert json.loads(json.dumps(rows)) == held.plan[what]
 
 
 # --------------------------------------------------------------------------- what is shown
@@ -538,7 +543,7 @@ def test_tables_and_figures_of_a_part(results, tmp_path):
     few = [run for run in results.runs if run["settings"]["place"] in ("250x4", "500x4")]
     path = tmp_path / "map.json"
     study.Study(path, results.plan, few).save()
-    found = report.read(path)
+    found = common.read_json(path)
     text = report.table(found)
     assert "500x4: 500 steps of 4, bytes" in text and "better base" not in text
     assert "| SoftIRE on Muon |" in text and "| +0.030 ± 0.000 | ± 0.00" in text
@@ -594,7 +599,7 @@ def test_one_seed_has_no_error(results):
 
 def test_nothing_is_held(tmp_path):
     study.Study(tmp_path / "map.json", dict(PLAN)).save()
-    found = report.read(tmp_path / "map.json")
+    found = common.read_json(tmp_path / "map.json")
     assert found["gains"] == [] and "not measured yet at 250x4: AdamW" in report.table(found)
 
 
