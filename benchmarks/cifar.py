@@ -246,10 +246,8 @@ def until_ire(c):
     common.choose_device(c, float16=False)
     data = train_cifar.Data(c)
     net, parts = train_cifar.set_up(c, data)
-    steps = Steps(c.ire_warmup)
-    steps.c = c
     with contextlib.suppress(Enough):
-        train_cifar.loop(steps, data, net, parts, 0)
+        train_cifar.loop(Steps(c.ire_warmup, c), data, net, parts, 0)
     states = {name: part.state_dict() for name, part in parts.items()}
     common.Run(c, data.steps).save(c.ire_warmup, data=data.sha256, **states)
 

@@ -92,8 +92,9 @@ class Steps:
 
     seconds = 0.0
 
-    def __init__(self, count):
+    def __init__(self, count, c=None):
         self.left = count
+        self.c = c
 
     def nothing(self, *_, **__):
         return 1.0  # second, where the clock is asked
@@ -111,20 +112,13 @@ class Training:
     """Steps of train_gpt.py's own loop, without its reports. A call makes as many steps as a mask
     stays."""
 
-    def __init__(self, c, make_optimizer=train_gpt.make_optimizer):
-        quiet = dict.fromkeys(("log_interval", "eval_interval", "checkpoint_interval"), NEVER)
-        for name, value in quiet.items():
-            setattr(c, name, value)
-        self.c = c = train_gpt.complete(c)
-        data = text.Data(c)
-        common.set_up_torch(c)
-        model, forward = train_gpt.make_model(c, data)
-        scaler = torch.amp.GradScaler(c.device, enabled=c.dtype == "float16")
-        self.job = train_gpt.Job(c, data, model, forward, make_optimizer(model, c), scaler)
+    def __init__(self, c):
+        c.log_interval = c.eval_interval = c.checkpoint_interval = NEVER
+        self.job = train_gpt.set_up(train_gpt.complete(c))
 
     def __call__(self):
         with contextlib.suppress(Enough):
-            train_gpt.loop(Steps(self.c.interval), self.job)
+            train_gpt.loop(Steps(self.job.c.interval), self.job)
 
 
 # ---------------------------------------------------------------------------------------- step
@@ -408,18 +402,17 @@ class Images:
     """Steps of train_cifar.py's own loop, without its reports."""
 
     def __init__(self, c, data, steps):
+        self.c = c
         self.data = data
         self.steps = steps
         self.made = 0
         self.net, self.parts = train_cifar.set_up(c, data)
-        self.c = c
 
     def batch(self):
         return self.data.batch(self.made)
 
     def __call__(self):
-        run = Steps(self.steps)
-        run.c = self.c
+        run = Steps(self.steps, self.c)
         with contextlib.suppress(Enough):
             train_cifar.loop(run, self.data, self.net, self.parts, self.made)
         self.made += self.steps
