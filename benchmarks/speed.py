@@ -8,8 +8,9 @@ r"""How long things take, each beside what it is compared with, in turn and in o
         python benchmarks/speed.py step --file results/step-cpu-kept.json
 
 They write results/step-cpu.json, train-cpu.json and cifar-speed-cpu.json. Each round runs every row
-once, in an order drawn anew; ratios are taken round by round, and their median and quartiles are
-printed. Flags that are not named below go to the training script.
+once, in an order drawn anew. Ratios are taken round by round, and their median and quartiles are
+printed; those of step are ratios of medians. Flags that are not named below go to the training
+script.
 
 step: IRE's step and its new mask beside AdamW's step, for parameters of a Llama, without any model;
 the bytes that they take at most; and the textbook way, as in the authors' code, with three copies
@@ -488,6 +489,8 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="of images: steps in a row")
     parser.add_argument("--file", type=Path, help="default results/WHAT-DEVICE.json")
     args, rest = parser.parse_known_args()
+    if args.what == "step" and rest:
+        parser.error(f"step has no {' '.join(rest)}")
     if args.what == "images" and args.device != "cpu":
         parser.error("--device: allowed is cpu with images")
     malloc = [f"{name}={x}" for name, x in os.environ.items() if name.startswith("MALLOC_")]

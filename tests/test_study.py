@@ -685,6 +685,13 @@ def test_times_take_turns_and_the_first_round_does_not_count():
     assert speed.of_base([2.0, 4.0, 3.0], [1.0, 1.0, 1.0]) == (3.0, [2.0, 4.0])
 
 
+def test_a_flag_that_no_one_reads_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "step", "--round", "30"])
+    with pytest.raises(SystemExit, match="2"):
+        speed.main()
+    assert "step has no --round 30" in capsys.readouterr().err
+
+
 def test_the_loop_that_is_timed_is_the_one_that_trains(small, tmp_path):
     """Two calls of ten steps end with the weights of a run of twenty."""
     small.plan["places"]["250x4"]["steps"] = 20
