@@ -11,15 +11,10 @@ The data: scikit-learn's digits and the bytes of Python's library.
 """
 
 import argparse
-import contextlib
 import functools
-import io
 import json
 import math
-import os
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,8 +32,7 @@ import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
 from report import table
 from sharpness import largest_eigenvalue
-from speed import environment
-from study import Study, half_interval, run_all
+from study import Study, half_interval, made, run_all
 from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
 FLAT = 0.6  # the flat share for which the limit of kappa is computed
@@ -286,8 +280,7 @@ def train_nano(study, settings, out):
             optimizer.register_step_post_hook(lambda *_: look())
         return optimizer
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        loss = train_gpt.train(c, make)["val_loss"]
+    loss = train_gpt.train(c, make)["val_loss"]
     log = common.read_log(c.out)
     run = {"val_loss": loss, "train_loss": [r["train_loss"] for r in log if "train_loss" in r][-1]}
     if c.sharpness:
@@ -342,24 +335,9 @@ def edge(model, lengths, c, batch):
     return largest / (2 * (1 + c.beta1) / (1 - c.beta1))
 
 
-def made(study, settings):
-    """Makes one run; returns what the file holds of it. Seconds are of the processor."""
-    out = ROOT / "runs" / "architectures" / str(os.getpid())
-    started = time.process_time()
-    train = train_small if settings["place"] in TASKS else train_nano
-    found = {"val_loss": None}
-    try:
-        found = train(study, settings, out)
-    except common.Diverged:
-        pass
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-    about = {"cpu_seconds": round(time.process_time() - started, 1)}
-    about["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    here = environment("cpu")
-    about |= {name: here[name] for name in ("commit", "torch", "device", "threads")}
-    print(about["finished"], settings, found["val_loss"], about["cpu_seconds"], flush=True)
-    return found | about
+def train(study, settings, out):
+    each = train_small if settings["place"] in TASKS else train_nano
+    return each(study, settings, out)
 
 
 # ---------------------------------------------------------------------------------- the figures
@@ -497,7 +475,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are small
     with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
-        study = Study.read(args.file, made)
+        study = Study.read(args.file, functools.partial(made, train))
         if not args.summary:
             run_all(study)
         study.save()

@@ -46,6 +46,7 @@ import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -224,30 +225,31 @@ def builder(study, settings):
     return make_optimizer
 
 
-def train(study, settings):
-    """Trains one run; returns what the file holds of it. Seconds are of the processor."""
+def train(study, settings, out):
+    """Trains one run in the folder `out`; returns what it came to."""
+    c = config(study, settings, out)
+    loss = train_gpt.train(c, builder(study, settings))["val_loss"]
+    return {"val_loss": loss, "data": hashlib.sha256(text.Data(c).train).hexdigest()[:12]}
+
+
+def made(train, study, settings):
+    """Makes one run; returns what the file holds of it. Seconds are of the processor."""
     out = ROOT / "runs" / "study" / str(os.getpid())
     started = time.process_time()
-    c = config(study, settings, out)
-    loss = None
+    found = {"val_loss": None}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            loss = train_gpt.train(c, builder(study, settings))["val_loss"]
+            found = train(study, settings, out)
     except common.Diverged:
         pass
     finally:
         shutil.rmtree(out, ignore_errors=True)
     here = environment("cpu")
-    seconds = round(time.process_time() - started, 1)
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{now} {settings} {loss} {seconds} s", flush=True)
-    return {
-        "val_loss": loss,
-        "cpu_seconds": seconds,
-        "data": hashlib.sha256(text.Data(c).train).hexdigest()[:12],
-        "finished": now,
-        **{name: here[name] for name in ("commit", "torch", "device", "threads")},
-    }
+    about = {name: here[name] for name in ("commit", "torch", "device", "threads")}
+    about["cpu_seconds"] = round(time.process_time() - started, 1)
+    about["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(about["finished"], settings, found["val_loss"], about["cpu_seconds"], "s", flush=True)
+    return found | about
 
 
 # --------------------------------------------------------------------------- search
@@ -680,7 +682,7 @@ def main():
     what.add_argument("--replicate", metavar="PLACE", help="fresh seeds of the recommended form")
     what.add_argument("--flat", metavar="PLACE", help="what IRE calls flat along a run of AdamW")
     args = parser.parse_args()
-    study = Study.read(args.file, train)
+    study = Study.read(args.file, partial(made, train))
     places = study.plan["places"]
     for flag, place in {"--flat": args.flat, "--replicate": args.replicate}.items():
         if place and place not in places:
