@@ -12,7 +12,6 @@ The data: scikit-learn's digits and the bytes of Python's library.
 
 import argparse
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ import common
 import text
 import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
-from report import table
+from report import keep, table
 from sharpness import largest_eigenvalue
 from study import Study, half_interval, made, run_all
 from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
@@ -384,7 +383,7 @@ def of_schedule(report):
         kappas, gains, errors = zip(*sorted(points), strict=True)
         ax = axes[schedule]
         ax.errorbar(kappas, gains, errors, color=color, marker="o", capsize=3, label=label)
-    runs = json.loads((ROOT / "results" / "sharpness-nano.json").read_text())["runs"]
+    runs = common.read_json(ROOT / "results" / "sharpness-nano.json")["runs"]
     for schedule, ax in axes.items():
         form = "AdamW" if schedule == "cosine" else f"AdamW, {schedule}"
         curve = [row for run in runs if run["settings"]["form"] == form for row in run["curve"]]
@@ -428,7 +427,7 @@ def of_sharpness(report):
 def of_generalisation(report):
     """Held out against trained, for all settings that were tried on seed 0. A line goes through the
     runs of the base; above the line, IRE generalises better at the same training loss."""
-    quick = json.loads((ROOT / "results" / "cifar-quick.json").read_text())
+    quick = common.read_json(ROOT / "results" / "cifar-quick.json")
     points = {}  # {(panel, optimizer): [(training loss, held out)]}
     names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}
     for run in quick["runs"]:
@@ -479,12 +478,12 @@ def main():
         if not args.summary:
             run_all(study)
         study.save()
-    report = json.loads(args.file.read_text())
+    report = common.read_json(args.file)
     print(table(report))
     plt.rcParams.update(STYLE)
-    DRAWN[args.file.stem](report).savefig(args.file.with_suffix(".png"))
+    keep(DRAWN[args.file.stem](report), args.file.with_suffix(".png"))
     if args.file.stem == "architectures":
-        of_generalisation(report).savefig(args.file.with_name("generalisation.png"))
+        keep(of_generalisation(report), args.file.with_name("generalisation.png"))
 
 
 if __name__ == "__main__":

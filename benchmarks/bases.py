@@ -16,7 +16,6 @@ import argparse
 import collections
 import importlib.metadata
 import io
-import json
 import math
 import sys
 import warnings
@@ -196,7 +195,7 @@ def main():
     report["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
     report["counts"] = counts
     report["optimizers"] = {name: " ".join(row).strip() for name, row in rows.items()}
-    args.out.write_text(json.dumps(report, indent=1))
+    common.write_json(args.out, report)
 
 
 if __name__ == "__main__":
