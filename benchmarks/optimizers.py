@@ -99,22 +99,25 @@ def constants(curvature, generator, **multiples):
     return {name: multiples[kind] for name, kind in kinds.items() if kind in multiples}
 
 
+RULES = {"hard": hard, "rows": rows, "soft": soft, "constants": constants}
+
+
 # --------------------------------------------------------------------------- optimizers
 class Stretched(torch.optim.Optimizer):
     """theta = theta_old + factor * (theta_base - theta_old), coordinate by coordinate.
 
-    rule: (curvature, generator, **settings) -> {name: factor}, one of the above.
+    rule, settings: the name of one of the above and its keywords. `frozen` is a setting of any
+    rule: the first factors stay. Otherwise new ones are made every ten steps.
     beta: decay of the running mean of squared gradients.
-    interval: steps from one set of factors to the next.
     """
 
-    def __init__(self, base, model, rule, settings, *, beta, interval=10):
+    def __init__(self, base, model, rule, settings, *, beta):
         super().__init__(base.param_groups, {})  # the groups themselves, not copies
         self.base = base
-        self.rule = rule
-        self.settings = settings
+        self.rule = RULES[rule]
+        self.settings = dict(settings)
+        self.frozen = self.settings.pop("frozen", False)
         self.beta = beta
-        self.interval = interval
         self.state = base.state
         self.named = dict(model.named_parameters())
         self.curvature = {name: torch.zeros_like(p) for name, p in self.named.items()}
@@ -128,19 +131,9 @@ class Stretched(torch.optim.Optimizer):
             self.curvature[name].lerp_(p.grad * p.grad, 1 - self.beta)
         old = {name: p.clone() for name, p in self.named.items()}
         self.base.step()
-        if self.t % self.interval == 0:
+        if self.t == 0 or (self.t % 10 == 0 and not self.frozen):
             self.factors = self.rule(self.curvature, self.generator, **self.settings)
         for name, factor in self.factors.items():
             base_step = self.named[name] - old[name]
             self.named[name] += factor * base_step - base_step
         self.t += 1
-
-
-RULES = {"hard": hard, "rows": rows, "soft": soft, "constants": constants}
-
-
-def stretched(base, model, rule, settings, *, beta, steps):
-    """The optimizer of a rule. `frozen` is a setting of any rule: the first factors stay."""
-    settings = dict(settings)
-    interval = steps if settings.pop("frozen", False) else 10
-    return Stretched(base, model, RULES[rule], settings, beta=beta, interval=interval)

@@ -220,7 +220,7 @@ def builder(study, settings):
             data = text.Data(c)
             counts = np.bincount(data.train, minlength=data.vocab)
             own["counts"] = torch.from_numpy(counts).double()
-        return optimizers.stretched(base, model, rule, own, beta=c.beta2, steps=c.steps)
+        return optimizers.Stretched(base, model, rule, own, beta=c.beta2)
 
     return make_optimizer
 

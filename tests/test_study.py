@@ -64,12 +64,12 @@ def muon_base(model, c):
     return base
 
 
-def on_top(base, rule, settings, steps=7):
+def on_top(base, rule, settings):
     """build: a rule on top of "adamw" or "muon"."""
 
     def build(model, c):
         inner = (muon_base if base == "muon" else adamw)(model, c)
-        return optimizers.stretched(inner, model, rule, settings, beta=0.98, steps=steps)
+        return optimizers.Stretched(inner, model, rule, settings, beta=0.98)
 
     return build
 
@@ -98,7 +98,7 @@ def test_the_hard_rule_is_ire():
         return IRE(adamw(model, c), kappa=2.0, gamma=0.7)
 
     mask = {"kappa": 2.0, "gamma": 0.7}
-    ours, plain = (on_top("adamw", "hard", own, 25) for own in (mask, {**mask, "kappa": 0.0}))
+    ours, plain = (on_top("adamw", "hard", own) for own in (mask, {**mask, "kappa": 0.0}))
     check_same((ours, 25), (ire, 25), (plain, 25))
 
 
@@ -107,7 +107,7 @@ def test_the_soft_rule_is_soft_ire():
     def soft_ire(model, c):
         return SoftIRE(muon_base(model, c), params=hidden_matrices(model), beta=c.beta2)
 
-    ours, plain = (on_top("muon", "soft", {"alpha": alpha}, 15) for alpha in (0.3, 0.0))
+    ours, plain = (on_top("muon", "soft", {"alpha": alpha}) for alpha in (0.3, 0.0))
     check_same((ours, 15), (soft_ire, 15), (plain, 15))  # later a rounding meets Muon's bfloat16
 
 
@@ -137,7 +137,7 @@ def test_soft_against_a_loop(curvature, alpha):
 def test_a_frozen_mask_is_the_first_one():
     mask = {"kappa": 2.0, "gamma": 0.7}
     runs = ({**mask, "frozen": True}, 25), (mask, 1), (mask, 25)
-    found = [small_run(on_top("adamw", "hard", own, 25), steps)[1].factors for own, steps in runs]
+    found = [small_run(on_top("adamw", "hard", own), steps)[1].factors for own, steps in runs]
     frozen, first, renewed = (optimizers.flatten(x.values()) for x in found)
     assert torch.equal(frozen, first) and not torch.equal(frozen, renewed)
 
