@@ -325,7 +325,7 @@ def by_kind(shares):
 def kind_of(name):
     parts = {"embed_tokens": "embedding", "lm_head": "head", "norm": "norms"}
     parts |= {f"{x}_proj": x for x in "qkvo"} | {"mlp": "feed-forward"}
-    return next(kind for part, kind in parts.items() if re.search(rf"\b{part}|{part}\.", name))
+    return next(kind for part, kind in parts.items() if part in name)
 
 
 def has_map(report):
