@@ -353,9 +353,9 @@ def run_all(study):
         for name in names:
             tuned(study, place, name)
         for name in names:
-            study.over(tuned(study, place, name)[0], seeds)
+            judged(study, place, name, seeds)
     for place, name, changed, seeds in changes(study):
-        study.over({**tuned(study, place, name)[0], **changed}, seeds)
+        judged(study, place, name, seeds, **changed)
 
 
 def changes(study):
@@ -413,11 +413,12 @@ def gains(study):
                 rows[place, name] = gain(study, place, name, seeds) or rows.get((place, name))
     rows = [row for row in rows.values() if row]
     several = [row for row in rows if row["gain_stderr"] is not None]
+    noise = pooled(several, "loss", 1)
     for row in rows:
         place, names = row["place"], {row["form"], row["base"]}
         alike = [other for other in several if other["form"] == row["form"]]
         row["pooled_stderr"] = pooled(alike, "gain", len(row["seeds"]))
-        both = [luck(study, place, name, pooled(several, "loss", 1)) for name in names]
+        both = [luck(study, place, name, noise) for name in names]
         row["tuning_stderr"] = math.hypot(*both) if len(both) > 1 else 0.0
     return rows
 
