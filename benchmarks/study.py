@@ -607,11 +607,8 @@ def replicate(study, place, seeds=FRESH_SEEDS):
         allowed = f"a place where {name} is judged on two seeds or more"
         raise common.BadInput(f"--replicate: got {place}, allowed is {allowed}")
     kept = ROOT / "runs" / "replicate" / f"{study.path.stem}-{environment('cpu')['commit']}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    if kept.exists():
-        fresh = Study.read(kept, study.train)
-    else:
-        fresh = Study(kept, study.plan, (), study.train)
+    runs = common.read_json(kept)["runs"] if kept.exists() else ()
+    fresh = Study(kept, study.plan, runs, study.train)
     losses = {}
     for form in (base, name):
         settings, _ = tuned(study.only_held(), place, form)
@@ -685,10 +682,9 @@ def main():
     args = parser.parse_args()
     study = Study.read(args.file, partial(made, train))
     places = study.plan["places"]
-    for flag, place in {"--flat": args.flat, "--replicate": args.replicate}.items():
-        if place and place not in places:
-            allowed = f"a place of {args.file}: {', '.join(places)}"
-            parser.error(f"{flag}: got {place}, allowed is {allowed}")
+    place = args.flat or args.replicate
+    if place and place not in places:
+        parser.error(f"PLACE: got {place}, allowed is one of {args.file}: {', '.join(places)}")
     if args.replicate and "recommended" not in study.plan:
         parser.error(
             f"--replicate: allowed is a study that has a recommended form; {args.file} has none"

@@ -490,7 +490,7 @@ def test_a_place_without_judged_runs_is_refused(two):
 def test_an_unknown_place_is_refused(two, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, two.path, "--replicate", "b")
-    assert "--replicate: got b, allowed is a place of" in capsys.readouterr().err
+    assert "PLACE: got b, allowed is one of" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, two.path, "--replicate", "a")
     assert "has a recommended form" in capsys.readouterr().err
