@@ -45,11 +45,8 @@ def test_a_selective_state_space_is_its_recurrence():
 
 @pytest.mark.parametrize("task", ["lstm", "ssm"])
 def test_readers_do_not_see_the_future(task):
-    shape = {
-        "lstm": lambda: (8, architectures.LSTM(8, 8, batch_first=True)),
-        "ssm": lambda: (8, architectures.Selective(8, 2, 4)),
-    }[task]()
-    model = architectures.Reader(*shape)
+    lstm, ssm = architectures.LSTM(8, 8, batch_first=True), architectures.Selective(8, 2, 4)
+    model = architectures.Reader(8, lstm if task == "lstm" else ssm)
     tokens = torch.randint(256, (2, 9))
     other = tokens.clone()
     other[:, 5:] = torch.randint(256, (2, 4))
