@@ -425,8 +425,9 @@ def of_sharpness(report):
 
 
 def of_generalisation(report):
-    """Held out against trained, for all settings that were tried on seed 0. A line goes through the
-    runs of the base; above the line, IRE generalises better at the same training loss."""
+    """What is reached on held-out data over the training loss, for all settings that were tried on
+    seed 0. Above the line through the runs of its base, IRE generalises better at the same training
+    loss."""
     quick = common.read_json(ROOT / "results" / "cifar-quick.json")
     points = {}  # {(panel, optimizer): [(training loss, held out)]}
     names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}

@@ -67,9 +67,10 @@ def hard(curvature, generator, *, kappa, gamma, random=False, only=None):
 def rows(curvature, generator, *, kappa, gamma, by, counts):
     """Whole rows of embedding and head take the longer steps.
 
-    by: "rarest": the rows of the tokens that stand least often in the training text, in each of the
-        two with as many coordinates as IRE's mask has there. "random": as many rows, drawn anew
-        with each set of factors. "frequent": all rows that "rarest" leaves out.
+    by: "rarest": the rows of the tokens that stand least often in the training text. In each of
+        the two there are so many that they have about as many coordinates as IRE's mask there.
+        "random": as many rows, drawn anew with each set of factors. "frequent": all that "rarest"
+        leaves out.
     counts: how often each token stands there, shape (vocabulary,).
     """
     factors = {}

@@ -232,9 +232,9 @@ def panels_of(heights, columns=1):
 
 
 def the_rates(report):
-    """Loss over the learning rate: a curve through the trials of each form on seed 0 with the best
-    warm-up at each rate, and a dot for each seed on which it was judged. The tuned forms where the
-    smaller model saw 16 sequences."""
+    """Loss over the learning rate, for the tuned forms of the smaller model with 16 sequences per
+    step. A curve goes through the best trial at each rate, on seed 0. Each dot is a seed on which
+    the form was judged."""
     rows = {(row["place"], row["form"]): row for row in report["gains"]}
     curves = best_at_each_rate(report, rows)
     if not curves:
@@ -411,9 +411,9 @@ def gain_in_words(row):
 
 
 def the_forms(report):
-    """The gains of all forms on top of their bases, the best first. A panel for each base and place
-    at which others than those of the first figure were judged; all panels have one axis. None while
-    there are no such forms."""
+    """The gains of all forms on top of their bases, the best first. A base has a panel for each
+    place at which forms were judged that the first figure does not show; all panels have one axis.
+    None while there are no such forms."""
     usual = in_first_figure(report)
     panels = {}
     rows = [row for row in report["gains"] if not re.search("again|live", row["form"])]

@@ -13,12 +13,12 @@ What the file holds
   optimizers.py on top of a base. It says what was expected of it before the runs.
 - fixed: settings that all runs share. grid, start: the values that searches try, and the first.
 - plan: which forms are run at which place, in this order, and on which seeds they are judged.
-- changed: place, forms, settings, factors, seeds: each of the settings of a tuned form times each
-  of the factors, to see whether it is tuned as far as it goes.
-  A sixth element holds settings that are changed in all of these runs.
+- changed: lines of place, forms, settings, factors, seeds. Each setting of a tuned form is
+  multiplied by each factor, to see whether a better value lies near. A sixth element of a line
+  holds settings that are changed in all of its runs.
 - predictions: written before the runs. recommended: the form that --replicate runs.
 - follow_ups: questions that runs have raised, with what was expected before the runs about them.
-- finished: the commit of this script that can still make the missing runs; now none are made.
+- finished: no more runs are made. The script at the commit named here could make them.
 - gains: what this script computes. runs: each with its settings and its commit.
 
 How a form is judged. At a place, the forms that are compared get the same number of trials in the
@@ -258,7 +258,7 @@ class Spent(Exception):
 
 
 def neighbour(grid, point, moves):
-    """The point so many places on, {setting: places}; None outside the grid."""
+    """The point that lies `moves` {setting: places} further on in the grid; None outside of it."""
     moved = dict(point)
     for name, move in moves.items():
         place = grid[name].index(point[name]) + move
@@ -269,9 +269,9 @@ def neighbour(grid, point, moves):
 
 
 def search(start, grid, loss, trials):
-    """The best of `trials` points of the grid {setting: values}: along one setting after the other
-    from `start`, then, when nothing along one setting is better, along pairs. Returns it with its
-    loss and the number of trials."""
+    """The best point that at most `trials` trials find in the grid {setting: values}, its loss, and
+    the number of trials made. The search goes from `start` along one setting after the other. Where
+    no such move is better, it goes along two settings at once."""
     tried = {}
 
     def value(point):
@@ -452,8 +452,8 @@ def pooled(rows, quantity, seeds):
 
 
 def luck(study, place, name, noise, draws=200):
-    """The spread of the loss of the trial that wins a search, if each loss on seed 0 were measured
-    anew with this noise."""
+    """How far chance decides a search: each loss on seed 0 gets this noise, again and again. The
+    spread of the loss, without noise, of the trial that then wins."""
     lends = lender(study, place, name)
     if lends:
         return luck(study, *lends, noise, draws)
@@ -559,8 +559,8 @@ def crossing(curve, target):
 
 
 def exponent(curve):
-    """b of the law E + A * length ** -b through three points {length: loss}; 0 where there is none
-    that falls ever more slowly."""
+    """b of the law E + A * length ** -b through three points {length: loss}; 0 where no law with
+    b > 0 goes through them."""
     if len(curve) < 3:
         return 0.0
     (x, y, z), (first, middle, last) = zip(*sorted(curve.items()), strict=True)
@@ -568,7 +568,7 @@ def exponent(curve):
         return 0.0
 
     def excess(b):
-        """Of the first fall over the second, by the law, over that of the points."""
+        """The ratio of the first fall to the second: the law's minus that of the points."""
         law = (x**-b - y**-b) / (y**-b - z**-b)
         return law - (first - middle) / (middle - last)
 
