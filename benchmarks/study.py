@@ -7,6 +7,7 @@
 
 What the file holds
 - places: a model, a text, a number of steps and a batch in sequences, each under a short name.
+  trials: how many the search of a form has there, where the form itself does not say.
   share_of_trials: the share of its trials that each form gets there; all of them if not given.
   borrows: the place whose tuned settings all forms take; then nothing is searched here.
 - forms: the optimizers that are compared. A form is a base ("adamw" or "muon"), or a rule of
@@ -21,12 +22,11 @@ What the file holds
 - finished: no more runs are made. The script at the commit named here could make them.
 - gains: what this script computes. runs: each with its settings and its commit.
 
-How a form is judged. At a place, the forms that are compared get the same number of trials in the
-same search, on seed 0. The search begins at the settings of the form `starts_at` at that place;
-where there is none, at those of the same form, or of its base, at the place `near`. A form that
-`borrows` takes the settings of another form and is not searched. Then other seeds are run. The
-gain is the validation loss of the form `against` minus the form's, seed by seed: positive is
-better.
+How a form is judged. A search at the place tries settings on seed 0. It begins at the settings of
+the form `starts_at` at that place, and its trials come on top of that form's. Where there is none,
+it begins at those of the same form, or of its base, at the place `near`. A form that `borrows`
+takes the settings of another form and is not searched. Then other seeds are run. The gain is the
+validation loss of the form `against` minus the form's, seed by seed: positive is better.
 
 A run is saved as soon as it is made; a signal ends the script without loss. Each run names its
 commit, and the table marks a gain between runs of two commits.
