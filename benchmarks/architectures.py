@@ -31,7 +31,7 @@ import train_gpt
 from ire import IRE, SoftIRE, kth_smallest
 from report import keep, table
 from sharpness import largest_eigenvalue
-from study import Study, half_interval, made, run_all
+from study import Study, half_interval, recorded, run_all
 from toy.common import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
 
 FLAT = 0.6  # the flat share for which the limit of kappa is computed
@@ -475,7 +475,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are small
     with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
-        study = Study.read(args.file, functools.partial(made, train))
+        study = Study.read(args.file, functools.partial(recorded, train))
         if not args.summary:
             run_all(study)
         study.save()

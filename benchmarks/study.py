@@ -232,7 +232,7 @@ def train(study, settings, out):
     return {"val_loss": loss, "data": hashlib.sha256(text.Data(c).train).hexdigest()[:12]}
 
 
-def made(train, study, settings):
+def recorded(train, study, settings):
     """Makes one run; returns what the file holds of it. Seconds are of the processor."""
     out = ROOT / "runs" / "study" / str(os.getpid())
     started = time.process_time()
@@ -680,7 +680,7 @@ def main():
     what.add_argument("--replicate", metavar="PLACE", help="fresh seeds of the recommended form")
     what.add_argument("--flat", metavar="PLACE", help="what IRE calls flat along a run of AdamW")
     args = parser.parse_args()
-    study = Study.read(args.file, partial(made, train))
+    study = Study.read(args.file, partial(recorded, train))
     places = study.plan["places"]
     place = args.flat or args.replicate
     if place and place not in places:

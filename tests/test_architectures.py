@@ -145,7 +145,7 @@ def test_a_small_run(place, form, kind, tmp_path, monkeypatch):
     own.plan["fixed"]["data"] = str(tmp_path / "text.txt")
     settings = {**own.plan["start"], **own.form(form)["settings"]}
     settings |= {"place": place, "form": form, "seed": 1}
-    run = study.made(architectures.train, own, settings)
+    run = study.recorded(architectures.train, own, settings)
     assert type(made[0]) is kind
     assert 0 < run["val_loss"] < 10 and 0 < run["zero_share"] < 1 and run["spread"] > 0
 

@@ -633,9 +633,9 @@ def test_trains_a_run_and_records_how(small, tmp_path, name):
         small.plan["forms"][own] = {**BASE, **form}
     settings = {"place": "250x4", "form": name, "lr": 1e-3, "warmup_fraction": 0.25, "seed": 1}
     settings |= {"head_lr": 4.0} if name == "rates" else {}
-    run = study.made(study.train, small, settings)
+    run = study.recorded(study.train, small, settings)
     assert math.isfinite(run["val_loss"])
-    base = study.made(study.train, small, {**settings, "form": "AdamW"})
+    base = study.recorded(study.train, small, {**settings, "form": "AdamW"})
     assert (run["val_loss"] == base["val_loss"]) == (name == "AdamW")
     assert {"cpu_seconds", "commit", "torch", "device", "threads", "data"} <= run.keys()
     c = study.config(small, settings, tmp_path)
