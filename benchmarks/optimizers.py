@@ -23,10 +23,6 @@ def kind_of(name):
     return next((kind for part, kind in kinds.items() if part in name), "ffn")
 
 
-def is_hidden(name):
-    return kind_of(name) in HIDDEN
-
-
 def is_table(name):
     """A matrix with a row for each token."""
     return kind_of(name) in ("embedding", "head")
@@ -87,7 +83,7 @@ def rows(curvature, generator, *, kappa, gamma, by, counts):
 
 def soft(curvature, generator, *, alpha, limit=4.0):
     """Hidden matrices: (v / median) ** -alpha, clamped, with mean 1."""
-    hidden = {name: v for name, v in curvature.items() if is_hidden(name)}
+    hidden = {name: v for name, v in curvature.items() if kind_of(name) in HIDDEN}
     median = flatten(hidden.values()).median().clamp_min(1e-30)
     raw = {name: (v / median).pow(-alpha).clamp(1 / limit, limit) for name, v in hidden.items()}
     mean = flatten(raw.values()).mean()
