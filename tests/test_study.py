@@ -647,6 +647,7 @@ def test_a_full_disk_is_said(small, monkeypatch, capsys):
         raise common.Halt("checkpoint.pt can't be written: No space left on device")
 
     monkeypatch.setattr(train_gpt, "train", full)
+    small.path = small.path.with_name("full.json")  # no other process has this study
     monkeypatch.setattr(sys, "argv", ["study.py", str(small.path)])
     del small.plan["finished"]
     small.save()
