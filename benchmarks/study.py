@@ -616,8 +616,8 @@ def replicate(study, place, seeds=FRESH_SEEDS):
     value, error = mean(losses[base][seed] - losses[name][seed] for seed in seeds)
     new, old = (error, len(seeds)), (row["gain_stderr"], len(row["seeds"]))
     apart = abs(value - row["gain"])
-    allowed = half_interval(new, old)
-    agrees = apart <= allowed
+    by_chance = half_interval(new, old)
+    agrees = apart <= by_chance
     texts = {run.get("data") for run in study.runs if run["settings"]["place"] == place}
     if not {run.get("data") for run in fresh.runs if run["settings"]["place"] == place} <= texts:
         print("The text is another one than the file's: losses differ, gains may be compared.")
@@ -629,7 +629,7 @@ def replicate(study, place, seeds=FRESH_SEEDS):
         f"  in the file  {row['gain']:+.4f} ± {half_interval(old):.4f}, {len(row['seeds'])} pairs"
     )
     word = "agree" if agrees else "do NOT agree"
-    print(f"The two {word}: they differ by {apart:.4f}, and chance allows {allowed:.4f} (Welch).")
+    print(f"The two {word}: they differ by {apart:.4f}, and chance allows {by_chance:.4f} (Welch).")
     return agrees
 
 
