@@ -424,9 +424,10 @@ def gains(study):
 
 
 def gains_of_changes(study):
-    """The gain of each changed setting on top of the tuned form itself, seed by seed."""
+    """The gain of each changed setting on top of the tuned form itself, seed by seed. Where two
+    lines of the plan make the same change, the seeds of the later line count."""
     study = study.only_held()
-    rows = []
+    rows = {}
     for place, name, changed, seeds in changes(study):
         with contextlib.suppress(NotHeld):
             losses = judged(study, place, name, seeds, **changed)
@@ -436,8 +437,8 @@ def gains_of_changes(study):
                 row["gain"], row["gain_stderr"] = mean(
                     reference[seed] - loss for seed, loss in losses.items()
                 )
-                rows.append(row)
-    return rows
+                rows[place, name, key(changed)] = row
+    return list(rows.values())
 
 
 def pooled(rows, quantity, seeds):
