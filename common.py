@@ -533,8 +533,10 @@ class Run(contextlib.ExitStack):
 
     def asked_to_stop(self):
         """Returns whether a signal came to any rank."""
-        self.signal = int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
-        return self.signal > 0
+        number = int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
+        if number:  # a signal that comes during the line above stays for the next step
+            self.signal = number
+        return number > 0
 
     def stopped(self):
         """Returns what a script raises after a signal."""

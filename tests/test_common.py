@@ -184,6 +184,19 @@ def test_signals(number, code):
     assert saved["step"] == log()[-1][0]
 
 
+def test_a_signal_while_the_ranks_wait_for_each_other(monkeypatch):
+    run = common.Run(common.Settings(out="runs/none"), 1)
+    over_ranks = common.over_ranks
+
+    def late(values, op):
+        found = over_ranks(values, op)
+        run.on_signal(signal.SIGTERM, None)
+        return found
+
+    monkeypatch.setattr(common, "over_ranks", late)
+    assert [run.asked_to_stop(), run.asked_to_stop()] == [False, True]
+
+
 def test_a_run_without_a_checkpoint_cannot_go_on():
     run = common.Run(common.Settings(out="runs/none"), 1)
     assert "--resume" not in str(run.stopped())
