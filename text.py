@@ -228,8 +228,9 @@ class Data:
         for first in range(RANK * c.micro_batch, len(starts), RANKS * c.micro_batch):
             at = starts[first : first + c.micro_batch, None] + np.arange(c.context + 1)
             rows = torch.from_numpy(tokens[at].astype(np.int64))
-            rows = rows.pin_memory() if c.device == "cuda" else rows
-            rows = rows.to(c.device, non_blocking=True)
+            cuda = c.device == "cuda"
+            rows = rows.pin_memory() if cuda else rows
+            rows = rows.to(c.device, non_blocking=cuda)  # on a Mac such a copy can be wrong
             yield rows[:, :-1], rows[:, 1:]
 
     def batch(self, step):

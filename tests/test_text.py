@@ -272,6 +272,22 @@ def test_batches_do_not_depend_on_the_ranks(monkeypatch):
     assert sum(len(x) for x, _ in data.validation()) * 3 == 12
 
 
+def test_a_mac_waits_for_the_copy_of_a_batch(monkeypatch):
+    """See https://github.com/pytorch/pytorch/issues/189690."""
+    c = settings(data="text.txt")
+    data = text.Data(c)
+    copies = []
+
+    def to(x, device, non_blocking=False):
+        copies.append((device, non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    c.device = "mps"
+    data.batch(0)
+    assert copies == [("mps", False)]
+
+
 # ----------------------------------------------------------------------------------------- gpt2
 @pytest.fixture
 def vocabulary(here, monkeypatch):
