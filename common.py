@@ -160,7 +160,9 @@ def collect(config_class, typed):
         new = asked.get(f.name, value)
         if new != value and not f.metadata["resume"]:
             raise BadInput(f"{flag(f.name)}: got {new}, allowed is {value}, as {folder} began")
-        if not f.metadata["command"]:
+        # What a script has chosen for its ranks and its machine is chosen again.
+        chosen = f.default is None and f.metadata["resume"] and f.name not in saved["given"]
+        if not (chosen or f.metadata["command"]):
             saved[f.name] = value
     return saved | asked | {"out": folder}
 

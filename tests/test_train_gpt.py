@@ -420,6 +420,16 @@ def test_steps_may_change_where_the_schedule_so_far_does_not(schedule, stop, ste
     assert same(checkpoint(RUN), checkpoint("whole"))
 
 
+@pytest.mark.parametrize("given, micro_batch", (({}, 2), ({"micro_batch": 1}, 1)))
+def test_resume_on_more_ranks_chooses_the_micro_batch_again(monkeypatch, given, micro_batch):
+    c = train_gpt.complete(train_gpt.Config(**SMALL, **given, given=list(given), out="a"))
+    Path("a").mkdir()
+    torch.save({"config": dataclasses.asdict(c), "step": 1}, "a/checkpoint.pt")
+    monkeypatch.setattr(common, "RANKS", 2)
+    c = train_gpt.complete(train_gpt.configure({"resume": True, "out": "a"}))
+    assert c.micro_batch == micro_batch
+
+
 # ------------------------------------------------------------------- losses that are not finite
 def poison(optimizer):
     with torch.no_grad():
