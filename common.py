@@ -568,7 +568,10 @@ def main(config_class, description, command, arguments=None, memory="lower --bat
     except ModuleNotFoundError as e:
         code = 2
         text = f"{e.name} is missing: pip install {e.name}"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not full and "DefaultCPUAllocator" not in str(e):  # torch has no other sign on a CPU
+            raise
         code = 1
         text = f"out of memory: {memory}"
     if LOCAL_RANK > 0 and code > 128:  # a signal, and the first rank says so

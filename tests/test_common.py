@@ -266,11 +266,15 @@ def test_a_loss_that_is_not_finite():
     )
 
 
+FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")  # torch's words
+
+
 @pytest.mark.parametrize(
     "error, code, says",
     (
         (MemoryError(), 1, "out of memory: take fewer numbers"),
         (torch.OutOfMemoryError(), 1, "out of memory: take fewer numbers"),
+        (FULL, 1, "out of memory: take fewer numbers"),
         (ModuleNotFoundError(name="wandb"), 2, "wandb is missing: pip install wandb"),
         (OSError("no such disk"), 1, "no such disk"),
         (KeyboardInterrupt(), 130, "stopped"),
@@ -282,9 +286,10 @@ def test_errors_of_one_line(monkeypatch, error, code, says):
     assert found == code and err.count("\n") == 1 and err.endswith(f": {says}\n"), err
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(common, "choose_device", lambda c: [][1])
-    with pytest.raises(IndexError):
+@pytest.mark.parametrize("error", (IndexError(), RuntimeError("of another kind")))
+def test_other_errors_keep_their_traceback(monkeypatch, error):
+    monkeypatch.setattr(common, "choose_device", lambda c: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
         small()
 
 
