@@ -177,7 +177,8 @@ class Data:
     """Holds tokens in memory-mapped files. A batch is a function of seed and step, so a resumed run
     sees the same batches.
 
-    tokens: what they mean, {"tokenizer": ..., "vocab": ...}. vocab: the rows of an embedding.
+    tokens: what they mean, {"tokenizer": ..., "vocab": ...}. codec: for these tokens, made here so
+    that a missing tokenizer is no surprise after the training. vocab: the rows of an embedding.
     sha256: of all tokens, or of a sample where there are many.
     """
 
@@ -191,6 +192,7 @@ class Data:
             meta = common.read_json(folder / "meta.json")
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
             self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
+        self.codec = Codec(**self.tokens)
         self.vocab = padded(self.tokens["vocab"])
         self.sha256 = self.checksum()
 

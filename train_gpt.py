@@ -520,7 +520,7 @@ def export(job, folder):
     """Writes the folder hf, for transformers."""
     weights = states.get_model_state_dict(job.model, options=WHOLE)
     if common.RANK == 0:
-        hf.write(folder, weights, job.c, job.data.vocab, text.Codec(**job.data.tokens))
+        hf.write(folder, weights, job.c, job.data.vocab, job.data.codec)
 
 
 # ---------------------------------------------------------------------------------- comparison

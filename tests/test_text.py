@@ -139,6 +139,13 @@ def test_resume_refuses_other_tokens(part):
     assert code == 2 and "--data: got 'ready', allowed is the text that a began with" in err
 
 
+def test_prepared_tokens_whose_tokenizer_is_missing(monkeypatch):
+    """The run wants it at the end, for the sample and the folder hf."""
+    prepared(tokenizer="gpt2", vocab_size=50257)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    GPT.refused("--data ready", "tiktoken is missing: pip install tiktoken")
+
+
 # ---------------------------------------------------------------------------------------- texts
 def test_folder_of_text_files():
     """Every twentieth of 20 and more files is held out, whole. Hidden files stay hidden."""
