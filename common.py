@@ -152,7 +152,7 @@ def collect(config_class, typed):
     asked |= typed
     if not typed.get("resume"):
         return asked | {"given": sorted(asked)}
-    folder = typed.get("out") or newest_run(f"{config_class.home}*")
+    folder = typed["out"] if "out" in typed else newest_run(f"{config_class.home}*")
     before = read_checkpoint(folder, mmap=True)["config"]
     saved = {"given": sorted({*before.get("given", ()), *asked})}
     for f in fields(config_class):
@@ -410,7 +410,7 @@ def settings_of_runs(home, typed, changes, configure):
     """Returns OUT and the settings of several runs, each in OUT/NAME. On --resume all of them take
     the settings of the first, and go on or begin. changes: {NAME: what this run has of its own}."""
     out = typed.get("out")
-    if not out and typed.get("resume"):
+    if out is None and typed.get("resume"):
         out = Path(newest_run(f"{home}*/*")).parent
     out = Path(out or free_folder(home))
     first = next(iter(changes))

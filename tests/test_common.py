@@ -51,6 +51,7 @@ def log(folder=RUN):
         ("--lr=1 --opt=sgd", ("arguments: --opt=sgd", "--help")),
         ("--steps", ("--steps", "expected one argument")),
         ("--out ''", ("--out", "got ''", "not empty")),
+        ("--resume --out ''", ("checkpoint.pt can't be read",)),
         ("--device cuda", ("--device", "got 'cuda'", "this machine has: .*cpu")),
         ("--dtype float16 --device cpu", ("--dtype", "got 'float16'", "bfloat16")),
         ("--resume --out a", ("a/checkpoint.pt can't be read as the checkpoint of a run",)),
