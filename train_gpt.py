@@ -295,6 +295,8 @@ def train(c, make_optimizer=make_optimizer):
             job.optimizer.zero_grad()
         loop(run, job)
         export(job, run.out / "hf")
+        if run.asked_to_stop():  # during or after the last step: no other run begins
+            raise run.stopped()
     reached = {"steps": job.step, "val_loss": job.val_loss, "seconds": run.seconds}
     rate = job.step * c.batch_size * c.context / run.seconds
     return dataclasses.asdict(c) | reached | {"tokens_per_second": rate}

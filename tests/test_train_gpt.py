@@ -547,9 +547,10 @@ def test_compare():
     GPT.refused(f"{TINY} --out runs/compare --compare", "--out: got 'runs/compare/adamw'")
 
 
-@pytest.mark.parametrize("step", (7, 12 + 7))
+@pytest.mark.parametrize("step", (7, 12, 12 + 7))
 def test_compare_goes_on_without_its_settings(step):
-    """Ctrl-C in either run, then only `--compare --resume`: as if never stopped."""
+    """Ctrl-C in either run or in the last step of the first, then only `--compare --resume`: as if
+    never stopped."""
     GPT.done(f"{TINY} --compare --out whole")
     GPT.stopped(f"{TINY} --compare", step)
     GPT.done("--compare --resume")
