@@ -45,11 +45,14 @@ def tokenizer_files(codec, context):
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": about}
 
 
+# GPT-2's vocabulary file writes each byte as a letter: itself if visible, or one from 256 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [i for i in range(256) if i not in VISIBLE]
+LETTERS = {i: chr(i) for i in VISIBLE} | {i: chr(n) for n, i in enumerate(HIDDEN, 256)}
+
+
 def printable(token):
-    """Writes bytes as GPT-2's vocabulary file does, with one visible letter for each byte."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [i for i in range(256) if i not in visible]
-    return "".join(chr(i if i in visible else 256 + hidden.index(i)) for i in token)
+    return "".join(LETTERS[byte] for byte in token)
 
 
 def halves(token, ranks):
