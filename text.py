@@ -187,8 +187,8 @@ class Data:
         common.over_ranks([0])  # the other ranks find the tokens made
         self.c = c
         folder = folder or prepare(c)
-        meta = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
-        with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {meta}"):
+        about = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
+        with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {about}"):
             meta = common.read_json(folder / "meta.json")
             self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
             self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
@@ -197,14 +197,15 @@ class Data:
         self.sha256 = self.checksum()
 
     def read(self, folder, meta, part):
-        """Returns the tokens in a file. Their number, or else their type, says how wide each is."""
+        """Returns the tokens in a file. Their number in meta.json tells the bytes of each. Without
+        a number, their dtype does."""
         path = folder / f"{part}.bin"
         size = path.stat().st_size
         n = meta.get(f"{part}_tokens")
         width = size / n if n else {"uint16": 2, "uint32": 4}[meta["dtype"]]
         fits = width in (2, 4) and size % width == 0
-        fitting = f"{part}_tokens of 2 or 4 bytes, as meta.json says"
-        check(self.c, "data", fits, f"{path} of {size:,} bytes with {fitting}")
+        fitting = f"tokens of 2 or 4 bytes, as meta.json says; {path} has {size:,} bytes"
+        check(self.c, "data", fits, fitting)
         count = size // int(width)
         more = f"more text: {part} has {count} tokens, no more than one --context"
         check(self.c, "data", count > self.c.context, f"{more} of {self.c.context}")

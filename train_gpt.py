@@ -183,7 +183,7 @@ def complete(c):
     check(c, "batch_size", not rest, f"a multiple of the {common.RANKS} ranks")
     c.micro_batch = c.micro_batch or largest_micro_batch(c, share)
     divides = share % c.micro_batch == 0
-    check(c, "micro_batch", divides, f"a divisor of --batch-size over {common.RANKS} rank(s)")
+    check(c, "micro_batch", divides, f"a divisor of {share}, a rank's share of --batch-size")
     most = share // c.micro_batch
     check(c, "probe_batches", (c.probe_batches or 1) <= most, f"1 to {most}, those of a step")
     check_settings(c)

@@ -87,7 +87,7 @@ def test_token_files_of_either_size(dtype, meta):
         ({"train": [1] * 99 + [256]}, {}, "below vocab_size, 256, in .*train.bin.*has 256"),
         ({"val": [1] * 99 + [65535]}, {}, "below vocab_size, 256, in .*val.bin.*has 65535"),
         ({"train": [1] * 32}, {}, "train has 32 tokens, no more than one --context of 32"),
-        ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin of 198 bytes"),
+        ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin has 198 bytes"),
         ({"stored": "int64"}, {"dtype": None, "train_tokens": 22536}, "tokens of 2 or 4 bytes"),
         ({"stored": "int64"}, {"dtype": "int64"}, "dtype .uint16 or uint32.*KeyError: 'int64'"),
         ({"stored": "float32"}, {"dtype": None, "train_tokens": 22536, "val_tokens": 200}, "below"),
@@ -104,7 +104,7 @@ def test_prepared_folder_that_does_not_fit(values, meta, says):
 @pytest.mark.parametrize(
     "name, content, says",
     (
-        ("train.bin", TEXT[:101], "train.bin of 101 bytes"),
+        ("train.bin", TEXT[:101], "train.bin has 101 bytes"),
         ("val.bin", None, "No such file.*ready/val.bin"),
         ("meta.json", None, "No such file.*ready/meta.json"),
         ("meta.json", b'{"vocab_size": 2', "JSONDecodeError"),

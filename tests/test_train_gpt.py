@@ -301,7 +301,7 @@ def test_intervals_fit_the_length_of_a_run():
         ("--layers 2000000000", ("--layers: got 2000000000", "1 to 2.20")),
         ("--warmup 1000", ("--warmup: got 1000", "0 to --steps - 1, 999")),
         ("--ire-warmup 1000", ("--ire-warmup: got 1000", "the base alone")),
-        ("--micro-batch 3", ("--micro-batch: got 3", "a divisor of --batch-size")),
+        ("--micro-batch 3", ("--micro-batch: got 3", "a divisor of 16")),
         ("--curvature fisher --probe-batches 2", ("--probe-batches: got 2", "1 to 1")),
         ("--fsdp", ("--fsdp: got True", "without torchrun")),
         ("--gamma 1", ("--gamma: got 1.0", "above 0 and below 1")),
