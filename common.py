@@ -145,9 +145,10 @@ def flag(name):
 
 
 def collect(config_class, typed):
-    """Returns the settings that a user gives: of the run that goes on < --config < typed. A script
-    puts its own defaults below them: Config(**preset | common.collect(Config, typed)). Raises
-    BadInput where a setting would change the run that goes on."""
+    """Returns the settings that a user has set. What is typed counts before --config, and --config
+    before the run that goes on. A script puts its own defaults below these settings:
+    Config(**preset | common.collect(Config, typed)). Raises BadInput where a new value would change
+    the run that goes on."""
     asked = read_config(config_class, typed["config"]) if "config" in typed else {}
     asked |= typed
     if not typed.get("resume"):
@@ -181,8 +182,8 @@ def read_config(config_class, path):
 
 
 def refuse_unread(config_class, typed, parts, by):
-    """Raises BadInput where none of these parts of an optimizer reads a typed flag. A setting from
-    a file may be there for another optimizer."""
+    """Raises BadInput for a typed flag that none of these parts of an optimizer reads. A setting in
+    a file is not refused: it may be there for another optimizer. by: the optimizer in words."""
     for f in fields(config_class):
         of = f.metadata["of"]
         if f.name in typed and of and not set(of) & set(parts):
@@ -303,7 +304,7 @@ def environment():
 
 # --------------------------------------------------------------------------------------- files
 def write_atomically(path, write):
-    """Replaces a file by what write(file) writes, as a whole or, if anything fails, not at all."""
+    """Replaces a file by what write(file) writes. If anything fails, the old file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -428,7 +429,7 @@ class Run(contextlib.ExitStack):
     process gets into the folder. Ctrl-C and SIGTERM wait until the script calls asked_to_stop().
 
     seconds: of training so far, between start_clock() and stop_clock().
-    kept: where the last checkpoint was written.
+    kept: the last checkpoint in words, such as "step 100".
     """
 
     def __init__(self, c, steps):

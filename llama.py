@@ -56,8 +56,8 @@ def normalise(x):
 
 
 def project(x, norm, *layers):
-    """Computes several linear layers as one. The weights take the gains of the norm before the
-    layers, since weights are fewer numbers than x."""
+    """Computes several linear layers as one. The gains of the norm before the layers multiply the
+    weights and not x, since the weights are fewer numbers."""
     return F.linear(x, torch.cat([layer.weight for layer in layers]) * norm.weight)
 
 
