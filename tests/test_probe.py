@@ -14,6 +14,7 @@ from training import (
     backward,
     batch,
     by_curvature,
+    each_wrapper,
     equal,
     flat_counts,
     make_model,
@@ -29,7 +30,6 @@ import ire
 from ire import (
     IRE,
     SAM,
-    SoftIRE,
     frozen_batch_norm,
     sampled_binary_cross_entropy,
     sampled_cross_entropy,
@@ -42,7 +42,7 @@ def SGDIRE(params, **settings):
 
 
 # ---------------------------------------------------------------- when it is due
-@pytest.mark.parametrize("wrap", [lambda base: IRE(base, kappa=1, gamma=0.5), SoftIRE])
+@each_wrapper
 def test_a_probe_without_fisher_is_refused(wrap):
     """A loop copied from the paper must not become something else in silence."""
     model = make_model()
@@ -53,12 +53,10 @@ def test_a_probe_without_fisher_is_refused(wrap):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "cls", [SoftIRE, lambda base, **settings: IRE(base, gamma=0.5, **settings)]
-)
-def test_a_probe_at_kappa_0_does_nothing(cls):
+@each_wrapper
+def test_a_probe_at_kappa_0_does_nothing(wrap):
     model = make_model()
-    opt = cls(SGD(model.parameters(), 0.1), kappa=0.0, curvature="fisher")
+    opt = wrap(SGD(model.parameters(), 0.1), kappa=0.0, curvature="fisher")
     probe(model, opt)
     with opt.probe():  # nothing is ranked, so no gradient is missing
         pass

@@ -218,19 +218,6 @@ def test_the_factors_do_not_depend_on_the_scale_of_the_loss(scale, cls):
     torch.testing.assert_close(factor, expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [0.0, float("nan")])
-def test_squares_that_say_nothing_are_said_and_the_last_factors_go_on(wrong):
-    p, q = parameters(5, 5)
-    opt = SoftIRE(torch.optim.Adam([p, q], 0.01), interval=1)
-    expected = factors_after(opt, [{p: uniform(0, 5), q: uniform(1, 5)}])
-    for x in (p, q):
-        opt.state[x]["exp_avg_sq"].fill_(wrong)
-    zero = torch.zeros(5, 1)
-    with pytest.warns(UserWarning, match="SoftIRE: the threshold of .* last mask stays"):
-        factor = factors_after(opt, [{p: zero, q: zero}])
-    assert equal(factor.values(), expected.values())
-
-
 def test_a_second_moment_that_is_not_a_number_is_sharp():
     p, q = parameters(4, 1)
     opt = SoftIRE(torch.optim.Adam([p, q], 0.01), interval=1)

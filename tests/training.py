@@ -2,12 +2,13 @@
 
 import io
 
+import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim import SGD, AdamW
 
-from ire import SAM, sampled_cross_entropy
+from ire import IRE, SAM, SoftIRE, sampled_cross_entropy
 
 # Mask at steps 2, 5, 8, ...
 SETTINGS = dict(kappa=2, gamma=0.6, interval=3, warmup=2)
@@ -121,3 +122,8 @@ BASES = {
     "sam": lambda p: SAM(AdamW(p, 0.01, eps=1e-5), rho=0.1),
     "adaptive sam": lambda p: SAM(SGD(p, 0.1, momentum=0.9), rho=0.1, adaptive=True),
 }
+WRAPPERS = {
+    "IRE": lambda base, **settings: IRE(base, **{"kappa": 1, "gamma": 0.5, **settings}),
+    "SoftIRE": SoftIRE,
+}
+each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
