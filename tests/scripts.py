@@ -12,8 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
 
 
 class Script:

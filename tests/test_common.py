@@ -22,12 +22,7 @@ import common
 RUN = Path("runs/small")
 SMALL = Script(small_script)
 small, done, refused, start = SMALL.run, SMALL.done, SMALL.refused, SMALL.start
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def walked(folder=RUN):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import muon
 
 import common
 import train_cifar
@@ -35,8 +36,7 @@ if not CPU and not torch.cuda.is_available():
     pytest.skip("no GPU, or a hidden one; DEVICE=cpu checks these tests", allow_module_level=True)
 
 only_cuda = pytest.mark.skipif(CPU, reason="of the GPU alone")
-has_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
-muon, soft = (pytest.param(name, marks=has_muon) for name in ("muon-ire", "muon-soft"))
+muon_ire, muon_soft = (pytest.param(name, marks=muon) for name in ("muon-ire", "muon-soft"))
 eager_and_compiled = pytest.mark.parametrize(
     "compiled", (False, pytest.param(True, marks=only_cuda)), ids=("eager", "compiled")
 )
@@ -123,7 +123,7 @@ def test_masks_are_the_cpus_and_steps_close_to_them(fused):
 
 
 @eager_and_compiled
-@pytest.mark.parametrize("optimizer", ("adamw", "admire", muon, soft))
+@pytest.mark.parametrize("optimizer", ("adamw", "admire", muon_ire, muon_soft))
 def test_a_training_step_never_waits(tmp_path, optimizer, compiled):
     job = language_model(tmp_path, optimizer=optimizer, compile=compiled)
     for mode in ("default", "error", "error"):  # the first makes masks
@@ -211,7 +211,7 @@ def test_float16_skips_a_step_that_overflows_as_adamw_does():
     assert optimizers[1].param_groups[0]["ire_step"] == 7
 
 
-@pytest.mark.parametrize("optimizer", ("admire", muon, soft))
+@pytest.mark.parametrize("optimizer", ("admire", muon_ire, muon_soft))
 def test_deterministic_kernels_are_all_there_and_repeat(tmp_path, optimizer):
     weights = []
     for _ in range(2):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import checkpoint, same, torchrun
+from scripts import TEXT, checkpoint, muon, same, torchrun
 
 import common
 
 SCRIPT = Path(common.__file__).with_name("train_gpt.py")
-TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
 FLAGS = (
     "--data ../text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 16 "
     "--micro-batch 1 --steps 12 --warmup 2 --log-interval 4 --eval-interval 5 "
@@ -28,7 +27,6 @@ FLAGS = (
 fsdp = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="torch 2.6: FSDP2 does not run on a CPU"
 )
-muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
 pytestmark = pytest.mark.slow
 
 

@@ -10,24 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import Script, files
+from scripts import TEXT, Script, files
 
 import text
 import train_gpt
 
-TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
 TINY = (
     "--layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 --steps 2 --warmup 1 "
     "--eval-sequences 8 --tokens 5 "
 )
 GPT = Script(train_gpt, TINY)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_bytes(TEXT)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def settings(**typed):

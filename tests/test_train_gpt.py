@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import Script, checkpoint, files, in_step, same
+from scripts import TEXT, Script, checkpoint, files, in_step, muon, same
 
 import common
 import llama
@@ -24,7 +24,6 @@ import text
 import train_gpt
 from ire import IRE, SoftIRE, hidden_matrices, sampled_cross_entropy
 
-TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
 TINY = (
     "--data text.txt --layers 1 --width 32 --heads 2 --ffn 64 --context 32 --batch-size 4 "
     "--steps 12 --warmup 2 --interval 3 --log-interval 4 --eval-interval 5 --eval-sequences 8 "
@@ -33,17 +32,10 @@ TINY = (
 SMALL = {"layers": 1, "width": 32, "heads": 2, "ffn": 64, "context": 32, "batch_size": 4}
 RUN = Path("runs/gpt")
 GPT = Script(train_gpt)
-muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # -------------------------------------------------------------------------------- helpers
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_bytes(TEXT)
-    return tmp_path
-
-
 def trained(flags="", optimizer="admire"):
     """A run in runs/gpt, or in another --out, which must end well: stdout."""
     return GPT.done(command(flags, optimizer))
