@@ -517,12 +517,13 @@ def test_compare():
     GPT.refused(f"{TINY} --out runs/compare --compare", "--out: got 'runs/compare/adamw'")
 
 
-@pytest.mark.parametrize("step", (7, 12, 12 + 7))
-def test_compare_goes_on_without_its_settings(step):
-    """Ctrl-C in either run or in the last step of the first, then only `--compare --resume`: as if
-    never stopped."""
+def test_compare_goes_on_without_its_settings():
+    """Ctrl-C in the first run, in its last step and in the second run, then only
+    `--compare --resume`: as if never stopped."""
     GPT.done(f"{TINY} --compare --out whole")
-    GPT.stopped(f"{TINY} --compare", step)
+    GPT.stopped(f"{TINY} --compare", 7)
+    GPT.stopped("--compare --resume", 5)  # the last of 12
+    GPT.stopped("--compare --resume", 7)
     GPT.done("--compare --resume")
     for name in ("adamw", "adamw-soft"):
         assert same(checkpoint(f"runs/compare/{name}"), checkpoint(f"whole/{name}"))
