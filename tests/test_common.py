@@ -115,17 +115,6 @@ def test_a_gpu_without_a_compiler(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------- resume
-def test_a_run_that_goes_on_ends_with_the_same_bits():
-    done("--out a")
-    done("--steps 10 --out b")
-    saved = torch.load("b/checkpoint.pt", weights_only=True)
-    with open("b/log.jsonl", "a") as f:
-        f.write('{"step": 11, "lo')  # a kill in the middle of a line
-    assert saved["step"] == 10
-    done("--resume --out b")
-    assert torch.equal(walked(Path("a")), walked(Path("b"))) and log("a") == log("b")
-
-
 def test_resume_refuses_a_changed_setting_by_name():
     done()
     refused("--resume --out runs/small --lr 0.2", "--lr: got 0.2", "0.1, as runs/small began")
@@ -230,18 +219,24 @@ def test_a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
+def test_a_run_that_a_full_disk_stops_goes_on_to_the_same_bits(monkeypatch):
+    done("--out whole")
     calls = itertools.count(1)
 
     def fsync(handle):
         if next(calls) == 3:  # after config.json and a checkpoint
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    code, _, err = small("--save-interval 4")
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", fsync)
+        code, _, err = small("--save-interval 4")
     assert code == 1 and err.count("\n") == 1 and "last checkpoint: step 4" in err, err
     assert torch.load(RUN / "checkpoint.pt", weights_only=True)["step"] == 4
     assert not list(RUN.glob("*.part"))
+    with open(RUN / "log.jsonl", "a") as f:
+        f.write('{"step": 9, "lo')  # a kill in the middle of a line
+    done("--resume")
+    assert torch.equal(walked(), walked(Path("whole"))) and log() == log("whole")
 
 
 def test_a_second_process_is_refused():
