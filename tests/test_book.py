@@ -136,26 +136,10 @@ def test_works_that_notebooks_cite_are_in_the_references():
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     out = tmp_path_factory.mktemp("book")
-    build = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import jupyter_book.cli.main as jb; jb.main()",
-            "build",
-            ".",
-            "--config",
-            "book/_config.yml",
-            "--toc",
-            "book/_toc.yml",
-            "-W",
-            "--keep-going",
-            "--path-output",
-            out,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    book = [sys.executable, "-c", "import jupyter_book.cli.main as jb; jb.main()"]
+    flags = "--config book/_config.yml --toc book/_toc.yml -W --keep-going --path-output"
+    command = [*book, "build", ".", *flags.split(), out]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0 and (out / "_build/html").is_dir(), "\n".join(
         re.findall(".*(?:WARNING|ERROR|rror:).*", build.stderr + build.stdout)
     )
@@ -228,11 +212,8 @@ def test_the_api_page_has_every_public_name(book):
         for node in ast.parse((ROOT / "ire.py").read_text()).body
         if getattr(node, "name", "_")[0] != "_"
     ]
-    assert {f"ire.{node.name}" for node in public} | {
-        "ire.IRE.probe",
-        "ire.IRE.step",
-        "ire.SAM.step",
-    } <= page.ids
+    names = {f"ire.{node.name}" for node in public}
+    assert names | {"ire.IRE.probe", "ire.IRE.step", "ire.SAM.step"} <= page.ids
     for node in public:
         words = re.sub(r"[`\s]+", " ", ast.get_docstring(node) or "").split(". ")[0]
         assert re.sub(r"\W", "", words) in re.sub(r"\W", "", page.text), node.name
