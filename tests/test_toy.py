@@ -1,8 +1,9 @@
 """What the toys print is held to theory. Each toy runs once."""
 
 import math
-import subprocess
+import runpy
 import sys
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -47,12 +48,17 @@ def test_valley_is_animated(run):
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=name_of)
-def test_is_a_script_that_works_in_any_directory(toy, tmp_path):
+def test_is_a_script_that_works_in_any_directory(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [toy.__file__, "--help"])
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if Path(x).resolve() != ROOT])
+    for module in [x for x in sys.modules if x.split(".")[0] in ("toy", "ire")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(toy.__file__, run_name="__main__")
     name = name_of(toy)
-    command = [sys.executable, ROOT / f"toy/{name}.py", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert f"toy-{name}.png" in done.stdout and f"python toy/{name}.py" in done.stdout
+    shown = capsys.readouterr().out
+    assert f"toy-{name}.png" in shown and f"python toy/{name}.py" in shown
     assert list(tmp_path.iterdir()) == []
 
 
