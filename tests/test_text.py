@@ -194,18 +194,19 @@ def test_text_that_is_too_short():
     assert code == 2 and "--context of 30000" in err and not Path("runs").exists(), err
 
 
-def test_files_without_text_are_left_out_and_named():
+def test_files_without_text_are_left_out_and_named(capsys):
     Path("texts").mkdir()
     Path("texts/a.txt").write_bytes(TEXT)
     Path("texts/b.png").write_bytes(b"\x89PNG\0\0")
-    assert "1 files without text, such as texts/b.png" in GPT.done("--data texts")
+    prepare(data="texts")
+    assert "1 files without text, such as texts/b.png" in capsys.readouterr().out
 
 
 def test_text_of_other_languages_is_text():
-    Path("text.txt").write_text("né à 世界 🙂\n" * 500, encoding="utf-8")
-    GPT.done("--data text.txt")
-    Path("text.txt").write_bytes("né à côté\n".encode("latin-1") * 500)
-    GPT.done("--data text.txt")
+    for line in ("né à 世界 🙂\n".encode(), "né à côté\n".encode("latin-1")):
+        Path("text.txt").write_bytes(line * 500)
+        folder = prepare(data="text.txt")
+        assert bytes(tokens(folder, "train") + tokens(folder, "val")) == line * 500
 
 
 @pytest.mark.parametrize("flags", ("--out texts/run", "--out b --data-dir texts/data"))
@@ -247,7 +248,7 @@ def test_shakespeare_without_network(monkeypatch):
     code, _, err = GPT.run("--data shakespeare")
     assert code == 2 and "--data: put the text at data/shakespeare.txt; https:" in err, err
     Path("data/shakespeare.txt").write_bytes(TEXT)  # as the line says
-    GPT.done("--data shakespeare")
+    assert tokens(prepare(data="shakespeare"), "train")
 
 
 # -------------------------------------------------------------------------------------- batches
