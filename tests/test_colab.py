@@ -81,26 +81,18 @@ def test_on_colab_it_fetches_once(tmp_path):
     assert "Upload the repository's folder" in lost.stderr and "Traceback" not in lost.stderr
 
 
-def first_cells(path):
-    cells = json.loads(path.read_text())["cells"]
-    return [next(c for c in cells if c["cell_type"] == kind) for kind in ("markdown", "code")]
-
-
-def copy_of_book(folder):
-    for name in ("book", "tutorials"):
-        shutil.copytree(ROOT / name, folder / name)
-    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
-    return sorted((folder / "tutorials").glob("*.ipynb"))
-
-
 def test_one_command_sets_the_links_to_colab_and_takes_them_back(tmp_path):
-    notebooks = copy_of_book(tmp_path)
+    for name in ("book", "tutorials"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     kinds = (".ipynb", ".md", ".yml", ".toml", ".cff")
     before = {path: path.read_text() for path in tmp_path.rglob("*") if path.suffix in kinds}
     pages.set_address("https://github.com/somebody/something", tmp_path)
-    for path in notebooks:
-        text, code = first_cells(path)
+    for path in (tmp_path / "tutorials").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        text = next(c for c in cells if c["cell_type"] == "markdown")
+        code = next(c for c in cells if c["cell_type"] == "code")
         link = "(https://colab.research.google.com/github/somebody/something/blob/main/tutorials/"
         assert "".join(text["source"]).endswith(f"{link}{path.name}).")
         assert 'address = "https://github.com/somebody/something"\n' in code["source"]
