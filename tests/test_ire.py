@@ -459,7 +459,7 @@ def test_a_group_keeps_its_kappa_when_a_bare_state_is_loaded():
 class InItsOwnWay(SGD):
     """Saves and loads as bases do that were met in public:
     - a number beside its state, and another under a name in its state, as MADGRAD does;
-    - entries that it makes after torch's hooks, and reads again after torch has loaded them;
+    - entries that it makes after torch's hooks;
     - a first save that fails, as ZeRO's does without consolidate_state_dict."""
 
     ready = False
@@ -481,8 +481,6 @@ class InItsOwnWay(SGD):
     def load_state_dict(self, state_dict):
         self.count = state_dict["count"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "count"})
-        for i, p in enumerate(self.param_groups[0]["params"]):
-            assert self.state[p].keys() == state_dict["state"][i].keys()
 
 
 def test_a_base_that_saves_and_loads_in_its_own_way():
