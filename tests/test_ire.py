@@ -23,12 +23,12 @@ from training import (
     equal,
     flat_counts,
     make_model,
+    make_step,
     masks,
     probe,
     reload,
     train,
     values,
-    wants_closure,
 )
 
 from ire import IRE, SAM, SAMIRE, SGDIRE, AdmIRE, SoftIRE
@@ -795,9 +795,7 @@ def test_empty_scalar_and_channels_last_parameters():
                 if opt.probe_due:
                     with opt.probe():
                         closure()
-                if not wants_closure(opt):
-                    closure()
-                opt.step(*[closure] * wants_closure(opt))
+                make_step(opt, closure)
             assert [mask.shape for mask in masks(opt)] == [p.shape for p in params]
             assert sum(flat_counts(opt)) >= sum(p.numel() for p in params) // 2
 

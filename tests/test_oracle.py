@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from training import make_step
 
 from ire import IRE, SAM
 
@@ -93,11 +94,7 @@ def ours(make):
         if opt.probe_due:
             with opt.probe():
                 backward(x, sampled)
-        if isinstance(opt.base, SAM):
-            opt.step(lambda: backward(x, y))
-        else:
-            backward(x, y)
-            opt.step()
+        make_step(opt, lambda: backward(x, y))
     return [p.detach().numpy() for p in params]
 
 

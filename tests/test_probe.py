@@ -18,12 +18,12 @@ from training import (
     equal,
     flat_counts,
     make_model,
+    make_step,
     masks,
     probe,
     reload,
     train,
     values,
-    wants_closure,
 )
 
 import ire
@@ -161,8 +161,7 @@ def test_a_gradient_in_the_probe_before_any_in_training():
                 loss.backward()
                 return loss
 
-            closure()
-            opt.step(closure) if wants_closure(opt) else opt.step()
+            make_step(opt, closure)
             opt.load_state_dict(reload(opt.state_dict()))
             assert (late.detach() != 1).any() == (step > 3)
 

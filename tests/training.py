@@ -39,8 +39,13 @@ def probe(model, opt, step=0):
         sampled_cross_entropy(model(x)).backward()
 
 
-def wants_closure(opt):
-    return isinstance(opt, SAM) or isinstance(getattr(opt, "base", None), SAM)
+def make_step(opt, closure):
+    """Only SAM, alone or inside IRE, takes the closure."""
+    if SAM in (type(opt), type(getattr(opt, "base", None))):
+        opt.step(closure)
+    else:
+        closure()
+        opt.step()
 
 
 def train(model, opt, steps):
@@ -53,11 +58,7 @@ def train(model, opt, steps):
 
         if getattr(opt, "probe_due", False):
             probe(model, opt, step)
-        if wants_closure(opt):
-            opt.step(closure)
-        else:
-            closure()
-            opt.step()
+        make_step(opt, closure)
     return values(model)
 
 
