@@ -33,9 +33,16 @@ SMALL = {"layers": 1, "width": 32, "heads": 2, "ffn": 64, "context": 32, "batch_
 RUN = Path("runs/gpt")
 GPT = Script(train_gpt)
 pytestmark = pytest.mark.usefixtures("here")
+DRAW = common.draw
 
 
 # -------------------------------------------------------------------------------- helpers
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """They take as long as these runs. That of `finished`, which is older, is drawn."""
+    monkeypatch.setattr(common, "draw", lambda path, panels: None)
+
+
 def trained(flags="", optimizer="admire"):
     """A run in runs/gpt, or in another --out, which must end well: stdout."""
     return GPT.done(command(flags, optimizer))
@@ -500,7 +507,8 @@ def test_keep_best():
     assert f"{losses[5]:.4f}" in GPT.done("--eval-only --out runs/gpt/best")
 
 
-def test_compare():
+def test_compare(monkeypatch):
+    monkeypatch.setattr(common, "draw", DRAW)
     out = GPT.done(f"{TINY} --compare adamw,admire --steps 24 --lr 5e-3")
     folder = Path("runs/compare")
     rows = dict(re.findall(r"^(adamw|admire) +(.*)$", out, re.M))
