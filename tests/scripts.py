@@ -95,7 +95,9 @@ def torchrun(ranks):
 def wait_for(ready, process):
     deadline = time.monotonic() + 120
     while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"not ready: {process.communicate()}")
         time.sleep(0.002)
 
 
