@@ -39,7 +39,7 @@ def lists_of_tensors(draw):
 
 
 @given(lists_of_tensors(), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_tensors(tensors, data):
     n = sum(t.numel() for t in tensors)
     if n == 0:
