@@ -239,6 +239,7 @@ def train(c):
     mixup = Mixup(c.mixup, label_smoothing=0, num_classes=model.num_classes) if c.mixup else None
     ema = ModelEmaV3(model, c.ema, use_warmup=True)
     parts = {"model": model, "ema": ema.module, "opt": opt}
+    cuda = c.device == "cuda"  # on a Mac a copy that does not block can be wrong
     with common.Run(c, c.epochs * steps) as run:
         done = run.load(**parts)["step"] // steps if c.resume else 0
         banner(c, model, batches, done)
@@ -249,8 +250,8 @@ def train(c):
             losses = []
             run.start_clock()
             for step, (x, y) in enumerate(batches, epoch * steps + 1):
-                x = x.to(c.device, memory_format=torch.channels_last, non_blocking=True)
-                y = y.to(c.device, non_blocking=True)
+                x = x.to(c.device, memory_format=torch.channels_last, non_blocking=cuda)
+                y = y.to(c.device, non_blocking=cuda)
                 x, y = mixup(x, y) if mixup else (x, y)
                 schedule.step_update(step - 1)
                 losses.append(train_step(c, net, opt, x, y))
