@@ -69,7 +69,7 @@ def optimizer_of(row):
 
 def own_name(row):
     """Of a form, without its base's."""
-    return re.sub(" over (AdamW|Muon)|, on rates| on Muon, rates", "", row["form"])
+    return re.sub(" over (AdamW|Muon)|, on rates| on Muon(, rates)?$", "", row["form"])
 
 
 def number(value, error, sign="", digits=4):
@@ -343,7 +343,8 @@ def in_first_figure(report):
 
 def the_gains(report):
     """The gains of the tuned forms that were judged at three places or more: a panel for each base,
-    a row for each place. A bar is twice the error with the luck of tuning."""
+    a row for each place. A bar is twice the error with the luck of tuning; a mark is filled if its
+    bar does not cross zero."""
     forms = in_first_figure(report)
     rows = [row for row in report["gains"] if row["form"] in forms]
     if not rows:
@@ -352,15 +353,15 @@ def the_gains(report):
     for row in rows:
         panels.setdefault(row["base"], {}).setdefault(row["place"], []).append(row)
     figure, axes = panels_of([0.6 + 0.36 * len(held) for held in panels.values()])
-    shown = {}  # {name: its dot}
     for (base, held), panel in zip(panels.items(), axes, strict=True):
         places = [place for place in report["places"] if place in held]
         for i, place in enumerate(places):
             for row in held[place]:
-                name, color, marker, up = MARKS[report["forms"][row["form"]]["rule"]]
+                _, color, marker, up = MARKS[report["forms"][row["form"]]["rule"]]
                 bar = 2 * math.hypot(row["pooled_stderr"], row["tuning_stderr"])
-                style = {"color": color, "fmt": marker, "ms": 5, "lw": 1}
-                shown[name] = panel.errorbar(row["gain"], i + up, xerr=bar, **style)
+                filling = color if abs(row["gain"]) > bar else "white"
+                style = {"color": color, "mfc": filling, "fmt": marker, "ms": 5, "lw": 1}
+                panel.errorbar(row["gain"], i + up, xerr=bar, **style)
         panel.axvline(0, color="black", lw=0.8)
         names = [setting_of(report["places"][place]) for place in places]
         panel.set_yticks(range(len(places)), names)
@@ -368,7 +369,9 @@ def the_gains(report):
         panel.set_title(f"on {BASES[base]}", loc="right")
         panel.sharex(axes[0])
     axes[-1].set_xlabel("gain in nats per token (right is better)")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
+    for name, color, marker, _ in MARKS.values():
+        axes[0].plot([], [], marker, color=color, label=name)
+    figure.legend(loc="outside lower center", ncols=len(MARKS))
     return figure
 
 
