@@ -630,10 +630,7 @@ def _put_back(params, models, seed):
     grads = {p: p.grad for p in params}
     if _several_ranks():  # DDP uses the memory of its gradients again
         grads = {p: g if g is None else g.clone() for p, g in grads.items()}
-    modules = [module for m in models for module in m.modules()]
-    buffers = [
-        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
-    ]
+    buffers = _buffers(models)
     devices = {p.device.index for p in params if p.is_cuda}
     _OPEN.update(params)
     try:
@@ -653,6 +650,14 @@ def _put_back(params, models, seed):
             # .data hides the change from a graph that holds x since before the probe.
             x.data.copy_(values)
             module._buffers[name] = x
+
+
+def _buffers(models):
+    """[(module, name of a buffer, the buffer, a copy of its values)]"""
+    modules = [module for m in models for module in m.modules()]
+    return [
+        (m, name, x, x.clone()) for m in modules for name, x in m._buffers.items() if x is not None
+    ]
 
 
 # ------------------------------------------------------------------------ saving and loading

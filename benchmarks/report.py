@@ -40,11 +40,11 @@ FIRST = ("AdamW", "Muon")  # bases with one learning rate for all tensors
 KINDS = ("embedding", "q", "k", "v", "o", "feed-forward", "norms", "head")
 WIDTH = 5.5  # inches of a figure, whose type is then readable on a phone
 COLOURS = 0.1  # the gain at which colours end
-# By rule: name, colour and marker in the figure of the gains, and how far above its row.
+# By rule: name and marker in the figure of the gains, and how far below its row the mark stands.
 MARKS = {
-    None: ("own rates", "#000000", "s", -0.22),
-    "soft": ("SoftIRE", "#0072B2", "o", 0.0),
-    "hard": ("IRE's mask", "#D55E00", "^", 0.22),
+    None: ("own rates", "s", -0.22),
+    "soft": ("SoftIRE", "o", 0.0),
+    "hard": ("IRE's mask", "^", 0.22),
 }
 
 
@@ -76,6 +76,11 @@ def number(value, error, sign="", digits=4):
     """1.2345 ± 0.0012; without the error where there is none."""
     text = f"{value:{sign}.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def error_with_tuning(row):
+    """The standard error of a gain with the luck of tuning."""
+    return math.hypot(row["pooled_stderr"], row["tuning_stderr"])
 
 
 def saved(row):
@@ -115,8 +120,7 @@ def cells(row, report):
         found["gain on its base"] = number(row["gain"], row["gain_stderr"], "+", 3)
         found["gain on its base"] += " (commits differ)" if row["commits"] > 1 else ""
         if row["gain_stderr"] is not None or row["pooled_stderr"]:  # else one seed, everywhere
-            error = math.hypot(row["pooled_stderr"], row["tuning_stderr"])
-            found["with tuning"] = f"± {error:.3f}"
+            found["with tuning"] = f"± {error_with_tuning(row):.3f}"
     if row["form"] == row["better"] and row["better"] not in FIRST:
         found["gain on the better base"] = "this is the better base"
     elif row["better"] not in (None, *FIRST):
@@ -285,14 +289,17 @@ def has_curve(report, at):
 
 
 def style_of(report, form):
-    """A base is black, IRE's mask orange, IRE as in the paper green, SoftIRE blue. What has own
-    rates or Muon is dashed."""
+    """The colour of the rule; dashed with own rates or Muon."""
+    about = report["forms"][form]
+    dashed = form.endswith("rates") or about["base"] == "muon"
+    return {"color": color_of(about["rule"]), "ls": "--" if dashed else "-"}
+
+
+def color_of(rule):
+    """A base is black, IRE's mask orange, IRE as in the paper green, SoftIRE blue."""
     from toy.common import BLACK, BLUE, GREEN, ORANGE
 
-    about = report["forms"][form]
-    color = {None: BLACK, "hard": ORANGE, "paper": GREEN, "soft": BLUE}[about["rule"]]
-    dashed = form.endswith("rates") or about["base"] == "muon"
-    return {"color": color, "ls": "--" if dashed else "-"}
+    return {None: BLACK, "hard": ORANGE, "paper": GREEN, "soft": BLUE}[rule]
 
 
 def the_flat(found):
@@ -357,11 +364,12 @@ def the_gains(report):
         places = [place for place in report["places"] if place in held]
         for i, place in enumerate(places):
             for row in held[place]:
-                _, color, marker, up = MARKS[report["forms"][row["form"]]["rule"]]
-                bar = 2 * math.hypot(row["pooled_stderr"], row["tuning_stderr"])
-                filling = color if abs(row["gain"]) > bar else "white"
-                style = {"color": color, "mfc": filling, "fmt": marker, "ms": 5, "lw": 1}
-                panel.errorbar(row["gain"], i + up, xerr=bar, **style)
+                rule = report["forms"][row["form"]]["rule"]
+                _, marker, down = MARKS[rule]
+                bar = 2 * error_with_tuning(row)
+                filling = color_of(rule) if abs(row["gain"]) > bar else "white"
+                style = {"color": color_of(rule), "mfc": filling, "fmt": marker, "ms": 5, "lw": 1}
+                panel.errorbar(row["gain"], i + down, xerr=bar, **style)
         panel.axvline(0, color="black", lw=0.8)
         names = [setting_of(report["places"][place]) for place in places]
         panel.set_yticks(range(len(places)), names)
@@ -369,8 +377,8 @@ def the_gains(report):
         panel.set_title(f"on {BASES[base]}", loc="right")
         panel.sharex(axes[0])
     axes[-1].set_xlabel("gain in nats per token (right is better)")
-    for name, color, marker, _ in MARKS.values():
-        axes[0].plot([], [], marker, color=color, label=name)
+    for rule, (name, marker, _) in MARKS.items():
+        axes[0].plot([], [], marker, color=color_of(rule), label=name)
     figure.legend(loc="outside lower center", ncols=len(MARKS))
     return figure
 
