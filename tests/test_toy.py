@@ -1,5 +1,6 @@
 """What the toys print is held to theory. Each toy runs once."""
 
+import functools
 import math
 import runpy
 import sys
@@ -11,7 +12,7 @@ import torch
 
 matplotlib.use("Agg")
 from toy import edge_of_stability, leak, mask, quadratic, sam_drift, valley
-from toy.common import ROOT, output_path
+from toy.common import ROOT
 
 TOYS = (edge_of_stability, leak, mask, quadratic, sam_drift, valley)
 FAST = [toy for toy in TOYS if toy is not leak]
@@ -24,12 +25,10 @@ def name_of(toy):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(toy): the numbers of a toy, whose main() has drawn its figure into run.folder."""
-    done = {}
 
+    @functools.cache
     def once(toy):
-        if toy not in done:
-            done[toy] = toy.main(["--out", str(once.folder / f"{name_of(toy)}.png")])
-        return done[toy]
+        return toy.main(["--out", str(once.folder / f"{name_of(toy)}.png")])
 
     once.folder = tmp_path_factory.mktemp("figures")
     return once
@@ -40,11 +39,8 @@ def run(tmp_path_factory):
 def test_draws_a_figure(run, toy):
     run(toy)
     assert (run.folder / f"{name_of(toy)}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_valley_is_animated(run):
-    run(valley)
-    assert (run.folder / "valley.gif").read_bytes().startswith(b"GIF89a")
+    if toy is valley:
+        assert (run.folder / "valley.gif").read_bytes().startswith(b"GIF89a")
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=name_of)
@@ -60,33 +56,6 @@ def test_is_a_script_that_works_in_any_directory(toy, tmp_path, monkeypatch, cap
     shown = capsys.readouterr().out
     assert f"toy-{name}.png" in shown and f"python toy/{name}.py" in shown
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("toy", TOYS, ids=name_of)
-def test_an_impossible_path_ends_a_toy_in_one_line_before_it_computes(
-    toy, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(toy, "measure", lambda: pytest.fail("it computes"))
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
-    names = (".png", "picture", "picture.xyz", "folder.png", "file/picture.png", 300 * "x" + ".png")
-    for out in ["", *(str(tmp_path / name) for name in names)]:
-        with pytest.raises(SystemExit) as ended:
-            toy.main(["--out", out])
-        said = capsys.readouterr()
-        assert ended.value.code == 2 and said.out == ""
-        assert said.err.count("\n") == 1 and f"--out {out!r}: " in said.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
-
-
-def test_a_folder_is_made_and_the_time_is_said_first(tmp_path, capsys):
-    out = tmp_path / "new/folder/picture.PNG"
-    assert output_path("", "valley", 10, ["--out", str(out)]) == out
-    assert capsys.readouterr().out == "This takes about 10 seconds on one core.\n"
-    assert out.parent.is_dir() and not out.exists()
-    out.write_text("an older picture")
-    output_path("", "valley", 10, ["--out", str(out)])
-    assert out.read_text() == "an older picture"
 
 
 # ------------------------------------------------------------------------------------------- valley

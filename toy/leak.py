@@ -9,9 +9,6 @@ position is a mean over all positions, also over the later ones. The layers lear
 to come into this scale. In a longer context more tokens share one scale, so the layers learn less
 from it in the same number of steps.
 
-Each run takes 400 steps with 64 sequences. An earlier version took 1000 steps with 128, and more
-than a minute. It showed the same.
-
 The chapter "What is known, what is open" says why this matters: the published code has such a
 norm.
 """

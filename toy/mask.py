@@ -172,34 +172,25 @@ def measure():
     }
 
 
-def draw_sampling(numbers, ax):
-    for batch, color, marker in zip(BATCHES, (ORANGE, GREEN, BLUE), "v^o", strict=True):
-        found = [numbers["draws"][batch, m][0] for m in DRAWS]
-        ax.plot(DRAWS, found, f"{marker}-", color=color, linewidth=1, label=f"batch {batch}")
-    theory = [numbers["theory"][m][0] for m in DRAWS]
-    ax.plot(DRAWS, theory, ":", color=BLACK, label="theory, χ²")
-    ax.set(xscale="log", xlabel="averaged probes", ylim=(0.57, 1.02), ylabel="overlap")
-    ax.set(xticks=DRAWS, xticklabels=DRAWS, title="Sampling: probes and the exact flat set")
-    ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.07))
-    ax.minorticks_off()
-
-
-def draw_ageing(numbers, ax):
-    ax.plot(LAGS, list(numbers["lags"].values()), "s-", color=PINK, label="exact, K steps later")
-    ax.axhline(numbers["probe"][1], color=BLUE, label="two probes at one step")
-    ax.set(xscale="log", xlabel="K", ylim=(0.57, 1.02), ylabel="overlap")
-    ax.set(xticks=LAGS, xticklabels=LAGS, title="Time: two flat sets")
-    ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.legend(loc="center right")
-    ax.minorticks_off()
-
-
 def draw(numbers):
     plt.rcParams.update(STYLE)
     figure, (sampling, ageing) = plt.subplots(2, 1, figsize=(5, 6.5), layout="constrained")
-    draw_sampling(numbers, sampling)
-    draw_ageing(numbers, ageing)
+    for batch, color, marker in zip(BATCHES, (ORANGE, GREEN, BLUE), "v^o", strict=True):
+        found = [numbers["draws"][batch, m][0] for m in DRAWS]
+        sampling.plot(DRAWS, found, f"{marker}-", color=color, linewidth=1, label=f"batch {batch}")
+    theory = [numbers["theory"][m][0] for m in DRAWS]
+    sampling.plot(DRAWS, theory, ":", color=BLACK, label="theory, χ²")
+    sampling.set(xlabel="averaged probes", title="Sampling: probes and the exact flat set")
+    aged = list(numbers["lags"].values())
+    ageing.plot(LAGS, aged, "s-", color=PINK, label="exact, K steps later")
+    ageing.axhline(numbers["probe"][1], color=BLUE, label="two probes at one step")
+    ageing.set(xlabel="K", title="Time: two flat sets")
+    for ax, ticks in ((sampling, DRAWS), (ageing, LAGS)):
+        ax.axhline(GAMMA, color=GREY, linestyle="--", linewidth=1, label="chance")
+        ax.set(xscale="log", xticks=ticks, xticklabels=ticks, ylim=(0.57, 1.02), ylabel="overlap")
+        ax.minorticks_off()
+    sampling.legend(loc="lower right", bbox_to_anchor=(1, 0.07))
+    ageing.legend(loc="center right")
     return figure
 
 
