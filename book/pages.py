@@ -14,7 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 RESULTS = ROOT / "results"
-MISSING = "Not measured yet.\n"
 
 
 # ------------------------------------------------------------------------------------ the API page
@@ -51,39 +50,8 @@ def prose(line, before):
 
 
 # -------------------------------------------------------------------------------- the results page
-# what the page shows of a run of the speed-up studies; the file has all settings
-RUN = ("optimizer", "ablation", "lr", "kappa", "gamma", "seed", "steps", "val_loss")
-SOURCES = {  # of the mask: which rows of `compared` go into the columns of `controls`
-    "from the warm-up's end": ("AdmIRE", "second moment", "random mask"),
-    "from step 0": ("on from step 0", "second moment from step 0", "random mask from step 0"),
-    "from step 0 and tuned so": (
-        "AdmIRE from step 0, tuned so",
-        "second moment from step 0, those settings",
-        "random mask from step 0, tuned so",
-    ),
-    "2000 steps, from the warm-up's end": ("AdmIRE, long", "", ""),
-    "2000 steps, from step 0": (
-        "AdmIRE from step 0, long",
-        "second moment from step 0, long",
-        "random mask from step 0, long",
-    ),
-}
-CONTROLS = {
-    "other draws of the labels in the probes": "AdmIRE again",
-    "longer steps along the sharp coordinates": "inverted mask",
-    "longer steps along all coordinates": "all coordinates",
-    "AdamW whose lr jumps by the mean of IRE's factors": "lr jumps by the mean",
-    "AdamW with the settings of twice the trials": "AdamW, twice the trials",
-    "AdamW with twice the steps": "AdamW, 2 times the steps",
-    "Muon": "Muon",
-    "Muon with IRE": "Muon with IRE",
-    "Muon at the latter's settings, random mask": "Muon with a random mask",
-    "Muon at the latter's settings, no mask": "Muon at those settings, no mask",
-}
-
-
-def load(name, folder=RESULTS):
-    return json.loads((folder / f"{name}.json").read_text())
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def cell(value):
@@ -110,21 +78,6 @@ def columns(rows, titles):
     return table(lines)
 
 
-def every(runs):
-    """A folded table of all runs. The loss has four digits."""
-    rows = [dict(run) for run in runs]
-    for row in rows:
-        if "val_loss" in row:
-            row["val_loss"] = f"{row['val_loss']:.4f}"
-    return f"````{{dropdown}} All {len(rows)} runs\n{table(rows)}````\n"
-
-
-def typed(run):
-    """The run with its settings in words."""
-    settings = ", ".join(f"{name} {value:g}" for name, value in run["settings"].items())
-    return run | {"settings": settings}
-
-
 def source(report):
     """The command, and where it ran."""
     said = report.get("environment", report)
@@ -134,15 +87,14 @@ def source(report):
     return f"`{report['command']}`<br>{where}\n"
 
 
-def figure(name, folder, what):
-    drawn = (folder / f"{name}.png").exists()
-    return f"![{what}](../results/{name}.png)\n\n" if drawn else ""
+def figure(name, what):
+    return f"![{what}](../results/{name}.png)\n\n"
 
 
-def compare(folder):
+def compare(*names):
     rows = []
     gaps = []
-    runs = [load(f"compare-tiny-{seed}", folder) for seed in range(3)]
+    runs = [load(name) for name in names]
     for run in runs:
         adamw, admire = run["adamw"]["val_loss"], run["admire"]["val_loss"]
         gaps.append(admire - adamw)
@@ -155,18 +107,17 @@ def compare(folder):
     return f"{table(rows)}\n" + "\n".join(map(source, runs))
 
 
-def sweep(folder):
-    """The best trial of each optimizer and warm-up, and all trials."""
-    report = load("sweep-tiny", folder)
-    runs = sorted(report["runs"], key=lambda run: run["val_loss"])
+def sweep(name):
+    """The best trial of each optimizer and warm-up."""
+    report = load(name)
     best = {}
-    for run in runs:
+    for run in sorted(report["runs"], key=lambda run: run["val_loss"]):
         best.setdefault((run["optimizer"], run["warmup"]), run)
-    return f"{table([best[key] for key in sorted(best)])}\n{source(report)}\n{every(runs)}"
+    return f"{table([best[key] for key in sorted(best)])}\n{source(report)}"
 
 
-def step(folder, name="step-cpu"):
-    report = load(name, folder)
+def step(name):
+    report = load(name)
     titles = {"ms": "ms", "quartiles_ms": "quartiles", "over_fused_adamw": "times fused AdamW"}
     titles["extra_bytes_per_parameter"] = "extra bytes per parameter"
     text = source(report)
@@ -175,49 +126,23 @@ def step(folder, name="step-cpu"):
     return text
 
 
-def step_kept(folder):
-    return step(folder, "step-cpu-kept")
-
-
-def train(folder):
-    report = load("train-cpu", folder)
+def train(name):
+    report = load(name)
     titles = {"tokens_per_second": "tokens per second", "of_adamw": "of AdamW"}
     titles["quartiles"] = "quartiles"
     return f"{columns(report['rows'], titles)}\n{source(report)}"
 
 
-def speedup(folder, row="tiny"):
-    report = load(f"speedup-{row}", folder)
+def speedup(name):
     from report import speedup_table
 
-    runs = [{name: run[name] for name in RUN} for run in report["runs"]]
-    what = "Loss against the length of the schedule, and the ablations"
-    drawn = figure(f"speedup-{row}", folder, what)
-    return f"{drawn}{speedup_table(report)}\n\n{source(report)}\n{every(runs)}"
-
-
-def speedup_nano(folder):
-    return speedup(folder, "nano")
-
-
-def gap(report, name):
-    row = report["compared"].get(name)
-    return f"{row['minus_adamw']:+.3f} ± {row['minus_adamw_stderr']:.3f}" if row else ""
-
-
-def controls(folder):
-    """Loss minus AdamW's, seed by seed: by the source of the mask, and with other longer steps."""
-    report = load("speedup-tiny", folder)
-    rows = []
-    for title, names in SOURCES.items():
-        cells = zip(("Fisher probe", "second moment", "random"), names, strict=True)
-        rows.append({"IRE on": title} | {column: gap(report, name) for column, name in cells})
-    others = [{"": title, "difference": gap(report, name)} for title, name in CONTROLS.items()]
-    return f"{table(rows)}\n{table(others)}"
+    report = load(name)
+    drawn = figure(name, "Loss against the length of the schedule, and the ablations")
+    return f"{drawn}{speedup_table(report)}\n\n{source(report)}"
 
 
 def cifar_row(name, settings, values, sign=""):
-    row = {"": name, "settings": settings}
+    row = {"": name, "settings": ", ".join(f"{own} {value:g}" for own, value in settings.items())}
     shown = (("test_acc", "test accuracy, %", 2), ("train_loss", "training loss", 4))
     for key, title, digits in (*shown, ("trace", "Tr(H)", 1)):
         mean, error = values[key]
@@ -225,61 +150,49 @@ def cifar_row(name, settings, values, sign=""):
     return row
 
 
-def cifar(folder, name="cifar-jpeg"):
-    report = load(name, folder)
-    rows = [cifar_row(own, typed(row)["settings"], row) for own, row in report["table"].items()]
+def cifar(name):
+    report = load(name)
+    rows = [cifar_row(own, row["settings"], row) for own, row in report["table"].items()]
     for own, row in report["table"].items():
         if "less_base" in row:
             title = f"{own} minus {own.removesuffix('-ire')}, seed by seed"
-            rows.append(cifar_row(title, "", row["less_base"], "+"))
-    names = ("optimizer", "settings", "seed", "val_acc", "test_acc", "train_loss", "trace")
-    runs = [{name: typed(run).get(name) for name in names} for run in report["runs"]]
-    drawn = figure(name, folder, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
+            rows.append(cifar_row(title, {}, row["less_base"], "+"))
+    drawn = figure(name, "Test accuracy and Tr(H) of SGD, SAM and both with IRE")
     fixed = ", ".join(f"{own} {value}" for own, value in report["settings"].items())
     said = f"{report['pictures']}; {fixed}; mean ± standard error."
-    return f"{drawn}{table(rows)}\n{said}\n\n{source(report)}\n{every(runs)}"
+    return f"{drawn}{table(rows)}\n{said}\n\n{source(report)}"
 
 
-def cifar_quick(folder):
-    return cifar(folder, "cifar-quick")
+def cifar_map(name):
+    report = load(name)
+    drawn = figure(name, "Tr(H), training loss and accuracy over kappa and gamma")
+    said = f"{len(report['runs'])} of {report['planned']} runs; {report['pictures']}."
+    return f"{drawn}{said}\n\n{source(report)}"
 
 
-def cifar_map(folder):
-    report = load("cifar-map", folder)
+def cifar_probe(name):
+    report = load(name)
     rows = []
-    for run in report["runs"]:
-        shown = {name: run.get(name, "diverged") for name in ("trace", "train_loss", "test_acc")}
-        rows.append(run["settings"] | {"seed": run["seed"]} | shown)
-    drawn = figure("cifar-map", folder, "Tr(H), training loss and accuracy over kappa and gamma")
-    said = f"{len(rows)} of {report['planned']} runs; {report['pictures']}."
-    return f"{drawn}{said}\n\n{source(report)}\n{every(rows)}"
-
-
-def cifar_probe(folder):
-    report = load("cifar-probe", folder)
-    rows = []
-    for name, row in report["less_first"].items():
-        rows.append(cifar_row(f"{name}, minus the first pictures", "", row, "+"))
+    for own, row in report["less_first"].items():
+        rows.append(cifar_row(f"{own}, minus the first pictures", {}, row, "+"))
     return f"{table(rows)}\n{source(report)}"
 
 
-def cifar_speed(folder):
-    report = load("cifar-speed-cpu", folder)
+def cifar_speed(name):
+    report = load(name)
     titles = {"images_per_second": "images per second", "of_plain": "of the plain loop"}
     titles |= {"quartiles": "quartiles", "loader_share": "share of the loader"}
     return f"{columns(report['rows'], titles)}\n{source(report)}"
 
 
-def results(text, folder=RESULTS):
-    """The page with each `{{ name }}` replaced by what the function `name` says."""
+def results(text):
+    """The page with each `{{ name file }}` replaced by what this function says of this file."""
 
     def said(found):
-        try:
-            return globals()[found[1]](folder)
-        except FileNotFoundError:
-            return MISSING
+        name, *files = found[1].split()
+        return globals()[name](*files)
 
-    text = re.sub(r"{{ (\w+) }}", said, text)
+    text = re.sub(r"{{ (.+?) }}", said, text)
     return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
@@ -391,7 +304,5 @@ def setup(app):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not re.fullmatch(r"https://\S+[^\s/]", sys.argv[1]):
-        got = " ".join(sys.argv[1:])
-        print(f"address: got {got!r}, want https://github.com/OWNER/REPOSITORY", file=sys.stderr)
-        sys.exit(2)
+        sys.exit("pages.py: allowed is one address, such as https://github.com/OWNER/REPOSITORY")
     set_address(sys.argv[1])
