@@ -11,12 +11,10 @@ SGD-IRE and SAM-IRE five pairs (ire_epoch, kappa) at their base's best one. evid
 training pictures, seed 0. It runs with three seeds, and the test set decides. Tr(Hessian) is the
 training loss's on 128 training pictures.
 map: SAM-IRE at quick and at SAM's best learning rate there, over kappa (0 is SAM) and gamma, with a
-decayed and a constant learning rate. All cells of a seed and a schedule share one run of SAM until
-IRE switches on, which is bit for bit what each cell would have done alone.
+decayed and a constant learning rate.
 """
 
 import argparse
-import contextlib
 import itertools
 import statistics
 import sys
@@ -24,14 +22,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import common
 import train_cifar
-from speed import Enough, Steps, environment, write_report
+from speed import environment, write_report
 from study import mean
 
 QUICK = {"preset": "quick", "limit_train": 5000, "eval_interval": 100}
@@ -129,25 +126,32 @@ def tasks(runs, rates, pairs):
             yield optimizer, best(runs, optimizer, rates, pairs), seed
 
 
+def go_on(args, file, shared, wanted, runs, **about):
+    """Makes those of the wanted runs that are missing. Returns whether the time was enough."""
+    begun = time.monotonic()
+    done = [(run.get("optimizer", "sam-ire"), run["settings"], run["seed"]) for run in runs]
+    for optimizer, own, seed in wanted:
+        if (optimizer, own, seed) in done:
+            continue
+        if time.monotonic() - begun > 60 * args.minutes:
+            print(f"{len(runs)} runs; the same command goes on")
+            return False
+        found = train(config(args, shared, optimizer, own, seed))
+        runs.append({"optimizer": optimizer, "settings": own, "seed": seed} | found)
+        write(args, file, shared, **about, runs=runs)
+    return True
+
+
 def evidence(args):
     name, shared, rates, pairs = STUDIES[args.what]
     file = args.file or ROOT / f"results/{name}.json"
     runs = common.read_json(file)["runs"] if file.exists() else []
-    begun = time.monotonic()
-    for optimizer, own, seed in tasks(runs, rates, pairs):
-        if any((r["optimizer"], r["settings"], r["seed"]) == (optimizer, own, seed) for r in runs):
-            continue
-        if time.monotonic() - begun > 60 * args.minutes:
-            print(f"{len(runs)} runs; the same command goes on")
-            return
-        found = train(config(args, shared, optimizer, own, seed))
-        runs.append({"optimizer": optimizer, "settings": own, "seed": seed} | found)
-        write(args, file, shared, runs=runs)
-    rows = [r for r in runs if r["settings"] == best(runs, r["optimizer"], rates, pairs)]
-    table = summary(rows)
-    write(args, file, shared, table=table, runs=runs)
-    show(table)
-    draw(rows, table, file.with_suffix(".png"))
+    if go_on(args, file, shared, tasks(runs, rates, pairs), runs):
+        rows = [r for r in runs if r["settings"] == best(runs, r["optimizer"], rates, pairs)]
+        table = summary(rows)
+        write(args, file, shared, table=table, runs=runs)
+        show(table)
+        draw(rows, table, file.with_suffix(".png"))
 
 
 def summary(rows):
@@ -197,7 +201,7 @@ def draw(rows, table, path):
 
 # ------------------------------------------------------------------------------- the heat map
 def heat_map(args):
-    """Runs what is missing of SAM-IRE over kappa and gamma, first all cells with the first seed."""
+    """SAM-IRE over kappa and gamma, first all cells with the first seed."""
     shared = QUICK | {"log_interval": 5000 // 64}
     quick = common.read_json(ROOT / "results/cifar-quick.json")
     rate = quick["table"]["sam"]["settings"]["lr"]
@@ -208,48 +212,10 @@ def heat_map(args):
         for k in KAPPAS
         for g in (GAMMAS if k else GAMMAS[-1:])  # without kappa gamma does nothing
     ]
+    wanted = [("sam-ire", own, seed) for seed in SEEDS[:2] for own in cells]
     runs = common.read_json(file)["runs"] if file.exists() else []
-    runs = [run for run in runs if run["settings"] in cells]
-    planned = 2 * len(cells)
-    begun = time.monotonic()
-    for seed, own in itertools.product(SEEDS[:2], cells):
-        if time.monotonic() - begun > 60 * args.minutes:
-            break
-        if not any((run["settings"], run["seed"]) == (own, seed) for run in runs):
-            found = train(branch(args, shared, own, seed))
-            runs.append({"settings": own, "seed": seed} | found)
-            write(args, file, shared, planned=planned, runs=runs)
+    go_on(args, file, shared, wanted, runs, planned=len(wanted))
     draw_map(runs, file.with_suffix(".png"))
-    print(f"{len(runs)} of {planned} runs; the same command goes on")
-
-
-def branch(args, shared, own, seed):
-    """The settings of a cell, which goes on from the run of SAM that all cells of its schedule have
-    in common: before it switches on, IRE does nothing."""
-    c = config(args, shared, "sam-ire", own, seed)
-    if c.resume:
-        return c
-    first = {name: own[name] for name in ("lr", "schedule")}
-    start = config(args, shared, "sam-ire", first, seed)
-    if not start.resume:
-        until_ire(start)
-    saved = common.read_checkpoint(start.out)
-    for group in saved["optimizer"]["param_groups"]:
-        group |= {name: own[name] for name in ("kappa", "gamma")}
-    common.write_atomically(Path(c.out) / "checkpoint.pt", partial(torch.save, saved))
-    c.resume = True
-    return c
-
-
-def until_ire(c):
-    """Writes the checkpoint of a run at the step in which IRE switches on."""
-    common.choose_device(c, float16=False)
-    data = train_cifar.Data(c)
-    net, parts = train_cifar.set_up(c, data)
-    with contextlib.suppress(Enough):
-        train_cifar.loop(Steps(c.ire_warmup, c), data, net, parts, 0)
-    states = {name: part.state_dict() for name, part in parts.items()}
-    common.Run(c, data.steps).save(c.ire_warmup, data=data.sha256, **states)
 
 
 def draw_map(runs, path):

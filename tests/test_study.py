@@ -708,16 +708,19 @@ def test_the_loop_that_is_timed_is_the_one_that_trains(small, tmp_path):
         assert torch.equal(p, trained[name]), name
 
 
-def test_a_cell_of_the_heat_map_branches_off_bit_for_bit(tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
-    shared = {"data": "digits", "epochs": 2, "limit_train": 64, "eval_interval": 9}
-    monkeypatch.setattr(cifar, "HELD_OUT", 100)
-    args = argparse.Namespace(what="map", scratch=tmp_path, data_dir=tmp_path)
-    own = {"lr": 0.02, "schedule": "cosine", "kappa": 2.0, "gamma": 0.8}
-    cell = cifar.train(cifar.branch(args, shared, own, 0))
-    args.scratch = tmp_path / "again"
-    alone = cifar.train(cifar.config(args, shared, "sam-ire", own, 0))
-    assert {**cell, "seconds": 0} == {**alone, "seconds": 0} and "trace" in cell
+def test_the_heat_map_has_each_cell_once(tmp_path, monkeypatch):
+    """A second call finds nothing left to do."""
+    names = ("test_acc", "train_loss", "trace")
+    monkeypatch.setattr(cifar, "train", lambda c: dict.fromkeys(names, c.kappa))
+    file = tmp_path / "map.json"
+    args = {"what": "map", "file": file, "minutes": 9, "scratch": tmp_path, "data_dir": tmp_path}
+    cifar.heat_map(argparse.Namespace(**args))
+    found = common.read_json(file)
+    cells = {study.key({**run["settings"], "seed": run["seed"]}) for run in found["runs"]}
+    assert len(found["runs"]) == len(cells) == found["planned"] == 2 * 2 * (4 * 4 + 1)
+    assert cifar.mean_of(found["runs"], "trace", 4.0, 0.8, "constant") == 4.0
+    monkeypatch.setattr(cifar, "train", lambda c: pytest.fail("this run was made before"))
+    cifar.heat_map(argparse.Namespace(**args))
 
 
 def test_images_equal_trials_and_ire_at_its_bases_rate(tmp_path, monkeypatch):
