@@ -470,7 +470,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="the study, such as results/schedule.json")
+    studies = [Path("results", f"{name}.json") for name in DRAWN]
+    parser.add_argument("file", type=Path, choices=studies)
     parser.add_argument("--summary", action="store_true", help="table and figure; run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are small
