@@ -54,15 +54,6 @@ def waits(mode):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(
@@ -215,9 +206,9 @@ def test_float16_skips_a_step_that_overflows_as_adamw_does():
 def test_deterministic_kernels_are_all_there_and_repeat(tmp_path, optimizer):
     weights = []
     for _ in range(2):
-        job = language_model(tmp_path, optimizer=optimizer, interval=2)
-        with deterministic():
-            train(job, 4)
+        job = language_model(tmp_path, optimizer=optimizer, interval=2, deterministic=True)
+        train(job, 4)
+        torch.use_deterministic_algorithms(False)
         weights.append([p.detach().clone() for p in job.model.parameters()])
     assert all(map(torch.equal, *weights))
 
