@@ -50,6 +50,20 @@ def prose(line, before):
 
 
 # -------------------------------------------------------------------------------- the results page
+TIMES = {  # the columns of a table of times, and their titles
+    "ms": "ms",
+    "quartiles_ms": "quartiles",
+    "over_fused_adamw": "times fused AdamW",
+    "extra_bytes_per_parameter": "extra bytes per parameter",
+    "tokens_per_second": "tokens per second",
+    "of_adamw": "of AdamW",
+    "images_per_second": "images per second",
+    "of_plain": "of the plain loop",
+    "quartiles": "quartiles",
+    "loader_share": "share of the loader",
+}
+
+
 def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -68,14 +82,6 @@ def table(rows):
     text = [names, ["---"] * len(names)]
     text += [[cell(row.get(name)) for name in names] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in text)
-
-
-def columns(rows, titles):
-    """The table of {name: a row}, with those columns of a row that have a title: {key: title}."""
-    lines = []
-    for name, row in rows.items():
-        lines.append({"": name} | {title: row[key] for key, title in titles.items()})
-    return table(lines)
 
 
 def source(report):
@@ -116,21 +122,18 @@ def sweep(name):
     return f"{table([best[key] for key in sorted(best)])}\n{source(report)}"
 
 
-def step(name):
+def times(name):
+    """The tables of benchmarks/speed.py; one for each size where there are several."""
     report = load(name)
-    titles = {"ms": "ms", "quartiles_ms": "quartiles", "over_fused_adamw": "times fused AdamW"}
-    titles["extra_bytes_per_parameter"] = "extra bytes per parameter"
-    text = source(report)
-    for size, measured in report["sizes"].items():
-        text += f"\n{size} parameters\n\n{columns(measured['rows'], titles)}"
-    return text
-
-
-def train(name):
-    report = load(name)
-    titles = {"tokens_per_second": "tokens per second", "of_adamw": "of AdamW"}
-    titles["quartiles"] = "quartiles"
-    return f"{columns(report['rows'], titles)}\n{source(report)}"
+    text = ""
+    for size, found in report.get("sizes", {"": report}).items():
+        text += f"{size} parameters\n\n" if size else ""
+        lines = []
+        for row, values in found["rows"].items():
+            shown = {title: values[key] for key, title in TIMES.items() if key in values}
+            lines.append({"": row} | shown)
+        text += f"{table(lines)}\n"
+    return f"{text}{source(report)}"
 
 
 def speedup(name):
@@ -176,13 +179,6 @@ def cifar_probe(name):
     for own, row in report["less_first"].items():
         rows.append(cifar_row(f"{own}, minus the first pictures", {}, row, "+"))
     return f"{table(rows)}\n{source(report)}"
-
-
-def cifar_speed(name):
-    report = load(name)
-    titles = {"images_per_second": "images per second", "of_plain": "of the plain loop"}
-    titles |= {"quartiles": "quartiles", "loader_share": "share of the loader"}
-    return f"{columns(report['rows'], titles)}\n{source(report)}"
 
 
 def results(text):
