@@ -286,47 +286,36 @@ def quarter_rows(typed):
     }
 
 
-class PlainLlama:
+def plain_loop(c):
     """What one would write without train_gpt.py: transformers' Llama, the same batches, precision,
-    clip and schedule."""
+    clip and schedule. Returns a function that makes as many steps as a mask stays."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def __init__(self, c):
-        from transformers import LlamaConfig, LlamaForCausalLM
+    data = text.Data(c)
+    about = llama.hugging_face_config(c, data.vocab, None)
+    model = LlamaForCausalLM(LlamaConfig(**about, use_cache=False)).to(c.device)
+    if c.compile:
+        model.compile()
+    rates = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": c.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    steps = itertools.count()
 
-        self.c = c
-        self.data = text.Data(c)
-        self.steps = itertools.count()
-        about = llama.hugging_face_config(c, self.data.vocab, None)
-        self.model = LlamaForCausalLM(LlamaConfig(**about, use_cache=False)).to(c.device)
-        if c.compile:
-            self.model.compile()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=c.lr,
-            betas=(c.beta1, c.beta2),
-            eps=c.eps,
-            weight_decay=c.weight_decay,
-            fused=True,
-        )
+    def run():
+        for step in itertools.islice(steps, c.interval):
+            batch = data.batch(step)
+            for group in optimizer.param_groups:
+                group["lr"] = train_gpt.learning_rate(c, step)
+            for x, y in batch:
+                enabled = c.dtype != "float32"
+                with torch.autocast(c.device, getattr(torch, c.dtype), enabled=enabled):
+                    logits = model(input_ids=x).logits
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()) / len(batch)
+                loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def __call__(self):
-        for step in itertools.islice(self.steps, self.c.interval):
-            self.train_step(step)
-
-    def train_step(self, step):
-        c = self.c
-        batch = self.data.batch(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = train_gpt.learning_rate(c, step)
-        for x, y in batch:
-            enabled = c.dtype != "float32"
-            with torch.autocast(c.device, getattr(torch, c.dtype), enabled=enabled):
-                logits = self.model(input_ids=x).logits
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()) / len(batch)
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    return run
 
 
 def time_training(args, rest):
@@ -335,9 +324,8 @@ def time_training(args, rest):
     adamw = settings["AdamW"]
     quarter = [name for name in settings if "micro-batches" in name]
     runs = {name: Training(c) for name, c in settings.items()}
-    times = interleaved(
-        {**runs, "plain transformers loop, AdamW": PlainLlama(adamw)}, args.rounds, args.device
-    )
+    loops = {**runs, "plain transformers loop, AdamW": plain_loop(adamw)}
+    times = interleaved(loops, args.rounds, args.device)
     model = runs["AdamW"].job.model
     count = sum(p.numel() for p in model.parameters())
     tokens = adamw.interval * adamw.batch_size * adamw.context
