@@ -5,8 +5,8 @@
     python benchmarks/gpu.py 6 --out runs/gpu       # again: goes on with what is left
     python benchmarks/gpu.py 4 --out runs/toy --toy --device cpu    # tries the stage, in a minute
 
-1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row shortened, on
-ranks, in float16; 5 images; 6 that row for eight optimizers over seeds.
+1 correctness; 2 speed at 60M and 119M parameters, 3 at 229M; 4 the paper's 60M row for 20 steps, on
+ranks and in float16; 5 images; 6 that row for eight optimizers over seeds.
 
 DIR/stage-N.json names device, versions, commit and commands; DIR/STEP.log is what a command
 printed. A later call skips what is done. No network: the text is this machine's Python source, as
@@ -57,10 +57,6 @@ SIZES = {
         f"--preset 229m {BRIEF}",
     ),
     "row": ("--preset 60m --eval-sequences 480", f"--preset 60m --eval-sequences 16 {TINY}"),
-    "compare": (
-        "--steps 1500 --warmup 150 --ire-warmup 150 --eval-interval 250",
-        "--steps 6 --warmup 2 --ire-warmup 2 --eval-interval 3 --log-interval 3",
-    ),
     "seed_run": (
         "--steps 1000 --warmup 100 --eval-interval 100 --checkpoint-interval 500",
         "--steps 6 --warmup 2 --eval-interval 3 --log-interval 3",
@@ -117,7 +113,6 @@ def stages(seeds):
     """{stage: its steps}"""
     tests = "-m pytest -q -o addopts= tests/test_cuda.py --junitxml {file}"
     step = "benchmarks/speed.py step --device {device} {step} --file {file}"
-    compare = f"{GPT} {{compare}} --compare adamw,admire {NEW}"
     return {
         "1": [Step("tests", tests, 420, read_tests), Step("step", step, 180, read_report)],
         "2": [
@@ -126,7 +121,6 @@ def stages(seeds):
         ],
         "3": [Step("train-229m", f"{SPEED} {{speed_229m}}", 540, read_report)],
         "4": [
-            Step("compare", compare, 360, read_two),
             Step("ddp", f"{RANKS} {SHORT} --no-fsdp", 120, read_run),
             Step("fsdp", f"{RANKS} {SHORT} --fsdp", 120, read_run),
             Step("float16", f"{SHORT} {{float16}}", 120, read_run),
@@ -182,10 +176,6 @@ def read_run(file, run):
     return result
 
 
-def read_two(file, run):
-    return {name: read_run(file, run / name) for name in ("adamw", "admire")}
-
-
 # ---------------------------------------------------------------------------------- what holds
 def row(claim, measured, goal=None, holds=None):
     """A line of the table. goal: the least number that is asked for."""
@@ -220,12 +210,8 @@ def judge_speed(results, device):
 
 
 def judge_training(results, device):
-    if "compare" in results:
-        adamw, admire = (results["compare"][name] for name in ("adamw", "admire"))
-        yield row("60m shortened: AdamW's final loss", adamw["val_loss"])
-        yield from against("  AdmIRE", [(admire, adamw)])
-    for name in [n for n in ("ddp", "fsdp", "float16") if n in results]:
-        curve = list(results[name]["val_loss_by_step"].values())
+    for name, run in results.items():
+        curve = list(run["val_loss_by_step"].values())
         learns = curve[-1] < curve[0]  # what is not finite ends the run
         yield row(f"{name}: trains, validation loss", curve[-1], holds=learns)
 
@@ -250,19 +236,19 @@ def judge_seeds(results, device):
         for base in sorted({"adamw", *bases} - {form}):
             shared = [seed for seed in of_seed if seed in runs.get(base, {})]
             if shared:
-                yield from against("", [(of_seed[seed], runs[base][seed]) for seed in shared], base)
+                yield from against(base, [(of_seed[seed], runs[base][seed]) for seed in shared])
 
 
-def against(words, pairs, base="adamw"):
+def against(base, pairs):
     """Lines about [(run, run of the base)]."""
     values = [other["val_loss"] - run["val_loss"] for run, other in pairs]
-    yield row(f"{words}  gain on top of {base}, positive is better", number(*mean(values)))
+    yield row(f"  gain on top of {base}, positive is better", number(*mean(values)))
     shares = [share_of_steps(run, other) for run, other in pairs]
     missed = f"never for {shares.count(None)} of {len(shares)}"
     reached = missed if None in shares else number(*mean(shares))
-    yield row(f"{words}  steps to its final loss, of all", reached)
+    yield row("  steps to its final loss, of all", reached)
     speeds = [run["tokens_per_second"] / other["tokens_per_second"] for run, other in pairs]
-    yield row(f"{words}  tokens a second of its", number(*mean(speeds)))
+    yield row("  tokens a second of its", number(*mean(speeds)))
 
 
 def share_of_steps(run, base):

@@ -127,7 +127,6 @@ SIZES = {  # millions of parameters: width, layers, feed-forward, vocabulary of 
     1: (128, 5, 336, 256),
     10: (320, 8, 848, 256),
     60: (384, 16, 1024, 50304),
-    119: (768, 6, 2048, 50304),
     229: (768, 16, 3072, 50304),
 }
 SETTINGS = dict(kappa=2, gamma=0.6, interval=10)

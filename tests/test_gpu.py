@@ -42,8 +42,7 @@ def test_the_commands_for_a_gpu_are_understood(h100, step):
     assert (ROOT / script).exists()
     if script == "train_gpt.py":
         given = common.parse(train_gpt.Config, "", rest)
-        names = given.get("compare", "").split(",") if "compare" in given else ()
-        c = train_gpt.complete(train_gpt.configure(given, names))
+        c = train_gpt.complete(train_gpt.configure(given))
         assert c.device == "cuda" and c.compile and c.dtype in ("bfloat16", "float16")
     if script == "train_cifar.py":
         c = train_cifar.configure(common.parse(train_cifar.Config, "", rest))
