@@ -362,48 +362,35 @@ class Pictures(torch.utils.data.Dataset):
         return (x - self.mean) / self.std, self.y[i]
 
 
-class PlainImages:
-    """SGD over a DataLoader: the loop that one writes first."""
+def plain_images(c, data, count):
+    """SGD over a DataLoader: the loop that one writes first. Returns a function that makes so many
+    steps."""
+    model = train_cifar.MODELS[c.model](data.classes)
+    about = {"momentum": c.momentum, "weight_decay": c.weight_decay}
+    optimizer = torch.optim.SGD(model.parameters(), c.lr, **about)
+    loader = torch.utils.data.DataLoader(Pictures(data), c.batch_size, True, drop_last=True)
+    batches = (batch for _ in itertools.count() for batch in loader)
 
-    def __init__(self, c, data, steps):
-        self.c = c
-        self.steps = steps
-        self.model = train_cifar.MODELS[c.model](data.classes)
-        about = {"momentum": c.momentum, "weight_decay": c.weight_decay}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), c.lr, **about)
-        loader = torch.utils.data.DataLoader(Pictures(data), c.batch_size, True, drop_last=True)
-        self.batches = (batch for _ in itertools.count() for batch in loader)
-
-    def batch(self):
-        return next(self.batches)
-
-    def __call__(self):
-        for _ in range(self.steps):
-            x, y = self.batch()
-            self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x), y, label_smoothing=self.c.label_smoothing)
+    def run():
+        for x, y in itertools.islice(batches, count):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y, label_smoothing=c.label_smoothing)
             loss.backward()
-            self.optimizer.step()
+            optimizer.step()
+
+    return run
 
 
-class Images:
-    """Steps of train_cifar.py's own loop, without its reports."""
+def own_images(c, data, count):
+    """The same of train_cifar.py's own loop, without its reports."""
+    net, parts = train_cifar.set_up(c, data)
+    starts = itertools.count(0, count)
 
-    def __init__(self, c, data, steps):
-        self.c = c
-        self.data = data
-        self.steps = steps
-        self.made = 0
-        self.net, self.parts = train_cifar.set_up(c, data)
-
-    def batch(self):
-        return self.data.batch(self.made)
-
-    def __call__(self):
-        run = Steps(self.steps, self.c)
+    def run():
         with contextlib.suppress(Enough):
-            train_cifar.loop(run, self.data, self.net, self.parts, self.made)
-        self.made += self.steps
+            train_cifar.loop(Steps(count, c), data, net, parts, next(starts))
+
+    return run
 
 
 def time_images(args, rest):
@@ -415,20 +402,14 @@ def time_images(args, rest):
         c = train_cifar.configure({**typed, "dtype": dtype, "device": "cpu"})
         common.choose_device(c)
         data = data or train_cifar.Data(c)
-        rows[f"SGD, ours, {dtype}"] = Images(c, data, args.steps)
-    rows["SGD, plain, float32"] = PlainImages(c, data, args.steps)
+        rows[f"SGD, ours, {dtype}"] = own_images(c, data, args.steps)
+    rows["SGD, plain, float32"] = plain_images(c, data, args.steps)
     times = interleaved(rows, args.rounds)
     report = {}
     for name, values in times.items():
         ratio, quartiles = of_base(times["SGD, plain, float32"], values)
-        step = statistics.median(values) / args.steps
-        batches = seconds(lambda run=rows[name]: [run.batch() for _ in range(args.steps)], "cpu")
-        report[name] = {
-            "images_per_second": c.batch_size / step,
-            "of_plain": ratio,
-            "quartiles": quartiles,
-            "loader_share": batches / args.steps / step,
-        }
+        rate = args.steps * c.batch_size / statistics.median(values)
+        report[name] = {"images_per_second": rate, "of_plain": ratio, "quartiles": quartiles}
         print(f"{name}: {ratio:.3f} of plain, quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}")
     return {"steps": args.steps, "rows": report}
 

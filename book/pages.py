@@ -60,7 +60,6 @@ TIMES = {  # the columns of a table of times, and their titles
     "images_per_second": "images per second",
     "of_plain": "of the plain loop",
     "quartiles": "quartiles",
-    "loader_share": "share of the loader",
 }
 
 
