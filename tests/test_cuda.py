@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -135,16 +134,10 @@ def test_a_training_step_on_pictures_never_waits(monkeypatch, optimizer, compile
     common.choose_device(c)
     data = train_cifar.Data(c)
     forward, parts = train_cifar.set_up(c, data)
-    run = types.SimpleNamespace(c=c, start_clock=lambda: None)
-    with contextlib.ExitStack() as stack:
-
-        def report(run, data, parts, step, losses):
-            if step == 1:  # the first step probes and draws the epoch
-                stack.enter_context(waits("error"))
-            return losses
-
-        monkeypatch.setattr(train_cifar, "report", report)
-        train_cifar.loop(run, data, forward, parts, 0)
+    modes = ("default", "error", "error", "error")  # the first step probes and draws the epoch
+    for step, mode in enumerate(modes):
+        with waits(mode), contextlib.suppress(Enough):
+            train_cifar.loop(Steps(1, c), data, forward, parts, step)
     assert all(p.isfinite().all() for p in parts["model"].parameters())
 
 
