@@ -430,10 +430,9 @@ def of_generalisation(report):
     loss."""
     quick = common.read_json(ROOT / "results" / "cifar-quick.json")
     points = {}  # {(panel, optimizer): [(training loss, held out)]}
-    names = {"sgd": "SGD", "sgd-ire": "SGD-IRE", "sam": "SAM", "sam-ire": "SAM-IRE"}
     for run in quick["runs"]:
         if run["seed"] == 0:
-            own = points.setdefault(("CIFAR-10, ResNet-8", names[run["optimizer"]]), [])
+            own = points.setdefault(("CIFAR-10, ResNet-8", run["optimizer"].upper()), [])
             own.append((run["train_loss"], run["val_acc"]))
     for run in report["runs"]:
         at = run["settings"]

@@ -353,6 +353,9 @@ class Stage:
         self.report = {"stage": args.stage, "data": "none", "steps": {}}
         if self.file.exists():
             self.report = common.read_json(self.file)
+            theirs = self.report["environment"]["device"]
+            if theirs != self.environment["device"]:
+                sys.exit(f"gpu.py: {self.file} has results of another device, {theirs}")
         self.report["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
         self.report["environment"] = self.environment
         ranks = torch.cuda.device_count() if args.device == "cuda" else 2

@@ -174,10 +174,15 @@ def test_half_a_run_is_no_result(tmp_path, monkeypatch):
     assert report["claims"] == [] and len(report["left"]) == len(gpu.IMAGES)
 
 
-def test_no_step_begins_without_time(tmp_path, capsys):
+def test_no_step_begins_without_time_and_no_device_goes_on_with_anothers(tmp_path, capsys):
     assert stage_in(tmp_path, "6", "--minutes", "0.1") == 1
     assert capsys.readouterr().out.count("no time left") == len(gpu.FORMS)
-    assert json.loads((tmp_path / "stage-6.json").read_text())["steps"] == {}
+    report = common.read_json(tmp_path / "stage-6.json")
+    assert report["steps"] == {}
+    report["environment"]["device"] = "Tesla T4"
+    common.write_json(tmp_path / "stage-6.json", report)
+    with pytest.raises(SystemExit, match="has results of another device, Tesla T4"):
+        stage_in(tmp_path, "6")
 
 
 def test_bytes_keep_the_size_of_the_head(tmp_path, monkeypatch):
