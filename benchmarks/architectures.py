@@ -469,22 +469,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    studies = [Path("results", f"{name}.json") for name in DRAWN]
-    parser.add_argument("file", type=Path, choices=studies)
+    parser.add_argument("file", choices=[f"results/{name}.json" for name in DRAWN])
     parser.add_argument("--summary", action="store_true", help="table and figure; run nothing")
     args = parser.parse_args()
+    file = Path(args.file)
     torch.set_num_threads(1)  # the models are small
-    with common.locked(ROOT / "runs" / "architectures" / args.file.stem):
-        study = Study.read(args.file, functools.partial(recorded, train))
+    with common.locked(ROOT / "runs" / "architectures" / file.stem):
+        study = Study.read(file, functools.partial(recorded, train))
         if not args.summary:
             run_all(study)
         study.save()
-    report = common.read_json(args.file)
+    report = common.read_json(file)
     print(table(report))
     plt.rcParams.update(STYLE)
-    keep(DRAWN[args.file.stem](report), args.file.with_suffix(".png"))
-    if args.file.stem == "architectures":
-        keep(of_generalisation(report), args.file.with_name("generalisation.png"))
+    keep(DRAWN[file.stem](report), file.with_suffix(".png"))
+    if file.stem == "architectures":
+        keep(of_generalisation(report), file.with_name("generalisation.png"))
 
 
 if __name__ == "__main__":
