@@ -40,7 +40,8 @@ each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 # ---------------------------------------------------------------- where it is the base
 @each_base
 @each_curvature
-def test_kappa_0_is_the_base_bit_for_bit(make, curvature):
+@pytest.mark.parametrize("off", [{"kappa": 0}, {"warmup": 12}])
+def test_kappa_0_and_the_steps_before_warmup_are_the_bases_bit_for_bit(make, curvature, off):
     """Dropout, batch norm and drawn labels of the probes leave the training alone."""
 
     def run(wrap):
@@ -50,18 +51,8 @@ def test_kappa_0_is_the_base_bit_for_bit(make, curvature):
         train(model, opt, range(12))
         return model.state_dict().values()
 
-    settings = {**SETTINGS, "kappa": 0, "curvature": curvature}
+    settings = {**SETTINGS, "curvature": curvature, **off}
     assert equal(run(lambda base: base), run(lambda base: IRE(base, **settings)))
-
-
-@each_base
-def test_before_warmup_it_is_the_base(make):
-    one, two, three = make_model(), make_model(), make_model()
-    expected = train(one, make(one.parameters()), range(8))
-    opt = IRE(make(two.parameters()), kappa=5, gamma=0.5, warmup=8)
-    assert equal(expected, train(two, opt, range(8)))
-    opt = IRE(make(three.parameters()), kappa=5, gamma=0.5, warmup=7)
-    assert not equal(expected, train(three, opt, range(8)))
 
 
 # ---------------------------------------------------------------- the arithmetic
@@ -196,36 +187,14 @@ def test_what_it_keeps_and_says():
 @each_wrapper
 def test_squares_are_of_the_gradients_before_the_base_changes_them(wrap):
     """Some Muons leave their Nesterov step in p.grad."""
-
-    class Changing(SGD):
-        def step(self, closure=None):
-            loss = super().step(closure)
-            for p in self.param_groups[0]["params"]:
-                p.grad.lerp_(torch.ones_like(p), 0.9)
-            return loss
-
     one, two = make_model(), make_model()
     expected = train(one, wrap(SGD(one.parameters(), 0.1)), range(12))
-    opt = wrap(Changing(two.parameters(), 0.1))
+    opt = wrap(SGD(two.parameters(), 0.1))
+    opt.base.register_step_post_hook(lambda *_: nn.utils.clip_grad_value_(two.parameters(), 1e-3))
     assert equal(expected, train(two, opt, range(12)))
 
 
-def test_a_group_with_kappa_0_does_not_decide_on_the_source():
-    model = make_model()
-    matrices = {"params": [model[0].weight, model[2].weight], "kappa": 0}
-    vectors = {"params": [model[0].bias, model[2].bias]}
-
-    def entry(p):
-        return {"exp_avg_sq": torch.arange(len(p)).to(p)} if p.dim() == 1 else {}
-
-    opt = IRE(Keeps([matrices, vectors], entry), kappa=1, gamma=0.5)
-    train(model, opt, range(2))
-    assert opt.masks[model[0].bias].tolist() == [True] * 3 + [False] * 5
-    assert opt.masks[model[2].bias].tolist() == [True] * 3
-    assert not any(x.is_floating_point() for x in extra(opt).values() if x.dim() > 0)
-
-
-def test_means_kept_by_ire_end_where_the_bases_serve():
+def test_means_kept_by_ire_end_where_the_bases_serve_all_groups_but_those_with_kappa_0():
     """Else they would miss the gradients from here on, and take part again later."""
     model = make_model()
     matrices = {"params": [model[0].weight, model[2].weight]}
@@ -314,34 +283,22 @@ def test_a_curvature_that_says_nothing_warns_and_the_last_mask_goes_on(wrap, wro
     assert equal(before, opt.masks.values()) and any(mask.any() for mask in before)
 
 
-@pytest.mark.parametrize("kappa", [1, 5])
-def test_a_sharp_coordinate_at_infinity_stays_what_the_base_made_of_it(kappa):
+def test_a_sharp_coordinate_at_infinity_stays_what_the_base_made_of_it():
     p = nn.Parameter(torch.ones(4))
-    opt = SGDIRE([p], 0.1, kappa=kappa, gamma=0.5, curvature="fisher")
+    opt = SGDIRE([p], 0.1, kappa=5, gamma=0.5)
     by_curvature(opt, {p: torch.tensor([1.0, 2.0, 3.0, 4.0])})
     p.grad = torch.tensor([1.0, 1.0, -math.inf, 1.0])
     opt.step()
-    far = 0.9 - 0.1 * kappa
-    torch.testing.assert_close(p.detach(), torch.tensor([far, far, math.inf, 0.9]))
+    torch.testing.assert_close(p.detach(), torch.tensor([0.4, 0.4, math.inf, 0.9]))
 
 
 @each_wrapper
 def test_gradients_that_are_not_in_p_grad_are_said(wrap):
     """Such as float32 `main_grad`, or gradients that are used up in the backward pass."""
-
-    class MainGrad(SGD):
-        def step(self, closure=None):
-            for p in self.param_groups[0]["params"]:
-                p.data.sub_(p.main_grad, alpha=0.1)
-
     p = nn.Parameter(torch.ones(3, 1))
-    p.main_grad = torch.ones(3, 1)
-    opt = wrap(MainGrad([p], 0.1), interval=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(100):
-            opt.step()
-    assert len(caught) == 3 and all("p.grad" in str(w.message) for w in caught)
+    opt = wrap(SGD([p], 0.1), interval=1)
+    with pytest.warns(UserWarning, match="no gradients in p.grad at step 0 "):
+        opt.step()
     p.grad = torch.ones(3, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -380,9 +337,11 @@ def test_saved_at_any_step_and_resumed_to_the_same_bits(make, curvature, wrap):
 def test_masks_and_squares_keep_their_dtype(dtype, make, through_base):
     """torch casts what a state holds to the dtype of the parameter."""
     model = make_model(dtype=dtype)
-    opt = make(model.parameters(), 0.01, **SETTINGS)
+    opt = make(model.parameters(), 0.01, curvature="squares", **SETTINGS)
     train(model, opt, range(4))
-    before = {**extra(opt)}
+    assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
+    assert sum(flat_counts(opt)) >= math.floor(0.6 * 67)
+    before = extra(opt)
     if through_base:  # of which the wrapper sees nothing
         opt.base.load_state_dict(type(opt.base)(model.parameters(), 0.01).state_dict())
         assert opt.param_groups[0]["kappa"] == 2
@@ -456,13 +415,10 @@ def test_a_group_keeps_its_kappa_when_a_bare_state_is_loaded():
     assert [group["kappa"] for group in opt.param_groups] == [2, 0]
 
 
-class InItsOwnWay(SGD):
-    """Saves and loads as bases do that were met in public:
-    - a number beside its state, and another under a name in its state, as MADGRAD does;
-    - entries that it makes after torch's hooks;
-    - a first save that fails, as ZeRO's does without consolidate_state_dict."""
+class BesideItsState(SGD):
+    """Saves a number beside its state and another under a name in it, as MADGRAD does, and entries
+    that it makes after torch's hooks."""
 
-    ready = False
     count = 0
 
     def step(self, closure=None):
@@ -472,30 +428,12 @@ class InItsOwnWay(SGD):
 
     def state_dict(self):
         saved = super().state_dict()
-        if not self.ready:
-            self.ready = True
-            raise RuntimeError("not yet")
         state = {i: dict(self.state[p]) for i, p in enumerate(self.param_groups[0]["params"])}
         return {**saved, "state": {**state, "k": self.state["k"]}, "count": self.count}
 
     def load_state_dict(self, state_dict):
         self.count = state_dict["count"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "count"})
-
-
-def test_a_base_that_saves_and_loads_in_its_own_way():
-    model, other = make_model(), make_model()
-    bases = [InItsOwnWay(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other)]
-    opt, again = (IRE(base, **SETTINGS) for base in bases)
-    train(model, opt, range(3))
-    with pytest.raises(RuntimeError, match="not yet"):
-        opt.state_dict()
-    assert bases[0].state_dict()["state"][0].keys() == {"momentum_buffer"}
-    other.load_state_dict(model.state_dict())
-    again.load_state_dict(reload(opt.state_dict()))
-    assert again.base.count == again.state["k"] == 3
-    assert equal(masks(opt), masks(again)) and masks(opt)[0].any()
-    assert equal(train(model, opt, range(3, 9)), train(other, again, range(3, 9)))
 
 
 class ReadsTwice(SGD):
@@ -518,9 +456,9 @@ class WithoutHooks(SGD):
         self.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
 
 
-@pytest.mark.parametrize("cls", [ReadsTwice, WithoutHooks])
+@pytest.mark.parametrize("cls", [BesideItsState, ReadsTwice, WithoutHooks])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_base_that_loads_in_its_own_way(cls, momentum):
+def test_a_base_that_saves_and_loads_in_its_own_way(cls, momentum):
     model, other = make_model(), make_model()
     opt, again = (
         IRE(cls(m.parameters(), lr=0.1, momentum=momentum), **SETTINGS) for m in (model, other)
@@ -528,24 +466,16 @@ def test_a_base_that_loads_in_its_own_way(cls, momentum):
     train(model, opt, range(4))
     other.load_state_dict(model.state_dict())
     again.load_state_dict(reload(opt.state_dict()))
-    assert len(again.base.state) == (4 if momentum else 0)
-    assert not any("flat" in entry for entry in again.base.state.values())
+    entries = dict(again.base.state)
+    if cls is BesideItsState:
+        assert again.base.count == entries.pop("k") == 4
+    assert len(entries) == (4 if momentum else 0)
+    assert all(entry.keys() == {"momentum_buffer"} for entry in entries.values())
+    assert equal(masks(opt), masks(again)) and masks(opt)[0].any()
     assert equal(train(model, opt, range(4, 9)), train(other, again, range(4, 9)))
 
 
 # Bases that match saved state by the names of parameters, whose order has changed.
-class Ordered(nn.Module):
-    def __init__(self, order):
-        super().__init__()
-        torch.manual_seed(0)
-        layers = {name: nn.Linear(4, 4, dtype=torch.float64) for name in "abc"}
-        for name in order:
-            self.add_module(name, layers[name])
-
-    def forward(self, x):
-        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
-
-
 def match_by_name(optimizer, saved, drop=None):
     (group,) = saved["param_groups"]
     key = dict(zip(group["param_names"], group["params"]))
@@ -565,17 +495,7 @@ def keyed_by_name(optimizer, saved):
     return {"state": state, "param_groups": [{**group, "params": names}]}
 
 
-def matching(cls):
-    class Matching(cls):
-        def load_state_dict(self, state_dict):
-            super().load_state_dict(match_by_name(self, state_dict))
-
-    return Matching
-
-
 def hooked(model, how, cls):
-    if how == "own load_state_dict":
-        return matching(cls)(model.named_parameters(), 0.01)
     base = cls(model.named_parameters(), 0.01)
     if how == "keyed by name":
         base.register_state_dict_post_hook(keyed_by_name)
@@ -584,18 +504,19 @@ def hooked(model, how, cls):
     return base
 
 
-@pytest.mark.parametrize(
-    "how", ["hook", "own load_state_dict", "keyed by name", "an entry dropped"]
-)
+@pytest.mark.parametrize("how", ["in order", "keyed by name", "an entry dropped"])
 @pytest.mark.parametrize("cls", [AdamW, SGD])
 @each_wrapper
 def test_masks_and_squares_go_where_the_moments_go(how, cls, wrap):
-    one, two = Ordered("abc"), Ordered("cab")
+    layers = {name: nn.Linear(4, 4, dtype=torch.float64) for name in "abc"}
+    one = nn.ModuleDict(layers)
+    two = nn.ModuleDict({name: copy.deepcopy(layers[name]) for name in "cab"})
     opts = [wrap(hooked(model, how, cls), interval=3) for model in (one, two)]
 
     def step(model, opt, t):
         opt.zero_grad()
-        model(batch(t, torch.float64)[0]).square().sum().backward()
+        x = torch.tanh(model["a"](batch(t, torch.float64)[0]))
+        model["c"](torch.tanh(model["b"](x))).square().sum().backward()
         opt.step()
 
     for t in range(4):
@@ -632,17 +553,13 @@ def test_a_state_that_the_base_refuses_changes_nothing():
 def test_hooks_fire_once_on_both():
     model = make_model()
     opt = IRE(SAM(SGD(model.parameters(), 0.1)), **SETTINGS)
-    soft = SoftIRE(SGD([torch.zeros(2, 2)], 0.1))
     calls = []
-    for name, o in (("ire", opt), ("sam", opt.base), ("sgd", opt.base.base), ("soft", soft)):
+    for name, o in (("ire", opt), ("sam", opt.base), ("sgd", opt.base.base)):
         o.register_step_pre_hook(lambda *a, name=name: calls.append(f"{name} before"))
         o.register_step_post_hook(lambda *a, name=name: calls.append(f"{name} after"))
     train(model, opt, range(1))
     before = ["ire before", "sam before", "sgd before"]
     assert calls == [*before, "sgd after", "sam after", "ire after"]
-    calls.clear()
-    soft.step()
-    assert calls == ["soft before", "soft after"]
     calls.clear()
     opt.register_state_dict_pre_hook(lambda o: calls.append("saving"))
     opt.register_state_dict_post_hook(lambda o, d: calls.append("saved"))
@@ -652,27 +569,26 @@ def test_hooks_fire_once_on_both():
     assert calls == ["saving", "saved", "loading", "loaded"]
 
 
-SCHEDULES = {
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
-    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
-    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-}
+SCHEDULES = [
+    lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+    lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+]
 
 
 @pytest.mark.parametrize("on_base", [False, True])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedulers(name, on_base):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedulers(schedule, on_base):
     one, two = make_model(), make_model()
     plain = SGD(one.parameters(), 0.1, momentum=0.9)
     opt = SGDIRE(two.parameters(), 0.1, momentum=0.9, **SETTINGS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedules = [SCHEDULES[name](o) for o in (plain, opt.base if on_base else opt)]
+        schedules = [schedule(o) for o in (plain, opt.base if on_base else opt)]
         for step in range(8):
             train(one, plain, [step])
             train(two, opt, [step])
             for s in schedules:
-                s.step(1.0) if name == "plateau" else s.step()
+                s.step()
             for setting in ("lr", "momentum"):
                 expected = plain.param_groups[0][setting]
                 assert opt.param_groups[0][setting] == expected
@@ -745,23 +661,11 @@ def test_a_base_is_wrapped_once_and_before_it_loads():
     climbing = SAM(SGD(model.parameters(), 0.1)).base
     for base in (loaded, wrapped, climbing):
         for wrap in (lambda: IRE(base, **SETTINGS), lambda: SAM(base)):
-            with pytest.raises(
-                ValueError, match="base: got .*, allowed is a new one, which was never wrapped"
-            ):
+            with pytest.raises(ValueError, match="base: got .*, allowed is a new one"):
                 wrap()
 
 
 # ---------------------------------------------------------------- odd parameters
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_base
-def test_half_precision(make, dtype):
-    model = make_model(dtype=dtype)
-    opt = IRE(make(model.parameters()), **SETTINGS)
-    train(model, opt, range(6))
-    assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
-    assert sum(flat_counts(opt)) >= math.floor(0.6 * 67)
-
-
 def test_bf16_flat_step_is_rounded_once():
     p = nn.Parameter(torch.full((8,), 100.0, dtype=torch.bfloat16))
     opt = SGDIRE([p], 1.0, kappa=3, gamma=0.5, curvature="fisher")
@@ -852,15 +756,12 @@ WRONG = [
     (SoftIRE, "kappa", 2, "a number in [0, 1]"),
     (IRE, "gamma", 0, "a number in (0, 1)"),
     (IRE, "gamma", 1.0, "a number in (0, 1)"),
-    (IRE, "gamma", None, "a number in (0, 1)"),
     (IRE, "interval", 0, "a whole number >= 1"),
     (SoftIRE, "interval", 2.5, "a whole number >= 1"),
     (IRE, "warmup", -1, "a whole number >= 0"),
     (IRE, "beta", 1.0, "a number in [0, 1)"),
-    (SoftIRE, "beta", math.nan, "a number in [0, 1)"),
     (IRE, "curvature", "second_moment", "squares or fisher"),
     (SoftIRE, "alpha", -0.3, "a number in [0, 1]"),
-    (SoftIRE, "alpha", math.nan, "a number in [0, 1]"),
     (SoftIRE, "limit", 0.5, "a finite number >= 1"),
 ]
 
@@ -905,11 +806,8 @@ WRONG_BASES = {
 
 @pytest.mark.parametrize("got", WRONG_BASES)
 def test_wrong_bases(got):
-    with pytest.raises(
-        ValueError, match=f"base: got '{got}', allowed is a torch.optim.Opt"
-    ) as error:
+    with pytest.raises(ValueError, match=f"base: got '{got}', allowed is a torch.optim.Opt"):
         WRONG_BASES[got](make_model().parameters())
-    assert "\n" not in str(error.value)
 
 
 def test_complex_parameters_are_refused():
@@ -918,40 +816,16 @@ def test_complex_parameters_are_refused():
             wrap(SGD([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], 0.1))
 
 
-class Gamma(SGD):
-    """Has a gamma of its own in its groups, as AdaGO has, and in its defaults, as AdaBound has."""
-
-    def __init__(self, params, default=True):
-        super().__init__(params, 0.1)
-        for group in self.param_groups:
-            group["gamma"] = 7
-        if default:
-            self.defaults["gamma"] = 7
-
-    def step(self, closure=None):
-        assert all(group["gamma"] == 7 for group in self.param_groups)
-        return super().step(closure)
-
-
 def test_a_base_with_a_setting_of_our_name_is_refused():
+    """AdaBound has a gamma."""
     params = list(make_model().parameters())
-    for wrap, name in (
-        (lambda: SAM(torch.optim.Adadelta(params), rho=0.05), "rho"),
-        (lambda: SAMIRE(params, torch.optim.Adadelta, rho=0.05, kappa=1, gamma=0.5), "rho"),
-        (lambda: IRE(Gamma(params), kappa=1, gamma=0.5), "gamma"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: got .*, allowed is a base without"):
-            wrap()
-
-
-@pytest.mark.parametrize("default", [False, True])
-def test_soft_ire_has_no_gamma_that_could_meet_the_bases(default):
-    one, two = make_model(), make_model()
-    opts = [SoftIRE(Gamma(model.parameters(), default), interval=3) for model in (one, two)]
-    train(one, opts[0], range(4))
-    two.load_state_dict(one.state_dict())
-    opts[1].load_state_dict(reload(opts[0].state_dict()))
-    assert equal(train(one, opts[0], range(4, 9)), train(two, opts[1], range(4, 9)))
+    first, second = SGD(params, 0.1), SGD(params, 0.1)
+    first.defaults["gamma"] = second.defaults["gamma"] = 7
+    with pytest.raises(ValueError, match="gamma: got 'SGD', allowed is a base without a gamma"):
+        IRE(first, kappa=1, gamma=0.5)
+    with pytest.raises(ValueError, match="rho: got 'Adadelta', allowed is a base without a rho"):
+        SAM(torch.optim.Adadelta(params))
+    assert "gamma" not in SoftIRE(second).param_groups[0]
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
