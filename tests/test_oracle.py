@@ -52,7 +52,7 @@ def adamw(weights, grads, memory, t, lr=0.02, b1=0.9, b2=0.95, eps=1e-8, decay=0
 def oracle(base, sam, curvature):
     weights, batches = problem()
     memory = {}
-    flat = None
+    flat = [0 * w for w in weights]
     own = [0 * w for w in weights]
     for t, (x, y, sampled) in enumerate(batches):
         due = t >= WARMUP and (t - WARMUP) % INTERVAL == 0
@@ -71,10 +71,7 @@ def oracle(base, sam, curvature):
         if due:
             every = np.sort(np.concatenate([a.ravel() for a in h]))
             flat = [a <= every[int(GAMMA * len(every)) - 1] for a in h]
-        if flat:
-            weights = [w + (1 + KAPPA * f) * (n - w) for w, n, f in zip(weights, new, flat)]
-        else:
-            weights = new
+        weights = [w + (1 + KAPPA * f) * (n - w) for w, n, f in zip(weights, new, flat)]
     return weights
 
 

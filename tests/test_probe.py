@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -48,9 +49,8 @@ def test_a_probe_without_fisher_is_refused(wrap):
     model = make_model()
     opt = wrap(SGD(model.parameters(), 0.1))
     assert not opt.probe_due
-    with pytest.raises((ValueError, RuntimeError), match='curvature="fisher"') as error:
+    with pytest.raises(ValueError, match='allowed is curvature="fisher"'):
         probe(model, opt)
-    assert "\n" not in str(error.value)
 
 
 @each_wrapper
@@ -87,29 +87,24 @@ def test_probe_due_is_false_once_probed_and_true_after_a_failed_probe_or_a_load(
     assert opt.probe_due and not opt.masks
 
 
-def test_a_missing_probe_is_said_at_the_1st_10th_and_100th_miss():
-    model, twin = make_model(), make_model()
+def test_a_missing_probe_is_said_at_the_1st_10th_and_100th_miss_and_the_mask_stays():
+    model = make_model()
     opt = SGDIRE(model.parameters(), interval=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(100):
-            backward(model, step)
+        for _ in range(99):
+            backward(model)
             opt.step()
+        assert not opt.masks
+        probe(model, opt)
+        opt.step()
+        before = [mask.clone() for mask in masks(opt)]
+        opt.step()
+    assert equal(before, masks(opt)) and any(mask.any() for mask in before)
     said = [str(w.message) for w in caught]
     assert len(said) == 3
-    for text, step in zip(said, (0, 9, 99)):
-        assert f"step {step} " in text and "probe()" in text
-    plain = SGD(twin.parameters(), 0.1)
-    for step in range(100):
-        backward(twin, step)
-        plain.step()
-    assert equal(values(model), values(twin))  # nothing was lengthened
-    probe(model, opt)
-    opt.step()
-    backward(model)
-    before = [mask.clone() for mask in masks(opt)]
-    opt.step()
-    assert equal(before, masks(opt)) and any(mask.any() for mask in before)
+    for text, step in zip(said, (0, 9, 100)):
+        assert f"no probe() at step {step} " in text
 
 
 @pytest.mark.parametrize(
@@ -119,10 +114,9 @@ def test_a_missing_probe_is_said_at_the_1st_10th_and_100th_miss():
         (torch.float16, [4e-4, -1e-4, 3e-4, 2e-4], [False, True, False, True]),
         (torch.bfloat16, [4e-25, -1e-25, 3e-25, 2e-25], [False, True, False, True]),
         (torch.float64, [1 + 1e-12, 1, 1 + 3e-12, 1 + 2e-12], [True, True, False, False]),
-        (torch.float32, [math.nan, 1, math.inf, 2], [False, True, False, True]),
     ],
 )
-def test_squares_that_underflow_are_ranked_and_what_is_not_finite_is_sharp(dtype, gradient, flat):
+def test_gradients_are_ranked_whose_squares_underflow(dtype, gradient, flat):
     p = nn.Parameter(torch.ones(4, dtype=dtype))
     opt = SGDIRE([p])
     by_curvature(opt, {p: torch.tensor(gradient, dtype=dtype)})
@@ -205,8 +199,7 @@ class Counter(nn.Module):
 
 EXTRAS = {
     "batch norm": lambda: nn.BatchNorm1d(8),
-    "spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
-    "parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
     "dropout": lambda: nn.Dropout(0.5),
     "counter": Counter,
 }
@@ -214,27 +207,23 @@ EXTRAS = {
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("head_alone", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_probe_of_the_model_leaves_all_of_it_alone(extra, head_alone, fails):
-    """At kappa 0 the run is the base's bit for bit, also where zero_grad comes after the step,
-    where another optimizer has the other parameters, and where the probe's body raises."""
+def test_a_probe_of_the_model_leaves_all_of_it_alone(extra, head_alone):
+    """At kappa 0 the run is the base's bit for bit, also where zero_grad comes after the step, and
+    where another optimizer has the other parameters. The last probe raises."""
 
     def run(wrap):
         torch.manual_seed(2)
         model = make_model(EXTRAS[extra]())
         trained = model[-1] if head_alone else model
         opt = wrap(AdamW(trained.parameters(), 0.01))
-        other = SGD(model[0].parameters(), 0.1) if head_alone else SGD([torch.zeros(1)], 0.1)
+        other = SGD(model[0].parameters(), 0.1 if head_alone else 0.0)
         torch.manual_seed(1)
         for step in range(8):
             if getattr(opt, "probe_due", False):
-                try:
-                    with opt.probe(model):
-                        sampled_cross_entropy(model(batch(step)[0])).backward()
-                        if fails and step == 4:
-                            raise KeyError
-                except KeyError:
-                    pass
+                with suppress(KeyError), opt.probe(model):
+                    sampled_cross_entropy(model(batch(step)[0])).backward()
+                    if step == 6:
+                        raise KeyError
             backward(model, step)
             for o in (opt, other):
                 o.step()
@@ -297,16 +286,7 @@ def test_a_probe_does_not_begin_after_the_backward_pass_of_another():
 
 def test_a_graph_from_before_the_probe_still_runs():
     """One forward pass for both losses, through buffers that the graph holds."""
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("scale", torch.full((8,), 2.0))
-
-        def forward(self, x):
-            return x * self.scale
-
-    model = make_model(Scaled())
+    model = make_model(nn.BatchNorm1d(8))
     opt = SGDIRE(model.parameters())
     x, y = batch(0)
     logits = model(x)
@@ -354,14 +334,10 @@ def test_a_step_while_the_probe_is_open_is_refused():
     assert equal(before, values(model)) and not opt.masks and opt.probe_due
 
 
-def test_a_probe_without_dense_gradients_is_an_error():
+def test_a_probe_without_a_backward_pass_is_an_error():
     opt = SGDIRE(make_model().parameters())
     with pytest.raises(ValueError, match="no backward pass inside"), opt.probe():
         pass
-    embed = nn.Embedding(5, 3, sparse=True)
-    opt = SGDIRE(embed.parameters())
-    with pytest.raises(ValueError, match="sparse"), opt.probe():
-        embed(torch.tensor([1, 2])).sum().backward()
 
 
 # ---------------------------------------------------------------- losses
@@ -369,24 +345,22 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_sampled_cross_entropy_draws_from_the_softmax():
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(20000, 3).clone().requires_grad_()
-    loss = sampled_cross_entropy(logits, generator=seeded())
-    p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
-    assert loss.item() == pytest.approx(-(p * p.log()).sum().item(), abs=0.02)  # the entropy
-    loss.backward()
+@pytest.mark.parametrize(
+    "loss, distribution",
+    [
+        (sampled_cross_entropy, torch.distributions.Categorical),
+        (sampled_binary_cross_entropy, torch.distributions.Bernoulli),
+    ],
+)
+def test_labels_are_drawn_from_the_softmax_or_the_sigmoid(loss, distribution):
+    one = torch.tensor([-1.0, 0.0, 2.0])
+    model = distribution(logits=one)
+    logits = one.expand(20000, 3).clone().requires_grad_()
+    found = loss(logits, generator=seeded())
+    assert found.item() == pytest.approx(model.entropy().mean().item(), abs=0.02)
+    found.backward()
     labels = (logits.grad < 0).float().mean(0)  # the gradient is negative at the label alone
-    torch.testing.assert_close(labels, p, atol=0.02, rtol=0)
-
-
-def test_sampled_binary_cross_entropy_draws_from_the_sigmoid():
-    logits = torch.tensor([-2.0, 0.0, 1.0]).expand(20000, 3).clone().requires_grad_()
-    loss = sampled_binary_cross_entropy(logits, generator=seeded())
-    loss.backward()
-    p = torch.tensor([-2.0, 0.0, 1.0]).sigmoid()
-    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
-    assert loss.item() == pytest.approx(float(entropy), abs=0.02)
-    torch.testing.assert_close((logits.grad < 0).float().mean(0), p, atol=0.02, rtol=0)
+    torch.testing.assert_close(labels, model.probs, atol=0.02, rtol=0)
 
 
 def test_sampled_mse_draws_from_the_unit_normal():
@@ -409,24 +383,22 @@ def test_losses_of_odd_inputs():
             sampled_cross_entropy(logits)
 
 
-def test_the_classes_are_the_last_dimension_of_three():
-    three = torch.randn(2, 5, 4)
-    flat = sampled_cross_entropy(three.flatten(0, 1), generator=seeded(1))
-    assert sampled_cross_entropy(three, generator=seeded(1)) == flat
-
-
 def test_ignored_positions_and_the_dimension_of_the_classes():
-    logits = torch.randn(2, 3, 5, 4, requires_grad=True)
+    logits = torch.randn(2, 5, 4, 3, requires_grad=True)
     ignore = torch.zeros(2, 5, 4, dtype=torch.bool)
     ignore[0, :2] = True
-    loss = sampled_cross_entropy(logits, generator=seeded(1), ignore=ignore, dim=1)
-    last = logits.detach().movedim(1, -1).requires_grad_()
-    sampled_cross_entropy(last, generator=seeded(1), ignore=ignore, dim=-1).backward()
+    loss = sampled_cross_entropy(logits, generator=seeded(1), ignore=ignore, dim=-1)
     loss.backward()
-    for grad in (logits.grad, last.grad.movedim(-1, 1)):
-        assert (grad[0, :, :2] == 0).all()
-        assert ((grad < 0).sum(1)[~ignore] == 1).all()  # negative at the label alone
-    assert sampled_cross_entropy(last, generator=seeded(1), dim=-1) != loss
+    assert (logits.grad[ignore] == 0).all()
+    assert ((logits.grad < 0).sum(-1)[~ignore] == 1).all()  # negative at the label alone
+    first = logits.movedim(-1, 1)
+    assert sampled_cross_entropy(first, generator=seeded(1), ignore=ignore, dim=1) == loss
+    alike = [
+        sampled_cross_entropy(logits, generator=seeded(1), dim=-1),
+        sampled_cross_entropy(logits.flatten(0, 1), generator=seeded(1)),
+        sampled_cross_entropy(logits.flatten(0, 2), generator=seeded(1)),
+    ]
+    assert alike[0] == alike[1] == alike[2] != loss
 
 
 LAYERS = {

@@ -15,6 +15,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from training import BASES
@@ -103,17 +112,8 @@ def result(model, opt):
 
 
 def check(got, expected):
-    for a, b in zip(got[0], expected[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    for a, b in zip(got[1], expected[1], strict=True):  # masks are equal, soft factors near
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def alone(kind):
-    model = Model()
-    opt = optimizer(model, kind)
-    train(model, opt, range(STEPS))
-    return result(model, opt)
+    """Of weights and soft factors. Masks are equal."""
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------- on each rank
@@ -121,24 +121,33 @@ def ranks():
     return dist.get_rank(), dist.get_world_size()
 
 
+def agrees_with_one_process(model, kind):
+    """Trains with this rank's part of the batches."""
+    one = Model()
+    alone = optimizer(one, kind)
+    train(one, alone, range(STEPS))
+    opt = optimizer(model, kind)
+    train(model, opt, range(STEPS), *ranks())
+    check(result(model, opt), result(one, alone))
+    return opt
+
+
+def in_ddp(views):
+    return nn.parallel.DistributedDataParallel(
+        Model(), gradient_as_bucket_view=views, find_unused_parameters=True
+    )
+
+
 def ddp(folder):
-    rank, world = ranks()
     for kind in KINDS:
         for views in (False, True):
-            model = nn.parallel.DistributedDataParallel(
-                Model(), gradient_as_bucket_view=views, find_unused_parameters=True
-            )
-            opt = optimizer(model, kind)
-            train(model, opt, range(STEPS), rank, world)
-            check(result(model, opt), alone(kind))
+            agrees_with_one_process(in_ddp(views), kind)
 
 
 def accumulation(folder):
     """A probe amid accumulation leaves what was accumulated, also where it is refused."""
     rank, world = ranks()
-    model = nn.parallel.DistributedDataParallel(
-        Model(), gradient_as_bucket_view=True, find_unused_parameters=True
-    )
+    model = in_ddp(views=True)
     opt = optimizer(model, "adamw plain, fisher")
     opt.warmup = 0
 
@@ -175,9 +184,6 @@ def not_averaged(folder):
 
 def zero(folder):
     """ZeRO inside IRE has the base's state in parts. FSDP1 hides the parameters' shapes."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
     rank, world = ranks()
     for kind in (torch.optim.AdamW, torch.optim.SGD):
         models = [Model(), Model()]
@@ -209,8 +215,6 @@ def zero(folder):
 
 
 def sharded(mesh=None):
-    from torch.distributed.fsdp import fully_shard
-
     model = Model()
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.up, mesh=mesh)
@@ -218,12 +222,8 @@ def sharded(mesh=None):
 
 
 def fsdp(folder):
-    rank, world = ranks()
     for kind in KINDS:
-        model = sharded()
-        opt = optimizer(model, kind)
-        train(model, opt, range(STEPS), rank, world)
-        check(result(model, opt), alone(kind))
+        opt = agrees_with_one_process(sharded(), kind)
         for p, mask in opt.masks.items():
             assert mask.placements == p.placements and mask.dtype == mask_dtype(kind)
 
@@ -234,26 +234,24 @@ def mask_dtype(kind):
 
 def hybrid(folder):
     """Replicas of shards: two ranks share what two others have, and each element counts once."""
-    rank, world = ranks()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for kind in ("sam, squares", "adaptive sam, fisher", "momentum, soft"):
-        model = sharded(mesh)
+        agrees_with_one_process(sharded(mesh), kind)
+
+
+def agree(one, many, kind):
+    """Trains both with whole batches."""
+    results = []
+    for model in (one, many):
         opt = optimizer(model, kind)
-        train(model, opt, range(STEPS), rank, world)
-        check(result(model, opt), alone(kind))
+        train(model, opt, range(STEPS))
+        results.append(result(model, opt))
+    check(*results)
 
 
 def tensor_parallel(folder):
     """Shard and Replicate placements and plain parameters; the norm's gradients are partial sums
     of the ranks."""
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
     rank, world = ranks()
 
     class Even(nn.Module):
@@ -279,23 +277,13 @@ def tensor_parallel(folder):
     for kind in KINDS:
         one = Even(lambda x: x)
         many = parallelize_module(Even(lambda x: x.chunk(world)[rank]), mesh, plan)
-        opts = [optimizer(model, kind) for model in (one, many)]
-        for model, opt in zip((one, many), opts):
-            train(model, opt, range(STEPS))
         placements = {str(getattr(p, "placements", None)) for p in many.parameters()}
         assert placements == {"None", "(Replicate(),)", "(Shard(dim=0),)", "(Shard(dim=1),)"}
-        check(result(many, opts[1]), result(one, opts[0]))
+        agree(one, many, kind)
 
 
 def fsdp_over_tensor_parallel(folder):
     """FSDP2 over ColwiseParallel makes strided shards, which torch does not count as Shard."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
     def make():
@@ -308,10 +296,7 @@ def fsdp_over_tensor_parallel(folder):
         parallelize_module(many, mesh["tensor"], plan)
         fully_shard(many, mesh=mesh["data"])
         assert "_StridedShard" in str(many[0].weight.placements)
-        opts = [optimizer(model, kind) for model in (one, many)]
-        for model, opt in zip((one, many), opts):
-            train(model, opt, range(STEPS))
-        check(result(many, opts[1]), result(one, opts[0]))
+        agree(one, many, kind)
 
 
 def average(folder):

@@ -1,4 +1,4 @@
-"""SoftIRE against its definition, and what it does with gradients that are 0, late, huge or not
+"""SoftIRE against its definition, and what it does with gradients that are late, huge or not
 numbers. What it shares with IRE: test_ire.py."""
 
 import warnings
@@ -89,7 +89,7 @@ DEFINITIONS = [
 @pytest.mark.parametrize("settings", DEFINITIONS)
 @pytest.mark.parametrize("which", ["matrices", "hidden", "all"])
 def test_it_is_its_definition(base, settings, which):
-    """By default it takes all parameters of two or more dimensions."""
+    """By default it takes all parameters of two or more dimensions. Unused rows do not count."""
     expected, net = Net(), Net()
 
     def chosen(net):
@@ -107,39 +107,36 @@ def test_it_is_its_definition(base, settings, which):
     assert set(opt.masks) == set(chosen(net))
 
 
-def test_the_fisher_curvature_of_a_probe():
+def test_the_fisher_curvature_of_a_probe_at_any_scale_of_the_loss():
     p, q = parameters(40, 60)
-    opt = SoftIRE(torch.optim.SGD([p, q], 0.0), alpha=0.5, limit=2.0, curvature="fisher")
     h = {p: uniform(0, 40), q: uniform(1, 60) ** 3}
-    assert opt.probe_due
-    by_curvature(opt, h)
     square = torch.cat([x.flatten() for x in h.values()]) ** 2
     raw = (square / square.sort().values[49]) ** -0.5
     raw = raw.clamp(0.5, 2)
-    factor = torch.cat([1 + opt.masks[x].flatten() for x in h])
-    torch.testing.assert_close(factor, raw / raw.mean())
+    for scale in (1e-25, 1, 1e25):  # float32 does not hold all the squares
+        opt = SoftIRE(torch.optim.SGD([p, q], 0.0), alpha=0.5, limit=2.0, curvature="fisher")
+        by_curvature(opt, {x: scale * g for x, g in h.items()})
+        factor = torch.cat([1 + opt.masks[x].flatten() for x in h])
+        torch.testing.assert_close(factor, raw / raw.mean())
 
 
 # ---------------------------------------------------------------- which parameters
 def test_hidden_matrices_are_those_of_the_blocks():
-    net = Net()
-    names = {id(p): name for name, p in net.named_parameters()}
-    assert [names[id(p)] for p in hidden_matrices(net)] == [
-        f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")
-    ]
-    blocks = nn.Sequential(Block(), Block())
-    inside = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": blocks, "head": nn.Linear(2, 3)})
-    assert len(list(hidden_matrices(inside))) == 4
-    layers = nn.ModuleList([nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 3)])
-    outer = nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 3)})
-    assert [p.shape for p in hidden_matrices(outer)] == [(2, 2)]
-    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-    assert [p.shape for p in hidden_matrices(plain)] == [(8, 4), (6, 8)]
-    first = nn.ModuleDict({"head": nn.Linear(2, 3), "blocks": blocks})
-    assert len(hidden_matrices(first)) == 4
-    tied = nn.ModuleDict({"embed": nn.Embedding(6, 6), "blocks": blocks, "head": nn.Linear(6, 6)})
-    tied["head"].weight = tied["embed"].weight
-    assert len(hidden_matrices(tied)) == 4
+    embed, head, tied = nn.Embedding(9, 6), nn.Linear(6, 9), nn.Linear(6, 9)
+    tied.weight = embed.weight
+    blocks = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)) for _ in range(2)]
+    expected = [id(block[i].weight) for block in blocks for i in (0, 2)]
+    layers = nn.ModuleList(blocks)
+    others = nn.ModuleList([embed, *blocks, nn.Conv2d(1, 1, 3)])
+    for model in (
+        nn.Sequential(embed, *blocks, head),
+        nn.ModuleDict({"embed": embed, "layers": layers, "head": head}),
+        nn.ModuleDict({"embed": embed, "layers": layers, "head": tied}),
+        nn.ModuleDict({"layers": others, "head": head}),
+    ):
+        assert [id(p) for p in hidden_matrices(model)] == expected
+    head_first = nn.ModuleDict({"head": head, "layers": nn.Sequential(Block(), Block())})
+    assert len(hidden_matrices(head_first)) == 4
     with pytest.raises(ValueError, match="has no matrices in an nn.ModuleList"):
         hidden_matrices(nn.Linear(2, 3))
 
@@ -156,14 +153,6 @@ def test_groups_with_kappa_0_are_left_out_as_with_params():
     train(two, opt, range(12))
     assert equal(one.parameters(), two.parameters())
     assert set(opt.masks) == set(hidden_matrices(two))
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_alpha_0_is_the_base_bit_for_bit(base):
-    plain, net = Net(), Net()
-    train(plain, BASES[base](plain.parameters()), range(12))
-    train(net, SoftIRE(BASES[base](net.parameters()), alpha=0.0), range(12))
-    assert equal(plain.parameters(), net.parameters())
 
 
 def test_kappa_takes_a_part_of_the_factors():
@@ -192,29 +181,6 @@ def factors_after(opt, grads):
             p.grad = grad
         opt.step()
     return {p: 1 + mask for p, mask in opt.masks.items()}
-
-
-OVER = {"own": torch.optim.SGD, "the base's": torch.optim.Adam}
-each_source = pytest.mark.parametrize("cls", OVER.values(), ids=OVER)
-
-
-@each_source
-@pytest.mark.parametrize("dead", (0.4, 0.6, 0.9))
-def test_coordinates_without_gradient_do_not_move_the_others_scale(dead, cls):
-    (p,) = parameters(1000)
-    live = torch.arange(1000)[:, None] >= 1000 * dead
-    factor = factors_after(SoftIRE(cls([p], 1.0)), [{p: uniform(0) * live}])[p]
-    assert (factor[~live] == 1).all() and factor[live].std() > 0.05
-    assert factor[live].mean().item() == pytest.approx(1, abs=1e-5)
-
-
-@each_source
-@pytest.mark.parametrize("scale", (1e-17, 1e-12, 1e12))
-def test_the_factors_do_not_depend_on_the_scale_of_the_loss(scale, cls):
-    p, q = parameters(1000, 1000)
-    expected = factors_after(SoftIRE(cls([p], 0.0)), [{p: uniform(0)}])[p]
-    factor = factors_after(SoftIRE(cls([q], 0.0)), [{q: uniform(0) * scale}])[q]
-    torch.testing.assert_close(factor, expected, rtol=1e-4, atol=0)
 
 
 def test_a_second_moment_that_is_not_a_number_is_sharp():
@@ -247,7 +213,7 @@ def test_a_step_that_the_base_skips_leaves_no_trace_of_its_gradient(wrong):
     assert p.isfinite().all() and (factor[:-1] > factor[1:]).all()
 
 
-@each_source
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
 def test_a_parameter_that_joins_later_is_not_flat_for_that(cls):
     old, new = parameters(1000, 1000)
     opt = SoftIRE(cls([old], 0.01), interval=5)
@@ -258,17 +224,6 @@ def test_a_parameter_that_joins_later_is_not_flat_for_that(cls):
         factor = factors_after(opt, steps)
         assert factor[old].mean().item() == pytest.approx(1, abs=0.05)
         assert factor[new].mean().item() == pytest.approx(1, abs=0.05)
-
-
-def test_a_parameter_without_a_gradient_yet_does_not_count():
-    p, q = parameters(1000, 1000)
-    opt = SoftIRE(torch.optim.SGD([p, q], lr=0.0))
-    factors_after(opt, [{p: torch.zeros(1000, 1), q: torch.zeros(1000, 1)}])  # as DCP makes state
-    opt.param_groups[0]["lr"] = 0.1
-    q.grad = None
-    factor = factors_after(opt, [{p: uniform(0)}])
-    assert (factor[q] == 1).all() and factor[p].std() > 0.05
-    assert factor[p].mean().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_low_precision():
@@ -285,6 +240,5 @@ def test_params_that_the_base_does_not_have_and_vectors_alone_are_refused():
     net = Net()
     vectors = [p for p in net.parameters() if p.dim() == 1]
     for base, params in ((net.head.parameters(), hidden_matrices(net)), (vectors, None)):
-        with pytest.raises(ValueError, match="params: ") as error:
+        with pytest.raises(ValueError, match="params: some are not in the base, or there are none"):
             SoftIRE(torch.optim.SGD(base, 0.1), params=params)
-        assert "\n" not in str(error.value)
