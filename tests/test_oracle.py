@@ -75,10 +75,14 @@ def oracle(base, sam, curvature):
     return weights
 
 
-def ours(make):
+def ours(base, sam, curvature):
     weights, batches = problem()
     w1, b1, w2, b2 = params = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
-    opt = make(params)
+    inner = BASES[base](params)
+    if sam:
+        inner = SAM(inner, rho=RHO, adaptive=sam == "adaptive")
+    settings = dict(gamma=GAMMA, interval=INTERVAL, warmup=WARMUP, beta=BETA)
+    opt = IRE(inner, kappa=KAPPA, curvature=curvature, **settings)
 
     def backward(x, y):
         opt.zero_grad()
@@ -105,14 +109,7 @@ BASES = {
 @pytest.mark.parametrize("sam", [None, "plain", "adaptive"])
 @pytest.mark.parametrize("base", BASES, ids=["sgd", "adamw"])
 def test_25_steps_agree(base, sam, curvature):
-    def make(params):
-        inner = BASES[base](params)
-        if sam:
-            inner = SAM(inner, rho=RHO, adaptive=sam == "adaptive")
-        settings = dict(gamma=GAMMA, interval=INTERVAL, warmup=WARMUP, beta=BETA)
-        return IRE(inner, kappa=KAPPA, curvature=curvature, **settings)
-
     expected = oracle(base, sam, curvature)
-    got = ours(make)
+    got = ours(base, sam, curvature)
     error = max(np.abs(g - e).max() / np.abs(e).max() for g, e in zip(got, expected))
     assert error < 1e-8

@@ -169,14 +169,11 @@ def test_training_gradients_come_back_as_they_were(fails):
     nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     model[2].bias.grad = None
     before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    try:
-        with opt.probe():
-            assert all(p.grad is None for p in model.parameters())
-            backward(model, 1)
-            if fails:
-                raise KeyError("second backward")
-    except KeyError:
-        assert fails
+    with suppress(KeyError), opt.probe():
+        assert all(p.grad is None for p in model.parameters())
+        backward(model, 1)
+        if fails:
+            raise KeyError("second backward")
     for p, (grad, content) in zip(model.parameters(), before):
         assert p.grad is grad and (grad is None or torch.equal(grad, content))
     assert (model[0].weight in opt.masks) != fails
@@ -401,23 +398,17 @@ def test_ignored_positions_and_the_dimension_of_the_classes():
     assert alike[0] == alike[1] == alike[2] != loss
 
 
-LAYERS = {
-    "2d": (nn.BatchNorm2d(4), (8, 4, 3, 3)),
-    "no momentum": (nn.BatchNorm1d(4, momentum=None), (8, 4)),
-    "no statistics": (nn.BatchNorm1d(4, track_running_stats=False), (8, 4)),
-    "evaluating": (nn.BatchNorm1d(4).eval(), (8, 4)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_frozen_batch_norm(name):
-    layer, shape = LAYERS[name]
-    model = nn.Sequential(nn.Identity(), layer)
-    x = torch.randn(shape) + 3
-    if layer.training:
-        model(x)
+def test_frozen_batch_norm():
+    model = nn.Sequential(
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4, momentum=None),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.BatchNorm1d(4).eval(),
+    )
+    x = torch.randn(8, 4) + 3
+    model(x)
     before = copy.deepcopy(model.state_dict())
-    flags = (layer.training, layer.track_running_stats, layer.momentum)
+    flags = [layer.track_running_stats for layer in model]
     expected = copy.deepcopy(model)(x)
     with pytest.raises(KeyError), frozen_batch_norm(model):
         with frozen_batch_norm(model):
@@ -425,4 +416,4 @@ def test_frozen_batch_norm(name):
         assert torch.equal(model(x), expected)
         raise KeyError
     assert equal(before.values(), model.state_dict().values())
-    assert flags == (layer.training, layer.track_running_stats, layer.momentum)
+    assert flags == [layer.track_running_stats for layer in model]
