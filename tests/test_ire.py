@@ -365,6 +365,19 @@ def test_groups_and_state_stay_the_bases_own(how):
     assert equal(untouched, values(original)) == (how in ("deepcopy", "pickle"))
 
 
+@each_wrapper
+def test_two_optimizers_that_load_one_state_share_no_tensor(wrap):
+    first, second = (make_model() for _ in range(2))
+    opts = [wrap(SGD(model.parameters(), 0.1), interval=2) for model in (first, second)]
+    train(first, opts[0], range(3))
+    state = opts[0].state_dict()
+    opts[1].load_state_dict(state)
+    before = [x.clone() for x in extra(opts[0]).values()]
+    train(second, opts[1], range(3, 5))
+    assert equal(before, extra(opts[0]).values())
+    assert not opts[1].base._optimizer_load_state_dict_pre_hooks  # ours is gone
+
+
 @pytest.mark.parametrize("make", [lambda p: AdamW(p, 0.01), lambda p: SGD(p, 0.1, momentum=0.9)])
 @pytest.mark.parametrize(
     "before, after",
@@ -682,6 +695,16 @@ def test_parameters_without_gradient_do_not_move_and_keep_their_mask(curvature):
     assert equal(moved, expert.parameters())
     if curvature == "fisher":  # squares are a running mean, which still ranks it
         assert torch.equal(opt.masks[expert.weight], flat)
+
+
+def test_tied_weights_count_once():
+    embed, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    head.weight = embed.weight
+    model = nn.Sequential(embed, head)
+    opt = AdmIRE(model.parameters(), 0.1, kappa=1, gamma=0.5)
+    F.cross_entropy(model(torch.arange(7)), torch.arange(7)).backward()
+    opt.step()
+    assert flat_counts(opt) == [14]
 
 
 @each_wrapper
