@@ -17,9 +17,9 @@ the bytes that they take at most; and the textbook way, as in the authors' code,
 of the model that stay. The last command above is for Linux: malloc then keeps freed memory, as
 CUDA's allocator does. By default it hands large buffers back to the kernel, and each step that
 copies the weights pays for fresh pages.
-train: AdamW and AdmIRE in train_gpt.py, with as many steps in a row as a mask stays; and the same
-Llama of the package transformers in a plain loop. images: SGD in train_cifar.py, and in a plain
-loop over a DataLoader.
+train: AdamW, AdmIRE and SoftIRE in train_gpt.py, with as many steps in a row as a mask stays; and
+the same Llama of the package transformers in a plain loop. images: SGD in train_cifar.py, and in a
+plain loop over a DataLoader.
 """
 
 import argparse
@@ -266,6 +266,7 @@ def rows_of_training(typed):
         "AdamW": gpt_settings(typed, optimizer="adamw"),
         "AdmIRE, squares": gpt_settings(typed, optimizer="admire", curvature="squares"),
         "AdmIRE, full probe": gpt_settings(typed, optimizer="admire", curvature="fisher"),
+        "SoftIRE on AdamW": gpt_settings(typed, optimizer="adamw-soft"),
         **quarter_rows(typed),
     }
 
