@@ -47,9 +47,9 @@ def tokens(folder, part):
 
 
 # ----------------------------------------------------------------------------- prepared folders
-@pytest.mark.parametrize("vocab", (8, 256, 300))
+@pytest.mark.parametrize("vocab", (256, 300))
 def test_prepared_folder(vocab):
-    """Any tokenizer's; what its tokens mean is not known here, yet the run ends well."""
+    """What the tokens of another tokenizer mean is not known here, yet the run ends well."""
     values = [i**2 % vocab for i in range(2000)] + [vocab - 1]
     name = "bytes" if vocab == 256 else "mine"
     prepared(values, values[:200], vocab_size=vocab, tokenizer=name)
@@ -65,7 +65,6 @@ def test_prepared_folder(vocab):
     (
         ("uint32", {"dtype": "uint32", "vocab_size": 100_000}),
         ("uint32", {"dtype": None, "train_tokens": 2000, "val_tokens": 200}),
-        ("uint16", {"dtype": None, "train_tokens": 2000, "val_tokens": 200}),
     ),
 )
 def test_token_files_of_either_size(dtype, meta):
@@ -81,34 +80,14 @@ def test_token_files_of_either_size(dtype, meta):
         ({"val": [1] * 99 + [65535]}, {}, "below vocab_size, 256, in .*val.bin.*has 65535"),
         ({"train": [1] * 32}, {}, "train has 32 tokens, no more than one --context of 32"),
         ({"train": [1] * 99}, {"train_tokens": 100}, "train.bin has 198 bytes"),
+        ({"train": TEXT[:101], "stored": "uint8"}, {}, "train.bin has 101 bytes"),
         ({"stored": "int64"}, {"dtype": None, "train_tokens": 22536}, "tokens of 2 or 4 bytes"),
         ({"stored": "int64"}, {"dtype": "int64"}, "dtype .uint16 or uint32.*KeyError: 'int64'"),
-        ({"stored": "float32"}, {"dtype": None, "train_tokens": 22536, "val_tokens": 200}, "below"),
-        ({}, {"dtype": None}, "dtype .uint16 or uint32.*KeyError: 'dtype'"),
-        ({}, {"vocab_size": "many"}, "got ready, .*meta.json with tokenizer, vocab_size.*many"),
         ({}, {"tokenizer": None}, "meta.json with tokenizer, vocab_size.*KeyError: 'tokenizer'"),
     ),
 )
 def test_prepared_folder_that_does_not_fit(values, meta, says):
     prepared(**values, **meta)
-    GPT.refused("--data ready", "--data: ", says)
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    (
-        ("train.bin", TEXT[:101], "train.bin has 101 bytes"),
-        ("val.bin", None, "No such file.*ready/val.bin"),
-        ("meta.json", None, "No such file.*ready/meta.json"),
-        ("meta.json", b'{"vocab_size": 2', "JSONDecodeError"),
-    ),
-)
-def test_prepared_folder_with_broken_files(name, content, says):
-    prepared()
-    path = Path("ready", name)
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
     GPT.refused("--data ready", "--data: ", says)
 
 
@@ -128,19 +107,17 @@ def test_resume_refuses_other_tokens(part):
     values = np.fromfile(f"ready/{part}.bin", "<u2")
     values[-1] ^= 1
     values.tofile(f"ready/{part}.bin")
-    code, _, err = GPT.run("--resume --out a")
-    assert code == 2 and "--data: got 'ready', allowed is the text that a began with" in err
+    GPT.refused("--resume --out a", "--data: got 'ready', allowed is the text that a began with")
 
 
 def test_prepared_tokens_whose_tokenizer_is_missing(monkeypatch):
-    """The run wants it at the end, for the sample and the folder hf."""
     prepared(tokenizer="gpt2", vocab_size=50257)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     GPT.refused("--data ready", "tiktoken is missing: pip install tiktoken")
 
 
 # ---------------------------------------------------------------------------------------- texts
-def test_folder_of_text_files():
+def test_folder_of_text_files(capsys):
     """Every twentieth of 20 and more files is held out, whole. Hidden files stay hidden."""
     texts = {b"%d\n" % i * 30 for i in range(100, 125)}
     for i, content in enumerate(sorted(texts)):
@@ -150,7 +127,9 @@ def test_folder_of_text_files():
     for name in (".env", ".git/config", "deeper/.cache/x.md"):
         Path("texts", name).parent.mkdir(exist_ok=True)
         Path("texts", name).write_bytes(b"password")
+    Path("texts/b.png").write_bytes(b"\x89PNG\0\0")
     folder = prepare(data="texts")
+    assert "1 files without text, such as texts/b.png" in capsys.readouterr().out
     val, train = (bytes(tokens(folder, part)) for part in ("val", "train"))
     held = {content for content in texts if content in val}
     assert len(held) == 2 and len(val) == sum(map(len, held)) + 1
@@ -159,30 +138,24 @@ def test_folder_of_text_files():
     assert b"password" not in train + val
 
 
-def test_the_end_of_one_text_is_held_out():
-    folder = prepare(data="text.txt")
-    train, val = (bytes(tokens(folder, part)) for part in ("train", "val"))
-    assert train + val == TEXT and len(val) == -(-len(TEXT) // 10)
+def test_the_end_of_one_text_in_any_language_is_held_out():
+    for line in (b"plain", "né à 世界 🙂\n".encode(), "né à côté\n".encode("latin-1")):
+        Path("text.txt").write_bytes(line * 501)
+        folder = prepare(data="text.txt")
+        train, val = (bytes(tokens(folder, part)) for part in ("train", "val"))
+        assert train + val == line * 501 and len(val) == -(-len(line * 501) // 10)
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("bytes", 256, "uint16")
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(train), len(val))
 
 
 @pytest.mark.parametrize(
-    "content, says",
-    (
-        (None, "a text file or a folder of text files"),
-        ({".env": TEXT}, "a text file or a folder of text files"),
-        ({"a.txt": TEXT.decode().encode("utf-16")}, "in UTF-8"),
-    ),
+    "name, content", ((".env", TEXT), ("a.txt", TEXT.decode().encode("utf-16")))
 )
-def test_text_that_cannot_be_trained_on(content, says):
-    Path("text.txt").unlink()
-    if content is not None:
-        Path("text.txt").mkdir()
-        for name, words in content.items():
-            Path("text.txt", name).write_bytes(words)
-    GPT.refused("--data text.txt", "--data: ", says)
+def test_text_that_cannot_be_trained_on(name, content):
+    Path("texts").mkdir()
+    Path("texts", name).write_bytes(content)
+    GPT.refused("--data texts", "--data: .*a text file or a folder of text files, in UTF-8")
 
 
 def test_text_that_is_too_short():
@@ -190,23 +163,7 @@ def test_text_that_is_too_short():
     Path("text.txt").write_bytes(TEXT[:33])
     code, _, err = GPT.run("--data text.txt")
     assert code == 2 and "--data: " in err and "more text: train has 29 tokens" in err, err
-    code, _, err = GPT.run("--data text.txt --context 30000")
-    assert code == 2 and "--context of 30000" in err and not Path("runs").exists(), err
-
-
-def test_files_without_text_are_left_out_and_named(capsys):
-    Path("texts").mkdir()
-    Path("texts/a.txt").write_bytes(TEXT)
-    Path("texts/b.png").write_bytes(b"\x89PNG\0\0")
-    prepare(data="texts")
-    assert "1 files without text, such as texts/b.png" in capsys.readouterr().out
-
-
-def test_text_of_other_languages_is_text():
-    for line in ("né à 世界 🙂\n".encode(), "né à côté\n".encode("latin-1")):
-        Path("text.txt").write_bytes(line * 500)
-        folder = prepare(data="text.txt")
-        assert bytes(tokens(folder, "train") + tokens(folder, "val")) == line * 500
+    GPT.refused("--data text.txt --context 30000", "--context of 30000")
 
 
 @pytest.mark.parametrize("flags", ("--out texts/run", "--out b --data-dir texts/data"))
@@ -275,8 +232,7 @@ def test_batches_do_not_depend_on_the_ranks(monkeypatch):
 
 def test_a_mac_waits_for_the_copy_of_a_batch(monkeypatch):
     """See https://github.com/pytorch/pytorch/issues/189690."""
-    c = settings(data="text.txt")
-    data = text.Data(c)
+    data = text.Data(settings(data="text.txt"))
     copies = []
 
     def to(x, device, non_blocking=False):
@@ -284,7 +240,7 @@ def test_a_mac_waits_for_the_copy_of_a_batch(monkeypatch):
         return x
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    c.device = "mps"
+    data.c.device = "mps"
     data.batch(0)
     assert copies == [("mps", False)]
 

@@ -1,9 +1,7 @@
-"""train_cifar.py on a few digits, most tests in this process. What all scripts do is tested in
-test_common.py."""
+"""train_cifar.py on a few digits. What all scripts do is tested in test_common.py."""
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -26,7 +24,6 @@ import train_cifar
 from ire import IRE, SAM, sampled_cross_entropy
 
 CIFAR = Script(train_cifar)
-OPTIMIZERS = ("sgd", "adamw", "sam", "sgd-ire", "admire", "sam-ire")
 # 4 steps an epoch, 12 in all
 TINY = (
     "--data digits --limit-train 70 --limit-test 20 --epochs 3 --batch-size 16 --lr 0.005 "
@@ -60,9 +57,8 @@ def settings(**typed):
 
 
 def data(flags=""):
-    return train_cifar.Data(
-        settings(**common.parse(train_cifar.Config, "", shlex.split(TINY + flags)), device="cpu")
-    )
+    typed = common.parse(train_cifar.Config, "", shlex.split(TINY + flags))
+    return train_cifar.Data(settings(**typed, device="cpu"))
 
 
 # ------------------------------------------------------------------------------- networks
@@ -93,18 +89,6 @@ def test_initialisation():
 
 
 # ------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_loss_falls_in_an_epoch(optimizer):
-    ire = "--interval 3 --ire-epoch 0" if "ire" in optimizer else ""
-    lr = 0.003 if "ad" in optimizer else 0.05
-    flags = f"--limit-train 480 --epochs 1 --log-interval 1 --lr {lr} {ire}"
-    CIFAR.done(f"{TINY} --optimizer {optimizer} {flags}")
-    losses = [loss for _, loss in log("train_loss")]
-    assert len(losses) == 30 and sum(losses[-8:]) < 0.9 * sum(losses[:8]), losses
-    flat = [share for _, share in log("flat")]
-    assert ("ire" in optimizer) == bool(flat) and all(0.89 < share < 0.95 for share in flat)
-
-
 def optimizer_by_hand(model, c):
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -126,7 +110,7 @@ def optimizer_by_hand(model, c):
 @pytest.mark.parametrize(
     "flags",
     (
-        "--optimizer sgd",
+        "--optimizer adamw",
         f"{ON} --optimizer sgd-ire --probe fresh --no-decay-norms --augment basic",
         f"{ON} --optimizer sam-ire --base adamw --kappa-decay --warmup 1",
         "--optimizer sam --adaptive",
@@ -135,7 +119,7 @@ def optimizer_by_hand(model, c):
 )
 def test_training_is_this_loop(flags):
     CIFAR.done(TINY + flags)
-    saved = json.loads((RUN / "config.json").read_text())
+    saved = common.read_json(RUN / "config.json")
     names = [f.name for f in dataclasses.fields(train_cifar.Config)]
     c = train_cifar.Config(**{name: saved[name] for name in names})
     torch.manual_seed(c.seed)
@@ -184,32 +168,14 @@ def test_training_is_this_loop(flags):
 
 def test_it_learns_and_returns_what_it_reached():
     """The seam of the benchmarks. Held-out pictures are the last ones and not trained on."""
-    c = settings(
-        data="digits",
-        limit_train=480,
-        holdout=957,
-        optimizer="sgd",
-        lr=0.05,
-        batch_size=16,
-        epochs=4,
-    )
+    typed = {"data": "digits", "limit_train": 480, "holdout": 957, "optimizer": "sgd"}
+    c = settings(**typed, lr=0.05, batch_size=16, epochs=4)
     found = train_cifar.train(c)
     assert found["test_acc"] > 60 and found["val_acc"] > 60 and found["seconds"] > 0
     assert found["train_loss"] == log("train_loss", found["out"])[-1][1] < 1.5
     used = train_cifar.Data(c)
     x = train_cifar.load_digits()[0][0]
     assert np.array_equal(used.x, x[:480]) and np.array_equal(used.tests["val"][0], x[480:])
-
-
-@pytest.mark.parametrize(
-    "flags", ("--dtype bfloat16", "--deterministic", "--augment cutout", "--augment none --tta")
-)
-def test_other_settings_run(flags):
-    CIFAR.done(TINY + flags)
-    losses = [loss for _, loss in log("train_loss")]
-    assert losses[-1] < losses[0] + 0.2
-    assert torch.are_deterministic_algorithms_enabled() == ("deter" in flags)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_tta_is_the_mean_over_a_picture_and_its_mirror_image():
@@ -239,6 +205,7 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
         assert part in out
     assert [step for step, _ in log("test_acc")] == [4, 8, 12]
     assert [step for step, _ in log("flat")] == [6, 8, 10, 12]
+    assert all(0.89 < share < 0.95 for _, share in log("flat"))
     assert log("images_per_second") and len(log("lr")) == 6
     ((path, panels),) = drawn
     assert path == RUN / "loss.png"
@@ -335,7 +302,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
         ("--warmup 3", "--warmup.*3.*0 to --epochs - 1, 2"),
         ("--ire-epoch 3", "--ire-epoch.*3.*2"),
         ("--ire-warmup 999", "--ire-warmup.*999.*0 to the last step, 11"),
-        ("--ire-epoch 1 --ire-warmup 5", "--ire-warmup.*one of"),
         ("--optimizer sam --average --adaptive", "--average.*--adaptive"),
         ("--optimizer sam --dtype float16", "--dtype.*float16"),
         ("--batch-size 71", "--batch-size.*71.*70"),
@@ -349,12 +315,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(last, found, saved):
 )
 def test_wrong_settings(flags, says):
     CIFAR.refused(TINY + flags, says)
-
-
-def test_a_config_for_another_optimizer_is_taken():
-    Path("c.json").write_text('{"optimizer": "sam-ire", "base": "adamw", "kappa": 3}')
-    c = settings(config="c.json", optimizer="sgd")
-    assert (c.optimizer, c.base, c.kappa, c.lr) == ("sgd", "sgd", 3, 0.1)
 
 
 def test_one_setting_says_when_ire_begins():
@@ -455,10 +415,7 @@ DAMAGE = {
     "cut": (pickle.dumps(GOOD, protocol=2)[:1000], ""),
     "shape": (GOOD | {b"data": GOOD[b"data"][:, :100]}, "3072"),
     "label": (GOOD | {b"labels": [10] * 20}, "0 to 9"),
-    "float": (GOOD | {b"labels": [1.5] * 20}, "whole numbers"),
-    "column": (GOOD | {b"labels": np.zeros((20, 1), int)}, "n whole numbers"),
     "evil": (Evil(), "holds code"),
-    "evil inside": ({b"data": Evil()}, "holds code"),
     "evil array": (np.array([Evil()], dtype=object), "holds code"),
 }
 
