@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import common
 
 TEXT = b" ".join(b"%d" % i**2 for i in range(3000))
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
@@ -59,6 +62,12 @@ class Script:
             code, _, err = self.run(flags)
         assert (code, err.count("\n")) == (130, 1) and "--resume" in err, err
 
+    def settings(self, folder):
+        """Those of a run."""
+        saved = common.read_json(Path(folder) / "config.json")
+        names = [f.name for f in common.fields(self.module.Config)]
+        return self.module.Config(**{name: saved[name] for name in names})
+
     def start(self, flags="", options=()):
         """The same in a process of its own; options of Python stand before the script."""
         paths = os.pathsep.join([str(self.path.parent), str(Path(__file__).parents[1])])
@@ -87,13 +96,18 @@ def in_step(number, act):
         handle.remove()
 
 
+def poison(optimizer):
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].fill_(math.nan)
+
+
 def torchrun(ranks):
     """Options that start a script in so many processes."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
 
 
 def wait_for(ready, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()

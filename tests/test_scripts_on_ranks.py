@@ -1,6 +1,5 @@
 """train_gpt.py under torchrun (gloo, CPU): the run of one process, whatever the number of ranks.
-This file is its own worker: torchrun starts it with TASK in the environment, and it runs
-train_gpt.py as a script."""
+This file is its own worker: torchrun starts it, and it runs train_gpt.py as a script."""
 
 import os
 import runpy
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from scripts import TEXT, checkpoint, muon, same, torchrun
+from scripts import TEXT, checkpoint, in_step, muon, same, torchrun, wait_for
 
 import common
 
@@ -32,8 +31,9 @@ pytestmark = pytest.mark.slow
 
 
 # -------------------------------------------------------------------------------- helpers
-def start(folder, ranks, flags="", task=""):
-    """Starts train_gpt.py in a folder, with torchrun if there are ranks; output goes to files."""
+def start(folder, ranks, flags="", pause=0):
+    """Starts train_gpt.py in a folder, with torchrun if there are ranks; output goes to files.
+    pause: after this step each rank waits for the file go."""
     folder.mkdir(exist_ok=True)
     script = [*torchrun(ranks), __file__] if ranks else [SCRIPT]
     paths = os.pathsep.join([str(SCRIPT.parent), str(Path(__file__).parent)])
@@ -43,7 +43,7 @@ def start(folder, ranks, flags="", task=""):
             cwd=folder,
             stdout=out,
             stderr=err,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TASK": task},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PAUSE": str(pause)},
         )
 
 
@@ -75,24 +75,17 @@ def agree(run, alone, rtol=1e-5, keys=("val_loss", "train_loss", "grad_norm")):
     assert sum(unlike) <= 4  # ties at the threshold
 
 
-# -------------------------------------------------------------------------------- the worker
 def worker():
-    """The script itself, with a hook that waits for a file after step 7."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
+    """The script itself, which may pause."""
 
-    rank, steps = int(os.environ["RANK"]), 0
+    def pause(_):
+        Path(f"paused{os.environ['RANK']}").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
 
-    def hook(optimizer, *_):
-        nonlocal steps
-        steps += isinstance(optimizer, torch.optim.AdamW)
-        if os.environ["TASK"] == "pause" and steps == 7:
-            Path(f"paused{rank}").touch()
-            while not Path("go").exists():
-                time.sleep(0.01)
-
-    register_optimizer_step_post_hook(hook)
     sys.argv[0] = str(SCRIPT)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    with in_step(int(os.environ["PAUSE"]), pause):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 # -------------------------------------------------------------------------------- the tests
@@ -125,11 +118,8 @@ def test_shards_on_ranks_are_one_process(sharded, alone):
 
 
 def stopped_in_step_7(folder, flags):
-    process = start(folder, 2, flags, "pause")
-    deadline = time.monotonic() + 200
-    while not all((folder / f"paused{rank}").exists() for rank in (0, 1)):
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "err").read_text()
-        time.sleep(0.01)
+    process = start(folder, 2, flags, pause=7)
+    wait_for(lambda: all((folder / f"paused{rank}").exists() for rank in (0, 1)), process)
     process.send_signal(signal.SIGTERM)
     time.sleep(2)  # torchrun passes it on
     (folder / "go").touch()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scripts import TEXT, Script, files
 
+import common
 import text
 import train_gpt
 
@@ -47,30 +48,24 @@ def tokens(folder, part):
 
 
 # ----------------------------------------------------------------------------- prepared folders
-@pytest.mark.parametrize("vocab", (256, 300))
-def test_prepared_folder(vocab):
+@pytest.mark.parametrize(
+    "tokenizer, vocab, stored, meta",
+    (
+        ("bytes", 256, "uint16", {}),
+        ("mine", 300, "uint32", {"dtype": None, "train_tokens": 2001, "val_tokens": 200}),
+        ("mine", 70_000, "uint32", {"dtype": "uint32"}),
+    ),
+)
+def test_prepared_folder(tokenizer, vocab, stored, meta):
     """What the tokens of another tokenizer mean is not known here, yet the run ends well."""
     values = [i**2 % vocab for i in range(2000)] + [vocab - 1]
-    name = "bytes" if vocab == 256 else "mine"
-    prepared(values, values[:200], vocab_size=vocab, tokenizer=name)
+    prepared(values, values[:200], stored, vocab_size=vocab, tokenizer=tokenizer, **meta)
+    assert text.Data(settings(data="ready")).train.tolist() == values
     assert "2,001 tokens to train on, 200 held out" in GPT.done("--data ready --tokens 40")
     saved = torch.load("runs/gpt/checkpoint.pt", weights_only=True)
     rows = -(-vocab // 64) * 64  # padded for speed
     assert saved["model"]["lm_head.weight"].shape == (rows, 32)
     assert not Path("data").exists()
-
-
-@pytest.mark.parametrize(
-    "dtype, meta",
-    (
-        ("uint32", {"dtype": "uint32", "vocab_size": 100_000}),
-        ("uint32", {"dtype": None, "train_tokens": 2000, "val_tokens": 200}),
-    ),
-)
-def test_token_files_of_either_size(dtype, meta):
-    values = [i**2 % 256 for i in range(2000)]
-    prepared(values, values[:200], dtype, **meta)
-    assert text.Data(settings(data="ready")).train.tolist() == values
 
 
 @pytest.mark.parametrize(
@@ -173,16 +168,19 @@ def test_data_that_would_hold_the_files_of_the_run(flags):
     GPT.refused(f"--data texts {flags}", "--data: .*does not hold --(out|data-dir)")
 
 
-def test_prepared_data_is_used_again_and_never_half_made():
+def test_prepared_data_is_used_again_and_never_half_made(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     folder = prepare(data="text.txt")
     before = files(folder)
     times = [p.stat().st_mtime_ns for p in folder.iterdir()]
     assert prepare(data="text.txt") == folder
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == times
     folder.rename("elsewhere")
-    half = folder.with_name(".half")  # as a kill leaves it
-    (half / folder.name).mkdir(parents=True)
-    (half / folder.name / "train.bin").write_bytes(b"12")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(common, "write_json", interrupted)
+        prepare(data="text.txt")
     assert prepare(data="text.txt") == folder and files(folder) == before
 
 
@@ -215,6 +213,7 @@ def test_batches_do_not_depend_on_the_ranks(monkeypatch):
     whole = torch.cat([x for x, _ in data.batch(3)])
     checked = torch.cat([x for x, _ in data.validation()])
     assert len(checked) == 36  # whole batches
+    assert checked[0].tolist() == data.val[:32].tolist()
     assert not torch.equal(whole, data.batch(4)[0][0])
     c.micro_batch = 2
     monkeypatch.setattr(text, "RANKS", 3)
