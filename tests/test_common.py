@@ -69,10 +69,11 @@ def test_preset_then_config_then_typed():
 
 
 def test_a_runs_config_gives_what_its_user_gave():
-    done("--steps 4 --lr 0.5")  # the short preset followed from the defaults
+    done("--steps 4 --lr 0.5 --overwrite")  # the short preset followed from the defaults
     done("--config runs/small/config.json --preset long --out b")
     config = common.read_json("b/config.json")
     assert (config["steps"], config["lr"], config["optimizer"]) == (4, 0.5, "adam")
+    assert not config["overwrite"]
 
 
 def test_a_config_with_a_wrong_name():
@@ -222,6 +223,7 @@ def test_a_run_that_a_full_disk_stops_goes_on_to_the_same_bits(monkeypatch):
     assert not list(RUN.glob("*.part"))
     with open(RUN / "log.jsonl", "a") as f:
         f.write('{"step": 9, "lo')  # a kill in the middle of a line
+    assert len(log()) == 8
     done("--resume")
     assert torch.equal(walked(), walked(Path("whole"))) and log() == log("whole")
 

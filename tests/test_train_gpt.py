@@ -489,7 +489,7 @@ def test_sample(finished):
         return GPT.done(f"--sample {RUN} --prompt '49 é ' --tokens 300 {flags}")
 
     assert sampled("") == sampled("") != sampled("--seed 3")
-    assert sampled("").startswith("49 é ")
+    assert sampled("").startswith("49 é ") and sampled("") != sampled("--temperature 2")
     assert sampled("--top-k 1") == sampled("--temperature 0") != sampled("")
     texts = sampled("--num-samples 2").split("\n---------------\n")
     assert len(set(texts)) == 2
