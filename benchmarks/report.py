@@ -69,7 +69,7 @@ def optimizer_of(row):
 
 def own_name(row):
     """Of a form, without its base's."""
-    return re.sub(" over (AdamW|Muon)|, on rates| on Muon(, rates)?$", "", row["form"])
+    return re.sub(" over (AdamW|Muon)|, on rates| on Muon(, rates)?", "", row["form"])
 
 
 def number(value, error, sign="", digits=4):
