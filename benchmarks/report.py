@@ -345,11 +345,11 @@ def in_first_figure(report):
         return set(PANELS)
     tuned = [form for form, about in report["forms"].items() if not about["borrows"]]
     places = Counter(row["form"] for row in report["gains"])
-    return {form for form in tuned if places[form] >= 3 and form not in FIRST}
+    return {form for form in tuned if places[form] >= 2 and form not in FIRST}
 
 
 def the_gains(report):
-    """The gains of the tuned forms that were judged at three places or more: a panel for each base,
+    """The gains of the tuned forms that were judged at two places or more: a panel for each base,
     a row for each place. A bar is twice the error with the luck of tuning; a mark is filled if its
     bar does not cross zero."""
     forms = in_first_figure(report)
@@ -421,18 +421,18 @@ def gain_in_words(row):
     return f"{row['gain']:+.3f}\n± {row['gain_stderr']:.3f}"
 
 
-def the_forms(report):
+def the_forms(report, usual=None):
     """The gains of all forms on top of their bases, the best first. A base has a panel for each
-    place at which forms were judged that the first figure does not show; all panels have one axis.
-    None while there are no such forms."""
-    usual = in_first_figure(report)
+    place at which forms were judged that are not `usual`, by default those of the first figure. All
+    panels have one axis. None while there are no such forms."""
+    usual = in_first_figure(report) if usual is None else usual
     panels = {}
     rows = [row for row in report["gains"] if not re.search("again|live", row["form"])]
     for place in report["places"]:
         for base in dict.fromkeys(row["base"] for row in rows):
             held = [row for row in rows if (row["place"], row["base"]) == (place, base)]
             held = [row for row in held if row["form"] != base]
-            if {row["form"] for row in held} - usual:
+            if {row["form"] for row in held}.difference(usual):
                 panels[place, base] = sorted(held, key=lambda row: -row["gain"])
     if not panels:
         return None

@@ -570,7 +570,7 @@ def test_a_curve_of_losses_over_the_learning_rate(two):
 
 
 def test_the_figure_of_gains_by_place():
-    """A row for each place, a dot for each form that was tuned at three places or more."""
+    """A row for each place, a dot for each form that was tuned at two places or more."""
     found = json.loads((ROOT / "results/baseline.json").read_text())
     on_adamw, on_rates, *_ = report.the_gains(found).axes
     assert on_adamw.get_title(loc="right") == "on AdamW"
