@@ -4,7 +4,6 @@ results/. As a script this file writes the README's numbers anew."""
 import contextlib
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from report import error_with_tuning
 from study import mean
 
 README = (ROOT / "README.md").read_text()
@@ -165,7 +165,7 @@ def test_the_recommendation_follows_from_the_results(form):
     large = [row for row in rows if row["gain"] > 0.03]
     assert bool(large) == (form in ("AdamW, rates", "SoftIRE"))
     for row in large:
-        assert row["gain"] > 2 * math.hypot(row["pooled_stderr"], row["tuning_stderr"]), row
+        assert row["gain"] > 2 * error_with_tuning(row), row
 
 
 def facts():
