@@ -121,7 +121,7 @@ class IRE(_Wrapper):
         _check_settings(self)
         if _OPEN & self._params().keys():
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
-        if _is_rehearsal(self):  # a step in which torch.distributed.checkpoint makes the state
+        if _is_rehearsal(self, closure):
             return _rehearse(self)
         t = self.param_groups[0]["ire_step"]
         params = self._active()
@@ -250,7 +250,8 @@ def _observe(ire, params):
     for p in params:
         if p.grad is not None:
             mean = _begin(ire.squares, p, _wide(p))
-            count = ire.counts.setdefault(p, torch.zeros(())).add_(1)
+            zero = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
+            count = ire.counts.setdefault(p, zero).add_(1)
             # Without the denominator, a mean that began later than others would look flat.
             weight = (1 - ire.beta) / (1 - ire.beta ** float(count))
             g = _local(_gradient(p)).to(mean.dtype)
@@ -317,16 +318,14 @@ class SoftIRE(IRE):
         self.alpha = alpha
         self.limit = limit
         self._set_up(base, {"kappa": kappa}, **others)
-        if not self._wanted() or self._wanted() - self._params().keys():
-            raise ValueError("params: some are not in the base, or there are none")
-
-    def _wanted(self):
-        if self.params is None:
-            return {p for p in self._params() if p.dim() >= 2}
-        return set(self.params)
+        self._active()
 
     def _active(self):
-        wanted = self._wanted()
+        wanted = {p for p in self._params() if p.dim() >= 2}
+        if self.params is not None:
+            wanted = set(self.params)
+        if not wanted or wanted - self._params().keys():  # some may have been replaced since
+            raise ValueError("params: some are not in the base, or there are none")
         return {p: group for p, group in super()._active().items() if p in wanted}
 
     def _update_masks(self, curvature):
@@ -397,12 +396,13 @@ class SAM(_Wrapper):
         _require(not (adaptive and average), "adaptive", adaptive, "False where average is True")
         _check_settings(self)
 
+    @torch.compiler.disable
     def step(self, closure=None):
         """Takes the gradient, climbs, takes the gradient there, goes back exactly, and lets the
         base step. `closure` does zero_grad, forward and backward and returns the loss. Returns the
         loss before the climb. Average SAM calls `closure` after the climb only, and returns that
         loss. If the first gradient is not finite, the step is skipped with a warning."""
-        if _is_rehearsal(self):
+        if _is_rehearsal(self, closure):
             return self.base.step()
         what = "a function that does zero_grad, forward and backward and returns the loss"
         _require(callable(closure), "closure", closure, what)
@@ -418,7 +418,8 @@ class SAM(_Wrapper):
         try:
             for p, x in direction.items():
                 rho = float(groups[p]["rho"])
-                _local(p).add_(x, alpha=rho / length if length > 0 else 0)
+                scale = rho / length if length > 0 else 0  # may be too large for float16
+                _local(p).add_(x.to(_wide(x)), alpha=scale)
             there = closure()
         finally:
             for p, values in old.items():
@@ -567,7 +568,7 @@ def kth_smallest(tensors, k):
         digit = int(torch.searchsorted(counts.cumsum(0), k))
         k -= int(counts[:digit].sum())
         prefix = (prefix or 0) << 16 | digit
-    return torch.tensor(prefix, dtype=ints).view(floats)
+    return torch.tensor(prefix, dtype=ints, device="cpu").view(floats)
 
 
 # ------------------------------------------------------------------------ small helpers
@@ -695,8 +696,11 @@ def _load(ire, saved):
     before = [dict(group) for group in ire.param_groups]
     found = {}
 
+    def copy_of_saved():
+        return {**saved, "state": dict(saved["state"])}
+
     def take(_, state):
-        entries = dict(state["state"])
+        entries = state["state"]
         for p, key in _keys(ire, state):
             entry = entries.get(key, {})
             if entry is None:  # ZeRO has put None where another rank has the parameter
@@ -706,13 +710,11 @@ def _load(ire, saved):
             # `_adopt` takes ours out later, since some bases read them again after loading.
             if len(found[p]) == len(entry):
                 entries.pop(key, None)
-        # If no entry is left, the base keeps no state. It, too, may read the entries again.
-        return {**state, "state": entries or state["state"]}
 
-    take(ire, saved)  # in case that the base calls no hooks
+    take(ire, copy_of_saved())  # in case that the base calls no hooks
     handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
-        ire.base.load_state_dict(saved)
+        ire.base.load_state_dict(copy_of_saved())
     finally:
         handle.remove()
     _adopt(ire, found)
@@ -737,18 +739,22 @@ def _adopt(ire, found):
             ire.state.pop(p, None)
 
 
-def _is_rehearsal(wrapper):
-    """torch.distributed.checkpoint fills a fresh optimizer's state by a step with lr 0 and
-    gradients of 0. Returns True in that step. It must not count or warn."""
+def _is_rehearsal(wrapper, closure):
+    """torch.distributed.checkpoint fills the state of an optimizer that has none by a step with
+    lr 0 and gradients of 0. Returns True in that step. It must not count or warn."""
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
     grads = [p.grad for p in wrapper._params() if p.grad is not None]
-    return bool(still and grads and not wrapper.state and _nonzero(grads) == 0)
+    fits = closure is None and still and grads and not wrapper.state
+    return bool(fits and _nonzero(grads) == 0)
 
 
 def _rehearse(ire):
-    """Creates what a saved state holds, with zeros in it."""
+    """Creates what a saved state holds, with zeros in it. On top of a base without a state this
+    step comes in mid-training too: then ours is there and stays."""
     params = {p: group for p, group in ire._active().items() if p.grad is not None}
     ire.base.step()
+    if ire.masks or ire.squares:
+        return
     _observe(ire, params)
     for p in params:
         _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)

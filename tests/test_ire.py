@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW, lr_scheduler
 from training import (
     BASES,
@@ -341,6 +342,18 @@ def test_masks_and_squares_keep_their_dtype(dtype, make, through_base):
     assert all(x.dtype in kinds for x in after.values())
 
 
+def test_counts_do_not_have_the_default_dtype():
+    model = make_model()
+    opt = IRE(SGD(model.parameters(), 0.1), **SETTINGS)
+    backward(model)
+    torch.set_default_dtype(torch.bfloat16)  # counts to 256
+    try:
+        opt.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(count.dtype == torch.float32 for count in opt.counts.values()) and opt.counts
+
+
 @pytest.mark.parametrize("how", ["load", "load base", "deepcopy", "pickle"])
 def test_groups_and_state_stay_the_bases_own(how):
     """And a copy steps on its own."""
@@ -526,6 +539,27 @@ def test_masks_and_squares_go_where_the_moments_go(cls, wrap):
     assert any(mask.any() for mask in opts[1].masks.values())
 
 
+def test_masks_of_a_probe_before_the_first_step_are_saved_and_loaded():
+    model = make_model()
+    opt, again = (AdmIRE(model.parameters(), 0.01, curvature="fisher", **SETTINGS) for _ in "12")
+    probe(model, opt)
+    again.load_state_dict(reload(opt.state_dict()))
+    assert equal(masks(opt), masks(again)) and masks(opt)[0].any()
+    train(model, again, range(2))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_state_read_by_torchs_checkpoint_changes_nothing(momentum):
+    """Without momentum, SGD has no state. Then each reading makes a step with lr 0."""
+    model = make_model()
+    opt = IRE(SGD(model.parameters(), 0.1, momentum=momentum), **SETTINGS)
+    train(model, opt, range(4))
+    opt.zero_grad()
+    before = copy.deepcopy([masks(opt), *map(list, (opt.squares.values(), opt.counts.values()))])
+    get_optimizer_state_dict(model, opt)
+    assert all(map(equal, before, [masks(opt), opt.squares.values(), opt.counts.values()]))
+
+
 def test_a_state_that_the_base_refuses_changes_nothing():
     model = make_model()
     opt = SGDIRE(model.parameters(), 0.1, **SETTINGS)
@@ -607,8 +641,11 @@ def test_a_group_added_later(curvature, on_base, given):
 
 
 def test_closure_is_called_once_with_gradients_on_and_its_loss_returned():
+    """Also where torch.distributed.checkpoint would make the state: at lr 0 and gradients of 0."""
     model = make_model()
-    opt = AdmIRE(model.parameters(), 0.01, kappa=1, gamma=0.5)
+    opt = AdmIRE(model.parameters(), 0.0, kappa=1, gamma=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     calls = []
 
     def closure():

@@ -93,14 +93,16 @@ def test_bad_gradients(gradient):
     assert not bad or "SAM: skipped" in str(caught[0].message)
 
 
-def test_float16_does_not_overflow():
+@pytest.mark.parametrize("gradient", [300.0, 1e-7])
+def test_float16_does_not_overflow(gradient):
+    """1000 * 300^2 is beyond float16, and so is rho / length for a small gradient."""
     p = nn.Parameter(torch.ones(1000, dtype=torch.float16))
     opt = SAM(SGD([p], 0.0), rho=1.0)
     seen = []
 
     def closure():
         seen.append(p.detach().clone())
-        p.grad = torch.full_like(p, 300.0)  # 1000 * 300^2 is beyond float16
+        p.grad = torch.full_like(p, gradient)
         return torch.zeros(())
 
     opt.step(closure)

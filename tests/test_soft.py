@@ -242,3 +242,12 @@ def test_params_that_the_base_does_not_have_and_vectors_alone_are_refused():
     for base, params in ((net.head.parameters(), hidden_matrices(net)), (vectors, None)):
         with pytest.raises(ValueError, match="params: some are not in the base, or there are none"):
             SoftIRE(torch.optim.SGD(base, 0.1), params=params)
+
+
+def test_params_that_were_replaced_are_an_error_in_the_next_step():
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), 0.1)
+    opt = SoftIRE(base, params=hidden_matrices(net))
+    base.param_groups[0]["params"] = list(Net().parameters())
+    with pytest.raises(ValueError, match="params: some are not in the base"):
+        opt.step()
