@@ -132,6 +132,23 @@ class Codec:
 
 
 # ----------------------------------------------------------------------------- prepared folder
+META = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
+
+
+def read_meta(folder):
+    """Returns what meta.json says, and the tokens' {"tokenizer": ..., "vocab": ...}."""
+    with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {META}"):
+        meta = common.read_json(folder / "meta.json")
+        return meta, {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
+
+
+def vocabulary(c):
+    """Returns the rows of the embedding, before the data are prepared."""
+    if (Path(c.data) / "train.bin").exists():
+        return padded(read_meta(Path(c.data))[1]["vocab"])
+    return 50304 if c.tokenizer == "gpt2" else 256
+
+
 def prepare(c):
     """Returns the folder of the tokens behind --data. The folder is made once."""
     if (Path(c.data) / "train.bin").exists():
@@ -187,10 +204,11 @@ class Data:
         common.over_ranks([0])  # the other ranks find the tokens made
         self.c = c
         folder = folder or prepare(c)
-        about = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
-        with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {about}"):
-            meta = common.read_json(folder / "meta.json")
-            self.tokens = {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
+        meta, self.tokens = read_meta(folder)
+        kind = self.tokens["tokenizer"]
+        asked = "tokenizer" in c.given and c.tokenizer != kind
+        check(c, "tokenizer", not asked, f"to leave it out: {folder} has tokens of {kind}")
+        with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {META}"):
             self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
         self.codec = Codec(**self.tokens)
         self.vocab = padded(self.tokens["vocab"])

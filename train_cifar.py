@@ -40,7 +40,7 @@ from ire import IRE, SAM, frozen_batch_norm, sampled_cross_entropy
 from sharpness import sharpness
 
 # ------------------------------------------------------------------------------------ settings
-PRESETS = {"paper": {}, "quick": dict(model="resnet8", epochs=8, batch_size=64, warmup=2)}
+PRESETS = {"paper": {}, "quick": dict(model="resnet8", epochs=8, batch_size=64)}
 MODELS = {  # each makes a network for so many classes
     "resnet8": lambda classes: resnet(8, classes),
     "resnet20": lambda classes: resnet(20, classes),
@@ -81,7 +81,7 @@ class Config(common.Settings):
         None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", COUNT
     )
     warmup: int = setting(
-        None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
+        None, "epochs until the peak (default 0; quick: a quarter of --epochs, vit: a tenth)", STEPS
     )
     lr: float = setting(None, "peak (default 0.1; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
@@ -149,6 +149,8 @@ class Config(common.Settings):
         if self.base == "adamw":
             self.defaults(lr=1e-3, weight_decay=0.1)
         self.defaults(lr=0.1, weight_decay=5e-4)
+        if self.preset == "quick":
+            self.defaults(warmup=self.epochs // 4)
         self.defaults(augment="mixup" if vit else "basic", warmup=self.epochs // 10 if vit else 0)
         self.defaults(ire_epoch=self.epochs * 6 // 10)
         self.defaults(checkpoint_interval=max(1, self.epochs // 20))

@@ -193,9 +193,8 @@ def complete(c):
 def largest_micro_batch(c, share):
     """Returns the largest divisor of a rank's share of the batch that fits: up to 32,768 tokens and
     2^26 logits, or 2^28 logits on a GPU."""
-    vocab = 50304 if c.tokenizer == "gpt2" else 256
     logits = 2**26 if c.device == "cpu" else 2**28
-    most = min(share, max(1, min(2**15, logits // vocab) // c.context))
+    most = min(share, max(1, min(2**15, logits // text.vocabulary(c)) // c.context))
     return max(n for n in range(1, most + 1) if share % n == 0)
 
 
@@ -215,9 +214,10 @@ def check_steps(c):
     saved = common.read_checkpoint(c.out, mmap=True)
     before = dataclasses.replace(c, steps=saved["config"]["steps"])
     made = range(saved["step"])
+    check(c, "steps", c.steps >= len(made), f"{len(made)} or more, as {c.out} has made so many")
     same = all(learning_rate(before, step) == learning_rate(c, step) for step in made)
-    began = f"{before.steps}, as {c.out} began: it keeps its {c.schedule} schedule"
-    check(c, "steps", same and c.steps >= len(made), began)
+    began = f"{before.steps}, as {c.out} began: another number changes its {c.schedule} schedule"
+    check(c, "steps", same, began)
 
 
 # ---------------------------------------------------------------------------------- optimizers
@@ -443,8 +443,11 @@ def validate(run, job):
 @torch.no_grad()
 def validation_loss(forward, data):
     """Returns the mean loss of the validation sequences, over all ranks."""
-    losses = [float(forward(x, y)) for x, y in data.validation()]
-    total, count = common.over_ranks([sum(losses), len(losses)])
+    total = count = 0
+    for x, y in data.validation():
+        total += float(forward(x, y)) * len(x)
+        count += len(x)
+    total, count = common.over_ranks([total, count])
     return total / count
 
 
@@ -531,6 +534,10 @@ def compare(typed):
     names = typed["compare"].split(",")
     if "optimizer" in typed:
         raise common.BadInput("--optimizer: allowed with --compare is to leave it out")
+    for name in names:
+        if name not in OPTIMIZERS:
+            allowed = f"names of optimizers with commas: {', '.join(OPTIMIZERS)}"
+            raise common.BadInput(f"--compare: got {name!r}, allowed are {allowed}")
     changes = {name: {"optimizer": name} for name in names}
     make = functools.partial(configure, names=names)
     out, settings = common.settings_of_runs("runs/compare", typed, changes, make)
@@ -563,7 +570,7 @@ def load_run(folder, typed):
     """Returns model, settings and kind of tokens of the run in a folder."""
     saved = common.read_checkpoint(folder, mmap=True)
     now = {"device": "auto", "dtype": "float32", "compile": False, "fsdp": False}
-    c = Config(**saved["config"] | now | typed)
+    c = Config(**saved["config"] | now | common.collect(Config, typed))
     common.choose_device(c)
     model = llama.Llama(c, text.padded(saved["tokens"]["vocab"]))
     load_weights(model, folder, saved["tokens"])

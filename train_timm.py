@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import signal
 import statistics
 from pathlib import Path
 
@@ -137,6 +138,13 @@ def find_classes(train, val):
     return {name: i for i, name in enumerate(ordered)}
 
 
+def ignore_signals(worker):
+    """Keeps a process that reads images alive when all processes get a signal: the main process
+    ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_images(c):
     """Returns a timm model with as many classes as the folder has, batches to train and to test on,
     and a checksum of the images' names."""
@@ -154,6 +162,7 @@ def load_images(c):
         images.transform = create_transform(**config, is_training=True, auto_augment=c.augment)
     tests.transform = create_transform(**config)
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
+    options["worker_init_fn"] = ignore_signals
     batches = DataLoader(images, c.batch, shuffle=True, drop_last=True, **options)
     model.to(c.device, memory_format=torch.channels_last)
     names = hashlib.sha256(repr([images.filenames(), tests.filenames()]).encode()).hexdigest()

@@ -86,6 +86,18 @@ def test_prepared_folder_that_does_not_fit(values, meta, says):
     GPT.refused("--data ready", "--data: ", says)
 
 
+def test_prepared_tokens_decide_over_the_tokenizer():
+    prepared()
+    GPT.refused("--data ready --tokenizer gpt2", "--tokenizer: got 'gpt2'.*ready has.*bytes")
+    GPT.done("--data ready --tokenizer bytes")
+
+
+def test_prepared_tokens_decide_what_fits_in_a_pass():
+    sizes = {"data": "ready", "context": 100, "batch_size": 64}
+    prepared(vocab_size=2**20)
+    assert settings(**sizes).micro_batch == 1  # 2^26 logits are 64 tokens
+
+
 def test_the_tokens_of_a_large_file_are_sampled():
     prepared(np.arange((1 << 24) + (1 << 20)) % 250)
     data = text.Data(settings(data="ready"))

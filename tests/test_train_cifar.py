@@ -307,6 +307,7 @@ def test_presets_and_what_suits():
     c = settings(preset="quick")
     assert (c.model, c.epochs, c.ire_epoch, c.batch_size, c.lr) == ("resnet8", 8, 4, 64, 0.1)
     assert settings(preset="quick", model="vit_t").optimizer == "admire"
+    assert (c.warmup, settings(preset="quick", epochs=1).warmup) == (2, 0)
     vit, digits = settings(model="vit_t", epochs=30), settings(data="digits", model="vit_t")
     assert (vit.augment, vit.lr, vit.base, vit.warmup) == ("mixup", 1e-3, "adamw", 3)
     assert (digits.augment, digits.lr, digits.epochs) == ("shift", 1e-3, 10)
