@@ -301,7 +301,8 @@ class SoftIRE(IRE):
     its meaning. Coordinates with v = 0 do not count here and move as the base moves them.
 
     params: the parameters that get factors; the base moves all others. None: all of two or more
-        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only.
+        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only. A step
+        raises ValueError if the base no longer has them.
     alpha: strength, in [0, 1]. At 0 all factors are equal.
     limit: the largest factor, before the mean is taken out; >= 1.
     kappa: strength in a parameter group, in [0, 1]. The new weights are
@@ -318,7 +319,7 @@ class SoftIRE(IRE):
         self.alpha = alpha
         self.limit = limit
         self._set_up(base, {"kappa": kappa}, **others)
-        self._active()
+        self._active()  # raises if `params` does not fit
 
     def _active(self):
         wanted = {p for p in self._params() if p.dim() >= 2}
@@ -380,7 +381,8 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
 class SAM(_Wrapper):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021) on top of `base`.
 
-    rho: length of the climb, over all parameters together; >= 0. It is an entry of each group.
+    rho: length of the climb, over all parameters together; >= 0. It is an entry of each parameter
+        group and scales the climb of this group.
     adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
     average: climb along a random xi ~ N(0, I/n) of n coordinates (Average SAM).
 
@@ -749,8 +751,8 @@ def _is_rehearsal(wrapper, closure):
 
 
 def _rehearse(ire):
-    """Creates what a saved state holds, with zeros in it. On top of a base without a state this
-    step comes in mid-training too: then ours is there and stays."""
+    """Creates what a saved state holds, with zeros in it. On top of a base without a state, such a
+    step also comes in the middle of training. Then our tensors are there and stay."""
     params = {p: group for p, group in ire._active().items() if p.grad is not None}
     ire.base.step()
     if ire.masks or ire.squares:
