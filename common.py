@@ -149,8 +149,7 @@ def collect(config_class, typed):
     before the run that goes on. A script puts its own defaults below these settings:
     Config(**preset | common.collect(Config, typed)). Raises BadInput where a new value would change
     the run that goes on."""
-    asked = read_config(config_class, typed["config"]) if "config" in typed else {}
-    asked |= typed
+    asked = with_config(config_class, typed)
     if not typed.get("resume"):
         return asked | {"given": sorted(asked)}
     folder = typed["out"] if "out" in typed else newest_run(f"{config_class.home}*")
@@ -160,7 +159,8 @@ def collect(config_class, typed):
         value = before.get(f.name, f.default)
         new = asked.get(f.name, value)
         if new != value and not f.metadata["resume"]:
-            raise BadInput(f"{flag(f.name)}: got {new}, allowed is {value}, as {folder} began")
+            allowed = "to leave it out" if value is None else value
+            raise BadInput(f"{flag(f.name)}: got {new}, allowed is {allowed}, as {folder} began")
         # What a script has chosen for its ranks and its machine is chosen again.
         chosen = f.default is None and f.metadata["resume"] and f.name not in saved["given"]
         if not (chosen or f.metadata["command"]):
@@ -168,17 +168,23 @@ def collect(config_class, typed):
     return saved | asked | {"out": folder}
 
 
-def read_config(config_class, path):
-    """Returns the settings in a JSON file. Where this is a run's config.json, returns those that
-    its user had given, since the others followed from them."""
+def with_config(config_class, typed):
+    """Returns what was typed, on top of the settings in the JSON file --config. Where this is a
+    run's config.json, takes those that its user had given, since the others followed from them."""
+    if "config" not in typed:
+        return typed
+    path = typed["config"]
     with instead(f"--config: got {path}, allowed is a JSON file with settings"):
         values = dict(read_json(path))
+        given = set(values.get("given", values))
     commands = {f.name: f.metadata["command"] for f in fields(config_class)}
-    given = values.get("given", values)
-    for name in set(given) - commands.keys():
-        raise BadInput(f"--config: {path} has {name!r}, allowed are names of settings")
-    given = [name for name in given if values.get(name) is not None and not commands[name]]
-    return {name: values[name] for name in given}
+    if "given" in values:  # of a run, whose commands, such as --out, were for that run
+        given = {name for name in given if not commands.get(name)}
+    for name in given:
+        if commands.get(name, True):
+            allowed = "names of settings; what to do now is typed"
+            raise BadInput(f"--config: {path} has {name!r}, allowed are {allowed}")
+    return {name: values[name] for name in given if values.get(name) is not None} | typed
 
 
 def refuse_unread(config_class, typed, parts, by):
@@ -390,12 +396,12 @@ def newest_run(pattern):
 @contextlib.contextmanager
 def locked(folder):
     """Makes a folder if it is missing, and keeps other processes out of it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(Path(folder, ".lock")).acquire(blocking=False):
-            yield
-    except filelock.Timeout:
-        raise BadInput(f"--out: got {folder}, allowed is a folder no other process uses") from None
+    allowed = "one to write to that no other process uses"
+    with instead(f"the folder of a run: got {folder}, allowed is {allowed}"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(Path(folder, ".lock")).acquire(blocking=False)
+    with lock:
+        yield
 
 
 def choose_folder(c):

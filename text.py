@@ -30,6 +30,7 @@ HUB = {  # on huggingface.co: name and configuration
     "openwebtext": ("Skylion007/openwebtext", None),
 }
 PIECE = 1 << 19  # bytes of text that are read at a time
+META = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
 NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # in Python's library
 
 
@@ -120,7 +121,8 @@ class Codec:
         if self.kind == "gpt2":
             return self.bpe.encode_ordinary(text.decode(errors="replace"))
         if self.kind != "bytes" and text:
-            raise common.BadInput("--prompt: allowed is none for tokens of another tokenizer")
+            got = f"--prompt: got {text.decode(errors='replace')!r}"
+            raise common.BadInput(f"{got}, allowed is none: no tokenizer for {self.kind}")
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens):
@@ -132,26 +134,19 @@ class Codec:
 
 
 # ----------------------------------------------------------------------------- prepared folder
-META = "meta.json with tokenizer, vocab_size and dtype (uint16 or uint32)"
+def is_prepared(c):
+    return (Path(c.data) / "train.bin").exists()
 
 
 def read_meta(folder):
-    """Returns what meta.json says, and the tokens' {"tokenizer": ..., "vocab": ...}."""
     with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {META}"):
         meta = common.read_json(folder / "meta.json")
-        return meta, {"tokenizer": str(meta["tokenizer"]), "vocab": int(meta["vocab_size"])}
-
-
-def vocabulary(c):
-    """Returns the rows of the embedding, before the data are prepared."""
-    if (Path(c.data) / "train.bin").exists():
-        return padded(read_meta(Path(c.data))[1]["vocab"])
-    return 50304 if c.tokenizer == "gpt2" else 256
+        return meta | {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
 
 
 def prepare(c):
     """Returns the folder of the tokens behind --data. The folder is made once."""
-    if (Path(c.data) / "train.bin").exists():
+    if is_prepared(c):
         return Path(c.data)
     files = [] if c.data in HUB else text_files(c)
     name = f"{Path(c.data).stem}-{c.tokenizer}"
@@ -185,6 +180,13 @@ def write_tokens(c, folder, pieces):
     common.write_json(folder / "meta.json", meta)
 
 
+def vocabulary(c):
+    """Returns the rows of an embedding, also before the tokens are made."""
+    if is_prepared(c):
+        return padded(read_meta(Path(c.data))["vocab_size"])
+    return 50304 if c.tokenizer == "gpt2" else 256
+
+
 def padded(vocab):
     """Rounds up, such as 50257 to 50304, as GPUs multiply whole blocks faster."""
     return -(-vocab // 64) * 64
@@ -204,10 +206,11 @@ class Data:
         common.over_ranks([0])  # the other ranks find the tokens made
         self.c = c
         folder = folder or prepare(c)
-        meta, self.tokens = read_meta(folder)
-        kind = self.tokens["tokenizer"]
-        asked = "tokenizer" in c.given and c.tokenizer != kind
-        check(c, "tokenizer", not asked, f"to leave it out: {folder} has tokens of {kind}")
+        meta = read_meta(folder)
+        kind = meta["tokenizer"]
+        same = c.tokenizer == kind or "tokenizer" not in c.given
+        check(c, "tokenizer", same, f"{kind}, as {folder}/meta.json says")
+        self.tokens = {"tokenizer": kind, "vocab": meta["vocab_size"]}
         with instead(f"--data: got {folder}, allowed are train.bin, val.bin and {META}"):
             self.train, self.val = (self.read(folder, meta, part) for part in ("train", "val"))
         self.codec = Codec(**self.tokens)

@@ -81,7 +81,7 @@ class Config(common.Settings):
         None, "pictures in a step, over all ranks (default 128; quick: 64; digits: 32)", COUNT
     )
     warmup: int = setting(
-        None, "epochs until the peak (default 0; quick: a quarter of --epochs, vit: a tenth)", STEPS
+        None, "epochs until the peak (default 0; quick: 2; vit: a tenth of --epochs)", STEPS
     )
     lr: float = setting(None, "peak (default 0.1; adamw: 0.001)", POSITIVE)
     schedule: str = setting("cosine", "the rate after the warm-up", ("cosine", "constant"))
@@ -150,7 +150,7 @@ class Config(common.Settings):
             self.defaults(lr=1e-3, weight_decay=0.1)
         self.defaults(lr=0.1, weight_decay=5e-4)
         if self.preset == "quick":
-            self.defaults(warmup=self.epochs // 4)
+            self.defaults(warmup=min(2, self.epochs // 4))
         self.defaults(augment="mixup" if vit else "basic", warmup=self.epochs // 10 if vit else 0)
         self.defaults(ire_epoch=self.epochs * 6 // 10)
         self.defaults(checkpoint_interval=max(1, self.epochs // 20))
@@ -542,7 +542,9 @@ def train(c: Config):
         loop(run, data, forward, parts, step)
         if c.sharpness:
             run.log(data.steps, **measure(run, data, parts["model"]))
-    common.over_ranks([0])  # the other ranks wait until the first one has written its log
+        # The other ranks wait here until the first one has written its log.
+        if run.asked_to_stop():  # during the last step: no other run begins
+            raise run.stopped()
     log = common.read_log(c.out)
     if common.RANK == 0:
         draw(c, log)

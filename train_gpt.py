@@ -152,7 +152,10 @@ def configure(typed, names=()):
     """Returns the settings of a command: preset < --init < saved run (--resume) < --config < typed.
     names: the optimizers of a comparison. At least one of them must read what was typed."""
     given = common.collect(Config, typed)
-    preset = PRESETS.get(given.get("preset", "tiny"), {})
+    preset = dict(PRESETS.get(given.get("preset", "tiny"), {}))
+    if "steps" in given:  # as where no preset says it, a warm-up takes at most a quarter of them
+        for name in {"warmup", "ire_warmup"} & preset.keys():
+            preset[name] = min(preset[name], given["steps"] // 4)
     shape = {}
     if given.get("init") and not given.get("resume"):
         source = common.read_checkpoint(given["init"], mmap=True)["config"]
@@ -213,11 +216,11 @@ def check_steps(c):
     """Lets --steps change on --resume where the learning rates of the steps so far stay."""
     saved = common.read_checkpoint(c.out, mmap=True)
     before = dataclasses.replace(c, steps=saved["config"]["steps"])
-    made = range(saved["step"])
-    check(c, "steps", c.steps >= len(made), f"{len(made)} or more, as {c.out} has made so many")
-    same = all(learning_rate(before, step) == learning_rate(c, step) for step in made)
-    began = f"{before.steps}, as {c.out} began: another number changes its {c.schedule} schedule"
-    check(c, "steps", same, began)
+    made = saved["step"]
+    check(c, "steps", c.steps >= made, f"{made} or more, as {c.out} has made {made} steps")
+    same = all(learning_rate(before, step) == learning_rate(c, step) for step in range(made))
+    other = f"with another number, its {c.schedule} schedule would have begun differently"
+    check(c, "steps", same, f"{before.steps}, as {c.out} began: {other}")
 
 
 # ---------------------------------------------------------------------------------- optimizers
@@ -326,6 +329,7 @@ class Job:
 def set_up(c, make_optimizer=make_optimizer):
     """Makes data, model and optimizer for the start of a run."""
     data = text.Data(c)
+    data.codec.encode(os.fsencode(c.prompt))  # refused now, and not after the training
     if c.resume:
         same = common.read_checkpoint(c.out, mmap=True)["data"] == data.sha256
         check(c, "data", same, f"the text that {c.out} began with; this one differs")
@@ -445,7 +449,7 @@ def validation_loss(forward, data):
     """Returns the mean loss of the validation sequences, over all ranks."""
     total = count = 0
     for x, y in data.validation():
-        total += float(forward(x, y)) * len(x)
+        total += float(forward(x, y)) * len(x)  # the last micro-batch may be smaller
         count += len(x)
     total, count = common.over_ranks([total, count])
     return total / count
@@ -533,11 +537,12 @@ def compare(typed):
     """Trains with several optimizers on the same seed, batches and settings, in OUT/NAME each."""
     names = typed["compare"].split(",")
     if "optimizer" in typed:
-        raise common.BadInput("--optimizer: allowed with --compare is to leave it out")
+        got = f"--optimizer: got {typed['optimizer']!r}"
+        raise common.BadInput(f"{got}, allowed with --compare is to leave it out")
     for name in names:
-        if name not in OPTIMIZERS:
-            allowed = f"names of optimizers with commas: {', '.join(OPTIMIZERS)}"
-            raise common.BadInput(f"--compare: got {name!r}, allowed are {allowed}")
+        if name not in OPTIMIZERS or names.count(name) > 1:
+            allowed = f"each of {', '.join(OPTIMIZERS)} once, with a comma between two"
+            raise common.BadInput(f"--compare: got {typed['compare']!r}, allowed is {allowed}")
     changes = {name: {"optimizer": name} for name in names}
     make = functools.partial(configure, names=names)
     out, settings = common.settings_of_runs("runs/compare", typed, changes, make)
@@ -570,7 +575,8 @@ def load_run(folder, typed):
     """Returns model, settings and kind of tokens of the run in a folder."""
     saved = common.read_checkpoint(folder, mmap=True)
     now = {"device": "auto", "dtype": "float32", "compile": False, "fsdp": False}
-    c = Config(**saved["config"] | now | common.collect(Config, typed))
+    asked = common.with_config(Config, typed)
+    c = Config(**saved["config"] | now | asked | {"given": sorted(asked)})
     common.choose_device(c)
     model = llama.Llama(c, text.padded(saved["tokens"]["vocab"]))
     load_weights(model, folder, saved["tokens"])
@@ -597,8 +603,14 @@ def evaluate(folder, typed):
 
 # -------------------------------------------------------------------------------- command line
 def run_command(typed):
+    commands = [name for name in ("sample", "eval_only", "compare") if typed.get(name)]
+    if len(commands) > 1:
+        got = " and ".join(map(common.flag, commands))
+        raise common.BadInput(f"got {got}, allowed is one of them")
     if "sample" in typed:
-        print(sample(typed["sample"], typed))
+        found = sample(typed["sample"], typed)
+        if common.RANK == 0:
+            print(found)
     elif typed.get("eval_only"):
         folder = typed.get("out") or common.newest_run(f"{Config.home}*")
         common.say(loss=f"{evaluate(folder, typed):.4f} on the held-out text, {folder}")

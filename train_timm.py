@@ -92,7 +92,10 @@ def configure(typed):
     if MISSING or common.RANKS > 1:
         raise common.BadInput(MISSING or f"got {common.RANKS} ranks, allowed is one process")
     given = common.collect(Config, typed)
-    c = Config(**ROWS.get(given.get("row"), {}) | given)
+    row = dict(ROWS.get(given.get("row"), {}))
+    if "warmup_epochs" in row and "epochs" in given:  # in fewer epochs at most a quarter warms up
+        row["warmup_epochs"] = min(row["warmup_epochs"], given["epochs"] // 4)
+    c = Config(**row | given)
     common.refuse_unread(Config, typed, [] if c.base else ["ire"], "--base")
     if c.workers is None:
         c.workers = min(8, os.cpu_count())
@@ -138,13 +141,6 @@ def find_classes(train, val):
     return {name: i for i, name in enumerate(ordered)}
 
 
-def ignore_signals(worker):
-    """Keeps a process that reads images alive when all processes get a signal: the main process
-    ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def load_images(c):
     """Returns a timm model with as many classes as the folder has, batches to train and to test on,
     and a checksum of the images' names."""
@@ -170,6 +166,13 @@ def load_images(c):
         same = common.read_checkpoint(c.out, mmap=True)["names"] == names
         check(c, "data", same, f"the images that {c.out} began with; their names differ")
     return model, batches, DataLoader(tests, c.batch, **options), names
+
+
+def ignore_signals(worker):
+    """Lets a worker live when Ctrl-C or a cluster's SIGTERM comes to all processes of a run. The
+    main process makes the step first and then ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------ training

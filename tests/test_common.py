@@ -45,6 +45,7 @@ def log(folder=RUN):
         ("--out ''", ("--out", "got ''", "not empty")),
         ("--device cuda", ("--device", "got 'cuda'", "this machine has: .*cpu")),
         ("--dtype float16 --device cpu", ("--dtype", "got 'float16'", "bfloat16")),
+        ("--out text.txt", ("got text.txt, allowed is one to write to",)),
         ("--resume --out a", ("a/checkpoint.pt can't be read as the checkpoint of a run",)),
         ("--resume", ("--out: got nothing", "none is at runs/small*")),
         ("--config none.json", ("--config", "none.json", "JSON")),
@@ -76,9 +77,17 @@ def test_a_runs_config_gives_what_its_user_gave():
     assert not config["overwrite"]
 
 
-def test_a_config_with_a_wrong_name():
-    Path("c.json").write_text('{"stepz": 3}')
-    refused("--config c.json", "c.json has 'stepz', allowed are")
+@pytest.mark.parametrize(
+    "content, says",
+    (
+        ('{"stepz": 3}', "c.json has 'stepz', allowed are names of settings"),
+        ('{"out": "a"}', "c.json has 'out', allowed are .* typed"),
+        ('{"given": 5}', "got c.json, allowed is a JSON file with settings"),
+    ),
+)
+def test_a_wrong_config(content, says):
+    Path("c.json").write_text(content)
+    refused("--config c.json", says)
 
 
 def test_a_typed_flag_that_nothing_reads():
@@ -163,7 +172,7 @@ def test_a_signal_ends_a_run_that_no_other_process_may_enter(number, code):
     other, _, refusal = small("--out runs/small")
     process.send_signal(number)
     _, err = process.communicate()
-    assert other == 2 and "a folder no other process uses" in refusal, refusal
+    assert other == 2 and "got runs/small, allowed is one to write to that no other" in refusal
     assert process.returncode == code and err.count("\n") == 1 and "--resume" in err, err
     saved = torch.load(RUN / "checkpoint.pt", weights_only=True)
     assert saved["step"] == log()[-1][0]

@@ -66,6 +66,12 @@ def test_prepared_folder(tokenizer, vocab, stored, meta):
     rows = -(-vocab // 64) * 64  # padded for speed
     assert saved["model"]["lm_head.weight"].shape == (rows, 32)
     assert not Path("data").exists()
+    c = settings(data="ready", batch_size=2048)
+    fits = min(2**15, 2**26 // rows) // c.context
+    assert fits / 2 < c.micro_batch <= fits
+    wrong = ("--tokenizer: got 'gpt2', allowed is", f"{tokenizer}, as ready/meta.json says")
+    for flags in ("--data ready", "--eval-only"):
+        GPT.refused(f"{flags} --tokenizer gpt2", *wrong)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +92,9 @@ def test_prepared_folder_that_does_not_fit(values, meta, says):
     GPT.refused("--data ready", "--data: ", says)
 
 
-def test_prepared_tokens_decide_over_the_tokenizer():
-    prepared()
-    GPT.refused("--data ready --tokenizer gpt2", "--tokenizer: got 'gpt2'.*ready has.*bytes")
-    GPT.done("--data ready --tokenizer bytes")
-
-
-def test_prepared_tokens_decide_what_fits_in_a_pass():
-    sizes = {"data": "ready", "context": 100, "batch_size": 64}
-    prepared(vocab_size=2**20)
-    assert settings(**sizes).micro_batch == 1  # 2^26 logits are 64 tokens
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_training():
+    prepared(tokenizer="mine")
+    GPT.refused("--data ready --prompt hello", "--prompt: got 'hello', allowed is .* for mine")
 
 
 def test_the_tokens_of_a_large_file_are_sampled():

@@ -4,11 +4,14 @@ and torchvision fits torch: pip install -r requirements-timm.txt pytest, in its 
 import contextlib
 import json
 import math
+import multiprocessing
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +112,17 @@ def test_kappa_0_is_the_base_and_a_resumed_run_is_the_whole_one(photos, kind):
 
 @needs_timm
 def test_a_run_is_resumed_with_workers_too_and_after_a_signal(photos):
+    def sigterm(_):  # to all processes, as a cluster does
+        workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+        subprocess.run(["kill", *workers], check=True)  # a signal of their parent is no error
+        time.sleep(0.5)
+        signal.raise_signal(signal.SIGTERM)
+
     flags = f"--workers 2 {MIXED}"
     whole = fit(flags)
-    TIMM.stopped(f"{SMALL} {flags} --out stopped", 5)
+    with scripts.in_step(5, sigterm):
+        code, _, err = TIMM.run(f"{SMALL} {flags} --out stopped")
+    assert code == 143 and "--resume" in err, err
     assert scripts.checkpoint("stopped")["step"] == 3
     assert same(fit("--resume --workers 2 --out stopped"), whole)
 
@@ -206,6 +217,8 @@ def test_images_as_people_have_them(photos):
 @pytest.mark.parametrize("row", ("vit-s", "resnet50"))
 def test_a_row_of_the_paper(row):
     c = train_timm.configure({"data": "imagenet", "row": row})
+    short = train_timm.configure({"row": row, "epochs": 4, "ire_epoch": 1})
+    assert (c.warmup_epochs, short.warmup_epochs) == (30 if row == "vit-s" else 5, 1)
     model = timm.create_model(c.model)
     assert sum(p.numel() for p in model.parameters()) > 2e7
     opt = train_timm.make_optimizer(c, model, steps=1251)

@@ -212,9 +212,11 @@ def test_the_folder_and_the_output_of_a_run(monkeypatch):
 
 
 def test_seeds_print_mean_and_error():
-    """They begin at the seed of --config."""
+    """They begin at the seed of --config. After Ctrl-C in its last step no other run begins."""
     Path("c.json").write_text('{"seed": 5}')
-    out = CIFAR.done(TINY + "--seeds 2 --config c.json")
+    CIFAR.stopped(TINY + "--seeds 2 --config c.json", 12)
+    assert not (RUN / "seed-6").exists()
+    out = CIFAR.done(TINY + "--seeds 2 --config c.json --resume")
     runs = [log("test_acc", RUN / f"seed-{seed}")[-1][1] for seed in (5, 6)]
     mean, error = np.mean(runs), np.std(runs, ddof=1) / 2**0.5
     line = f"{mean:.4g} +- {error:.2g}, mean and standard error of 2 seeds"
@@ -307,7 +309,8 @@ def test_presets_and_what_suits():
     c = settings(preset="quick")
     assert (c.model, c.epochs, c.ire_epoch, c.batch_size, c.lr) == ("resnet8", 8, 4, 64, 0.1)
     assert settings(preset="quick", model="vit_t").optimizer == "admire"
-    assert (c.warmup, settings(preset="quick", epochs=1).warmup) == (2, 0)
+    warmups = [settings(preset="quick", epochs=n).warmup for n in (1, 4, 8, 80)]
+    assert warmups == [0, 1, 2, 2] and settings(preset="quick", epochs=4, warmup=3).warmup == 3
     vit, digits = settings(model="vit_t", epochs=30), settings(data="digits", model="vit_t")
     assert (vit.augment, vit.lr, vit.base, vit.warmup) == ("mixup", 1e-3, "adamw", 3)
     assert (digits.augment, digits.lr, digits.epochs) == ("shift", 1e-3, 10)

@@ -236,6 +236,10 @@ def test_presets_are_the_rows_of_the_paper(preset):
     assert (c.ire_warmup, c.curvature, c.tokenizer) == (c.warmup, "fisher", "gpt2")
     assert c.batch_size % c.micro_batch == 0
     assert c.micro_batch == 1 or c.micro_batch * c.context * 50304 <= 2**26
+    short = {"preset": preset, "steps": 400}
+    c = train_gpt.configure(short)
+    assert (c.warmup, c.ire_warmup) == (100, 100) and train_gpt.complete(c)
+    assert train_gpt.configure(short | {"warmup": 250}).warmup == 250
 
 
 def test_presets_baby_and_1b():
@@ -272,9 +276,11 @@ def test_intervals_fit_the_length_of_a_run():
         ("--alpha 0.5", ("--alpha: got 0.5", "admire")),
         ("--probe-batches 1", ("--probe-batches", "admire with --curvature squares")),
         ("--compare adamw,muon --kappa 3", ("--kappa", "adamw or muon")),
-        ("--compare adamw,nosuch", ("--compare: got 'nosuch'", "admire")),
-        ("--compare --optimizer adamw", ("--optimizer", "leave it out")),
+        ("--compare adamw,nosuch", ("--compare: got 'adamw,nosuch'", "admire")),
+        ("--compare adamw,admire,adamw", ("--compare: got", "once")),
+        ("--compare --optimizer adamw", ("--optimizer: got 'adamw'", "leave it out")),
         ("--compare --resume", ("--out: got nothing", "none is at runs/compare")),
+        ("--sample nowhere --compare", ("got --sample and --compare, allowed is one",)),
         ("--sample nowhere", ("nowhere.checkpoint.pt can't be read",)),
         ("--eval-only", ("--out: got nothing", "none is at runs/gpt")),
     ),
@@ -350,11 +356,11 @@ def test_the_probe_sees_a_quarter_of_any_number_of_micro_batches(monkeypatch):
 @pytest.mark.parametrize(
     "schedule, stop, steps, allowed",
     (
-        ("constant", 7, 18, None),
-        ("constant", 7, 6, "7 or more"),
-        ("wsd", 7, 24, None),
-        ("wsd", 11, 24, "12.*schedule"),
-        ("cosine", 7, 24, "12.*schedule"),
+        ("constant", 7, 18, ""),
+        ("constant", 7, 6, "7 or more, as runs/gpt has made 7 steps"),
+        ("wsd", 7, 24, ""),
+        ("wsd", 11, 24, "12, as runs/gpt began: .* its wsd schedule"),
+        ("cosine", 7, 24, "12, as runs/gpt began: .* its cosine schedule"),
     ),
 )
 def test_steps_may_change_where_the_schedule_so_far_does_not(schedule, stop, steps, allowed):
@@ -436,6 +442,7 @@ def test_stop_at(finished):
     assert same(checkpoint("early"), before)
     says = "--optimizer: got adamw, allowed is admire"
     GPT.refused("--resume --out early --optimizer adamw", says)
+    GPT.refused("--resume --out early --init early", "--init: .* to leave it out, as early began")
 
 
 def test_keep_best():
@@ -515,12 +522,12 @@ def test_eval_only(finished):
     loss = f"loss       {log()[-1]['val_loss']:.4f} on the held-out text, runs/gpt\n"
     assert GPT.done("--eval-only") == loss
     before = files()
-    for flags in ("", "--micro-batch 3"):  # batches of 3 and of 1
-        assert GPT.done(f"--eval-only {flags}") == loss and files() == before
-    Path("other.json").write_text('{"data": "other.txt"}')
+    assert GPT.done("--eval-only --micro-batch 3") == loss and files() == before
     Path("other.txt").write_bytes(TEXT[::-1])
     other = GPT.done("--eval-only --data other.txt")
-    assert other == GPT.done("--eval-only --config other.json") != loss
+    Path("c.json").write_text('{"data": "other.txt"}')
+    assert GPT.done("--eval-only --config c.json") == other != loss
+    assert GPT.done("--eval-only --config c.json --data text.txt") == loss
 
 
 def test_init_goes_on_from_weights_on_other_data(finished):
