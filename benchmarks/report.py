@@ -121,9 +121,13 @@ def cells(row, report):
         found["gain on its base"] += " (commits differ)" if row["commits"] > 1 else ""
         if row["gain_stderr"] is not None or row["pooled_stderr"]:  # else one seed, everywhere
             found["with tuning"] = f"± {error_with_tuning(row):.3f}"
-    if row["form"] == row["better"] and row["better"] not in FIRST:
+    better = row["better"]
+    here = {other["form"] for other in report["gains"] if other["place"] == row["place"]}
+    if better in FIRST and f"{better}, rates" not in here:
+        better = None  # there is one base only
+    if better and row["form"] == better:
         found["gain on the better base"] = "this is the better base"
-    elif row["better"] not in (None, *FIRST):
+    elif better:
         value, error = row["better_gain"], row["better_gain_stderr"]
         found["gain on the better base"] = number(value, error, "+", 3)
     return found

@@ -559,6 +559,14 @@ def test_tables_and_figures_of_a_part(results, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_base_with_one_rate_may_be_the_better_one():
+    found = json.loads((ROOT / "results/baseline.json").read_text())
+    row = next(row for row in found["gains"] if row["form"] == "AdamW") | {"better": "AdamW"}
+    column = "gain on the better base"
+    assert report.cells(row, found)[column] == "this is the better base"
+    assert report.cells(row, {**found, "gains": [row]})[column] == ""  # there is no other
+
+
 def test_a_curve_of_losses_over_the_learning_rate(two):
     for place in two.plan["places"].values():
         place |= {"model": "nano", "batch": 16}
