@@ -433,7 +433,8 @@ class SAM(_Wrapper):
         """Direction and length: the climb is rho * direction / length. SAM has g and |g|, ASAM has
         T * T * g and |T * g| with T = |theta|."""
         params = [p for p in self._params() if p.grad is not None]
-        scale = {p: p.detach().abs() if self.adaptive else 1 for p in params}
+        # T is in float32, as T * T * g may be too small for float16.
+        scale = {p: p.detach().to(_wide(p)).abs() if self.adaptive else 1 for p in params}
         scaled = {p: _gradient(p).detach() * scale[p] for p in params}
         square = _total(lambda x: torch.linalg.vector_norm(x, dtype=_wide(x)) ** 2, scaled.values())
         return {p: _local(x * scale[p]) for p, x in scaled.items()}, float(square) ** 0.5

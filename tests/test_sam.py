@@ -93,21 +93,25 @@ def test_bad_gradients(gradient):
     assert not bad or "SAM: skipped" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("gradient", [300.0, 1e-7])
-def test_float16_does_not_overflow(gradient):
-    """1000 * 300^2 is beyond float16, and so is rho / length for a small gradient."""
-    p = nn.Parameter(torch.ones(1000, dtype=torch.float16))
-    opt = SAM(SGD([p], 0.0), rho=1.0)
+@pytest.mark.parametrize(
+    "weight, gradient, adaptive",
+    [(1, 300.0, False), (1, 1e-7, False), (0.01, 1e-4, True), (300, 300.0, True)],
+)
+def test_float16_neither_overflows_nor_underflows(weight, gradient, adaptive):
+    """Of n = 1000 equal numbers n * g^2, rho / length, T * T * g and T * g are beyond float16."""
+    p = nn.Parameter(torch.full((1000,), weight, dtype=torch.float16))
+    opt = SAM(SGD([p], 0.0), rho=1.0, adaptive=adaptive)
     seen = []
 
     def closure():
-        seen.append(p.detach().clone())
+        seen.append(p.detach().float())
         p.grad = torch.full_like(p, gradient)
         return torch.zeros(())
 
     opt.step(closure)
-    assert torch.equal(p.detach(), torch.ones_like(p))
-    assert (seen[1] - 1).norm().item() == pytest.approx(1, rel=0.02)
+    assert torch.equal(p.detach(), torch.full_like(p, weight))
+    climb = weight if adaptive else 1
+    assert (seen[1] - seen[0]).norm().item() == pytest.approx(climb, rel=0.02)
 
 
 def test_wrong_arguments():
