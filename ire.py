@@ -163,7 +163,7 @@ class IRE(_Wrapper):
         for gamma, h in by_gamma.items():
             n = sum(p.numel() for p in h)
             k = math.floor(Fraction(str(gamma)) * n)  # exact, as int(0.29 * 100) is 28
-            threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0)
+            threshold = kth_smallest(h.values(), k) if k else torch.tensor(-1.0, device="cpu")
             if _is_usable(self, threshold, h):
                 for p, x in h.items():  # sharp where x is not a number
                     flat = _local(x).abs().to(threshold.dtype) <= threshold

@@ -342,16 +342,20 @@ def test_masks_and_squares_keep_their_dtype(dtype, make, through_base):
     assert all(x.dtype in kinds for x in after.values())
 
 
-def test_counts_do_not_have_the_default_dtype():
+@pytest.mark.parametrize("gamma", [0.5, 1e-9])  # at 1e-9 nothing is flat
+def test_counts_and_thresholds_have_neither_the_default_dtype_nor_the_default_device(gamma):
     model = make_model()
-    opt = IRE(SGD(model.parameters(), 0.1), **SETTINGS)
+    opt = IRE(SGD(model.parameters(), 0.1), kappa=1, gamma=gamma)
     backward(model)
     torch.set_default_dtype(torch.bfloat16)  # counts to 256
+    torch.set_default_device("meta")
     try:
         opt.step()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(count.dtype == torch.float32 for count in opt.counts.values()) and opt.counts
+        torch.set_default_device(None)
+    assert {(n.dtype, n.device.type) for n in opt.counts.values()} == {(torch.float32, "cpu")}
+    assert sum(flat_counts(opt)) == math.floor(67 * gamma)
 
 
 @pytest.mark.parametrize("how", ["load", "load base", "deepcopy", "pickle"])
