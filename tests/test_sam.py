@@ -114,6 +114,26 @@ def test_float16_neither_overflows_nor_underflows(weight, gradient, adaptive):
     assert (seen[1] - seen[0]).norm().item() == pytest.approx(climb, rel=0.02)
 
 
+def test_a_step_in_a_compiled_function_is_the_same_to_the_bit():
+    ends = []
+    for compiled in (False, True):
+        model = make_model()
+        opt = SAM(AdamW(model.parameters(), 0.01))
+
+        def closure():
+            opt.zero_grad()
+            return backward(model)
+
+        def step():
+            opt.step(closure)
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for _ in range(3):
+            run()
+        ends.append(values(model))
+    assert equal(*ends)
+
+
 def test_wrong_arguments():
     params = list(make_model().parameters())
     with pytest.raises(ValueError, match="adaptive: got True, allowed is False where average"):
