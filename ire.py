@@ -684,11 +684,15 @@ def _keys(ire, saved):
 
 
 def _save(ire):
-    """The base's state_dict with ours in it."""
+    """The base's state_dict with ours in it. Where there is no mask yet, it has zeros, since
+    torch.distributed.checkpoint loads only files with all that `_rehearse` creates."""
     saved = ire.base.state_dict()
     state = dict(saved["state"])
+    active = ire._active()
     for p, key in _keys(ire, saved):
         own = {name: kept[p] for name, kept in _kept(ire).items() if p in kept}
+        if p in active and (own or key in state):
+            own.setdefault(ire._saved_as, torch.zeros_like(p, dtype=_type_of_mask(ire, p)))
         if own:
             state[key] = {**state.get(key, {}), **own}
     return {**saved, "state": state}
@@ -760,9 +764,13 @@ def _rehearse(ire):
         return
     _observe(ire, params)
     for p in params:
-        _begin(ire.masks, p, _wide(p) if isinstance(ire, SoftIRE) else torch.bool)
+        _begin(ire.masks, p, _type_of_mask(ire, p))
     for count in ire.counts.values():
         count.zero_()
+
+
+def _type_of_mask(ire, p):
+    return _wide(p) if isinstance(ire, SoftIRE) else torch.bool
 
 
 # ------------------------------------------------------------------------ ranks
