@@ -1,8 +1,8 @@
 """IRE: Implicit Regularization Enhancement (Wang et al., NeurIPS 2024, arXiv 2405.20763).
 
 Near a minimum the loss has a few sharp directions, which cap the learning rate, and many flat ones,
-along which training crawls. IRE finds the flat coordinates and takes 1 + kappa times longer steps
-there. The sharp coordinates move as before. One line puts IRE on top of any optimizer:
+along which training crawls. IRE finds the flat coordinates and makes their steps 1 + kappa times as
+long. The sharp coordinates move as before. One line puts IRE on top of any optimizer:
 
     opt = IRE(torch.optim.AdamW(model.parameters(), lr=1e-3), kappa=1, gamma=0.6)
 
@@ -29,7 +29,7 @@ def _of_base(name):
 
 
 class _Wrapper(Optimizer):
-    """An optimizer around another one, `base`, which does what is listed here."""
+    """An optimizer on top of another one, `base`. What is listed here is the base's."""
 
     _ranges = {}  # allowed values that differ from _RANGES
     state = _of_base("state")
@@ -87,10 +87,11 @@ class IRE(_Wrapper):
 
     `kappa` and `gamma` are entries of each parameter group. They may be changed there at any time.
     A group with kappa 0 is neither ranked nor lengthened. Groups with the same gamma are ranked
-    together. `masks[p]` is True where p is flat, in 1 byte per parameter. If all curvature is 0,
-    the last mask stays. A step needs room for one copy of the weights. If you move the state to
-    another device, move `masks` and `squares` too. To set an attribute of the base, set it on
-    `opt.base`. A base with its own copy of the weights undoes the longer steps.
+    together. `masks[p]` has p's shape and is True where p is flat, in 1 byte per parameter. If all
+    curvature is 0, the last mask stays. A step needs room for one copy of the weights. If you move
+    the state to another device, move `masks` and `squares` too. To set an attribute of the base,
+    set it on `opt.base`. A base with its own copy of the weights undoes the longer steps.
+    Raises ValueError if a setting is out of range, also if it was changed later.
     """
 
     _saved_as = "flat"
@@ -117,7 +118,8 @@ class IRE(_Wrapper):
     def step(self, closure=None):
         """Algorithm 1: theta_new = theta_base + kappa * mask * (theta_base - theta), where the base
         leads from theta to theta_base. Before `warmup`, without a mask, and where kappa is 0, this
-        is the base's step exactly. Returns what the base returns."""
+        is the base's step exactly. Returns what the base returns. Raises RuntimeError inside a
+        probe, and if the ranks differ in their curvature."""
         _check_settings(self)
         if _OPEN & self._params().keys():
             raise RuntimeError("IRE: step() inside probe() would train on the probe's loss")
@@ -178,8 +180,8 @@ class IRE(_Wrapper):
 
     @contextmanager
     def probe(self, *models):
-        """With curvature="fisher", the gradients of backward passes inside set the mask. They are
-        then discarded:
+        """With curvature="fisher", the gradients of backward passes inside set the mask (Eq. 5 and
+        6). They are then discarded:
 
             for x, y in batches:
                 opt.zero_grad()
@@ -192,7 +194,8 @@ class IRE(_Wrapper):
         Several backward passes add up, and the loss may be scaled. Afterwards `.grad`, the buffers
         of `models` (such as batch norm's statistics) and torch's random streams are as before. The
         streams of numpy and `random` are not. Two optimizers on one model nest their probes:
-        `with a.probe(m), b.probe(m)`.
+        `with a.probe(m), b.probe(m)`. Raises ValueError with another curvature, or without a
+        backward pass inside.
 
         On several ranks, give each rank with data of its own a seed of its own, such as
         torch.manual_seed(seed + rank). With one seed for all, the labels of the ranks are alike and
@@ -244,7 +247,7 @@ class IRE(_Wrapper):
 
 # ------------------------------------------------------------------------ the mean of the squares
 def _observe(ire, params):
-    """Adds the gradients to IRE's own running means, unless the base keeps such means."""
+    """Adds the squared gradients to IRE's own running means, unless the base keeps such means."""
     if ire.curvature == "fisher" or _squares_of_base(ire, params):
         return
     for p in params:
@@ -301,9 +304,9 @@ class SoftIRE(IRE):
     its meaning. Coordinates with v = 0 do not count here and move as the base moves them.
 
     params: the parameters that get factors; the base moves all others. None: all of two or more
-        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only. A step
-        raises ValueError if the base no longer has them.
-    alpha: strength, in [0, 1]. At 0 all factors are equal.
+        dimensions. SoftIRE was measured with `hidden_matrices(model)` of transformers only. If the
+        base does not have them, SoftIRE raises ValueError, also in a later step.
+    alpha: strength, in [0, 1]. At 0 all factors are 1.
     limit: the largest factor, before the mean is taken out; >= 1.
     kappa: strength in a parameter group, in [0, 1]. The new weights are
         theta_base + kappa * (factor - 1) * (theta_base - theta). 0 leaves the group out.
@@ -355,7 +358,8 @@ def sampled_cross_entropy(logits, *, generator=None, ignore=None, dim=None):
     """The probe's loss (Eq. 6): mean cross entropy of `logits` (..., classes) against labels drawn
     from softmax(logits). Positions where the bool tensor `ignore` (...) is True do not count.
     dim: where the classes are. Logits of two and three dimensions have them last by default;
-        others must say it, such as images (batch, classes, height, width) with dim=1."""
+        others must say it, such as images (batch, classes, height, width) with dim=1.
+    Raises ValueError if such a `dim` is missing, or if there is only one class."""
     shape = tuple(logits.shape)
     if dim is None:
         _require(len(shape) in (2, 3), "dim", dim, f"the dimension of the classes in {shape}")
@@ -384,7 +388,8 @@ class SAM(_Wrapper):
     rho: length of the climb, over all parameters together; >= 0. It is an entry of each parameter
         group and scales the climb of this group.
     adaptive: climb in proportion to the weights (ASAM, Kwon et al., ICML 2021).
-    average: climb along a random xi ~ N(0, I/n) of n coordinates (Average SAM).
+    average: climb by rho * xi, where xi ~ N(0, I/n) is random and n is the number of coordinates
+        (Average SAM).
 
     For batch norm in the second pass see `frozen_batch_norm`. GradScaler refuses closures: use
     bfloat16, or scale the loss and divide the gradients by a constant in the closure.
@@ -611,6 +616,7 @@ def _begin(kept, p, dtype):
 
 
 def _nonzero(tensors):
+    """How many elements are not 0, over all ranks."""
     return int(_total(torch.count_nonzero, tensors))
 
 
@@ -718,7 +724,7 @@ def _load(ire, saved):
             if len(found[p]) == len(entry):
                 entries.pop(key, None)
 
-    take(ire, copy_of_saved())  # in case that the base calls no hooks
+    take(ire, copy_of_saved())  # in case the base calls no hooks
     handle = ire.base.register_load_state_dict_pre_hook(take)
     try:
         ire.base.load_state_dict(copy_of_saved())
@@ -732,7 +738,7 @@ def _load(ire, saved):
 
 
 def _adopt(ire, found):
-    """Puts our tensors of a saved state, {p: {name: tensor}}, in the place of those of before."""
+    """Replaces our tensors with those of a saved state, {p: {name: tensor}}."""
     kept = _kept(ire)
     for tensors in kept.values():
         tensors.clear()
@@ -747,8 +753,8 @@ def _adopt(ire, found):
 
 
 def _is_rehearsal(wrapper, closure):
-    """torch.distributed.checkpoint fills the state of an optimizer that has none by a step with
-    lr 0 and gradients of 0. Returns True in that step. It must not count or warn."""
+    """If an optimizer has no state, torch.distributed.checkpoint creates one by a step with lr 0
+    and gradients of 0. Returns True in that step, which must not count or warn."""
     still = all(group.get("lr", 1) == 0 for group in wrapper.param_groups)
     grads = [p.grad for p in wrapper._params() if p.grad is not None]
     fits = closure is None and still and grads and not wrapper.state
@@ -784,8 +790,8 @@ def _several_ranks():
 
 
 def _total(measure, tensors):
-    """The sum of measure(x) over all tensors, devices and ranks. Replicas are alike and count
-    once."""
+    """The sum of measure(this rank's part of x) over all tensors x, devices and ranks. Replicas are
+    alike and count once."""
     totals = {}  # {(device, the groups of ranks that hold shards): sum}
     for x in tensors:
         places = enumerate(getattr(x, "placements", ()))
@@ -814,6 +820,7 @@ def _check_agreement(threshold, params):
 
 # ------------------------------------------------------------------------ settings
 def _check_base(wrapper, base, settings):
+    """Raises ValueError if `base` does not fit. Marks it as wrapped."""
     name = type(base).__name__
     allowed = "a torch.optim.Optimizer except LBFGS, IRE, and SAM inside SAM"
     fits = isinstance(base, Optimizer) and not isinstance(base, (LBFGS, IRE, type(wrapper)))
