@@ -4,9 +4,9 @@ Hutchinson's method, and its largest eigenvalue lambda_max, by Lanczos' method:
     losses = [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in batches]
     found = sharpness(model, losses)      # {"trace": ..., "lambda_max": ..., and their errors}
 
-H belongs to the mean of the functions in `losses`. Each function computes the loss of one batch,
-so that only the graph of one batch is in memory. Gradient descent is stable up to a learning
-rate of 2 / lambda_max.
+H is the Hessian of the mean of the functions in the list `losses`, by the n trainable parameters.
+Each function computes the loss of one batch, so that only the graph of one batch is in memory.
+Gradient descent is stable up to a learning rate of 2 / lambda_max.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from ire import frozen_batch_norm
 
 
 def sharpness(model, losses, probes=16, products=60, seed=0, tick=lambda: None):
-    """Trace and largest eigenvalue of the Hessian with their errors, in the precision of `losses`.
+    """Trace and largest eigenvalue of the Hessian, in the precision of `losses`. The error of the
+    trace is a standard error, and that of lambda_max is the residual |H v - lambda_max v|.
 
-    probes: random vectors for the trace. products: products with H for lambda_max, at most.
+    probes: random vectors for the trace, two or more; they take n bytes each.
+    products: products with H for lambda_max, at most.
     tick() is called after each product of one batch; an exception that it raises ends the work.
     Give the plain model, since a compiled model has no second derivative. Batch norm in training
     mode takes the statistics of each batch, and its running statistics stay as they are.
@@ -40,7 +42,7 @@ def sharpness(model, losses, probes=16, products=60, seed=0, tick=lambda: None):
 
 
 def hessian_products(loss, params, vectors):
-    """H v for each v, one after the other, as float64 on the CPU. H belongs to loss()."""
+    """Yields H v (n,) for each v (n,) in `vectors`, as float64 on the CPU. H is that of loss()."""
     slopes = torch.autograd.grad(loss(), params, create_graph=True, materialize_grads=True)
     slope = flattened(slopes)
     for v in vectors:
@@ -50,7 +52,8 @@ def hessian_products(loss, params, vectors):
 
 
 def hessian_trace(losses, params, probes=16, seed=0, tick=lambda: None):
-    """Tr(H) and its standard error. The estimate is the mean of v H v over random signs v."""
+    """Tr(H) and its standard error. The estimate is the mean of v H v over `probes` vectors v of
+    random signs."""
     generator = torch.Generator().manual_seed(seed)
     size = (probes, sum(p.numel() for p in params))
     signs = torch.randint(2, size, generator=generator, dtype=torch.int8) * 2 - 1
@@ -64,10 +67,11 @@ def hessian_trace(losses, params, probes=16, seed=0, tick=lambda: None):
 
 
 def largest_eigenvalue(losses, params, products=60, seed=0, tick=lambda: None, tolerance=0.01):
-    """lambda_max and the residual |H v - lambda v|. Some eigenvalue lies within the residual.
+    """lambda_max and the residual |H v - lambda_max v|, |v| = 1. Some eigenvalue of H differs from
+    lambda_max by no more than the residual.
 
-    The iteration ends when the residual is at most tolerance * lambda, or after so many products.
-    Only two vectors are kept. Eigenvalues that were already found then come back as copies, which
+    The iteration ends when the residual is at most tolerance * |lambda_max|, or after `products`
+    products. Only two vectors are kept. So eigenvalues that were found come back as copies, which
     does not change the largest (Paige 1980).
     """
     generator = torch.Generator().manual_seed(seed)
