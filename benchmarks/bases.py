@@ -21,6 +21,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ def wrapped(base):
 def train(name, model, opt, steps):
     for step in steps:
         torch.manual_seed(1000 + step)  # for optimizers that draw
+        np.random.seed(1000 + step)
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
         y = torch.randint(4, (16,), generator=torch.Generator().manual_seed(step))
 
