@@ -129,9 +129,9 @@ def evidence():
         "lost, or added nothing clear. With bytes as tokens, or with one rate for all parameters, "
         "try `SoftIRE` on the matrices inside the blocks. It is our variant of IRE "
         "without a mask: the flatter a coordinate, the longer its step.",
-        "- **Language model, Muon:** with vocabulary 4,096 use own rates "
-        f"({gain_of('Muon, rates', 'bpe 500x16')} in 500 steps). With bytes try `SoftIRE` "
-        f"({gain_of('SoftIRE on Muon', 'bytes 500x16')} in 500 steps, nothing in 2,000).",
+        "- **Language model, Muon:** in short runs try own rates with vocabulary 4,096 "
+        f"({gain_of('Muon, rates', 'bpe 500x16')} in 500 steps), and `SoftIRE` with bytes "
+        f"({gain_of('SoftIRE on Muon', 'bytes 500x16')}). In 2,000 steps neither gained.",
         "- **Images, SGD:** try `SGDIRE`, IRE with the *probe* (below). It gained "
         f"{on_images('sgd', 'fisher')} points of accuracy (5,000 pictures, 5 seeds, five more "
         "trials than SGD: `results/images.json`).",
