@@ -193,10 +193,10 @@ def test_a_signal_while_the_ranks_wait_for_each_other(monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_five_moments():
+def test_killed_at_ten_moments():
     done("--steps 2000 --out whole")
     flags = "--steps 2000 --save-interval 1 --out cut"
-    for i in range(5):
+    for i in range(10):
         resume = " --resume" if Path("cut/checkpoint.pt").exists() else ""
         process = start(flags + resume)
         path = Path("cut/log.jsonl")

@@ -401,9 +401,11 @@ def start(case, n, folder):
         *(
             pytest.param(case, n, marks=pytest.mark.slow)
             for case, n in (
+                ("ddp", 3),
                 ("accumulation", 2),
                 ("not_averaged", 2),
                 ("zero", 2),
+                ("fsdp", 2),
                 ("fsdp", 3),
                 ("hybrid", 4),
                 ("tensor_parallel", 2),

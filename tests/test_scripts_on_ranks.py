@@ -140,7 +140,7 @@ def test_sigterm_and_resume_at_the_same_and_another_number_of_ranks(root, sharde
     agree(trained(root / "plain", 0, "--resume --no-fsdp"), alone, keys=["val_loss"])
 
 
-# Some of the pairs of optimizers and ways to share: each kind of IRE and each way is among them.
+# Half of the pairs of optimizers and ways to share: each kind of IRE and each way is among them.
 @pytest.mark.parametrize(
     "optimizer, flags",
     (
@@ -149,6 +149,7 @@ def test_sigterm_and_resume_at_the_same_and_another_number_of_ranks(root, sharde
         pytest.param("admire --curvature fisher", "--fsdp", marks=fsdp),
         ("adamw-soft", ""),
         pytest.param("muon-ire", "--fsdp", marks=(muon, fsdp)),
+        pytest.param("muon-soft", "", marks=muon),
         pytest.param("muon-soft", "--fsdp", marks=(muon, fsdp)),
     ),
 )
